@@ -1,0 +1,58 @@
+"""SSD300 object detection with a ResNet trunk.
+
+>>> import ssd
+>>> sorted(ssd.__all__)[:3]
+['CheckpointError', 'Detection', 'Detections']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ssd.checkpoint import CheckpointError, DownloadError
+    from ssd.detections import Detection, Detections
+    from ssd.detector import Detector
+    from ssd.images import ImageError, load_image
+    from ssd.model import SSD300, load_model
+    from ssd.postprocess import NonFiniteError, postprocess
+
+__all__ = [
+    "SSD300",
+    "CheckpointError",
+    "Detection",
+    "Detections",
+    "Detector",
+    "DownloadError",
+    "ImageError",
+    "NonFiniteError",
+    "load_image",
+    "load_model",
+    "postprocess",
+]
+
+_HOMES = {
+    "SSD300": "model",
+    "CheckpointError": "checkpoint",
+    "Detection": "detections",
+    "Detections": "detections",
+    "Detector": "detector",
+    "DownloadError": "checkpoint",
+    "ImageError": "images",
+    "NonFiniteError": "postprocess",
+    "load_image": "images",
+    "load_model": "model",
+    "postprocess": "postprocess",
+}
+
+
+# Names are resolved when first used (PEP 562), so that `ssd --help` need not wait for torch.
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"ssd.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'ssd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

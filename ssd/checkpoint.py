@@ -1,0 +1,466 @@
+"""Published weights, checked download, safe loading and atomic saving of checkpoints.
+
+Nothing is ever unpickled beyond tensors and plain containers (``weights_only=True``), and a file in the
+cache is hashed before it is parsed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import time
+import urllib.error
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import unquote, urlsplit
+
+import safetensors
+import safetensors.torch
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ssd import web
+from ssd.labels import COCO_NAMES
+
+
+class DownloadError(OSError):
+    """A file could not be fetched; the message says from where, why, and what to do instead."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message names the file and says why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A published checkpoint: where it is and what it holds."""
+
+    url: str
+    file_name: str
+    sha256: str | None
+    """Digest, or the beginning of it; None where the publisher gives none."""
+    size: int | None
+    """Bytes, where known."""
+    class_names: tuple[str, ...]
+    accuracy: str
+    transform: str
+
+
+PUBLISHED = {
+    "coco": Weights(
+        url="https://api.ngc.nvidia.com/v2/models/nvidia/ssd_pyt_ckpt_amp/versions/20.06.0/files/"
+        "nvidia_ssdpyt_amp_200703.pt",
+        file_name="nvidia_ssdpyt_amp_200703.pt",
+        sha256=None,
+        size=None,
+        class_names=COCO_NAMES,
+        accuracy="0.25 AP on COCO val2017, as published by NVIDIA",
+        transform="the whole image resized to 300x300 (bilinear, antialiased), ImageNet mean and deviation",
+    ),
+}
+"""Weights by the name under which `fetch`, `Detector.load` and ``ssd detect --weights`` know them."""
+
+ATTEMPTS = 3
+RETRY_DELAY = 1.0
+MAX_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's tensors, and what they say about the network."""
+
+    state_dict: dict[str, Tensor]
+    """Keys as in `SSD300`, on the CPU."""
+    backbone: str
+    num_classes: int
+    """With the background."""
+    head_norm: bool
+    """Whether the heads have BatchNorm; published checkpoints have none."""
+    class_names: tuple[str, ...]
+    """One for each class but the background: the file's own, COCO's for 81 classes, else "class 0" and on."""
+
+
+# --- Fetching ---------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """The folder of downloaded weights: ``checkpoints`` in torch.hub's (``TORCH_HOME`` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def cached_path(weights: str, sha256: str | None = None) -> Path:
+    """Where the weights of a name or URL are, or will be, in the cache."""
+    if weights in PUBLISHED:
+        return cache_dir() / PUBLISHED[weights].file_name
+    name = os.path.basename(unquote(urlsplit(weights).path)) or "weights"
+    if sha256 and f"-{sha256}." in name:  # torchvision's naming; its own downloads lie here too
+        return cache_dir() / name
+    # Different addresses often end in the same name ("model.pt"), so the name carries the address too.
+    address = hashlib.sha256(weights.encode()).hexdigest()[:8]
+    stem, suffix = os.path.splitext(name)
+    return cache_dir() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stem)}-{address}{suffix}"
+
+
+def fetch(
+    weights: str | os.PathLike[str], *, sha256: str | None = None, force: bool = False, progress: bool = True
+) -> Path:
+    """The local file of some weights, downloaded where it is not in the cache yet.
+
+    Args:
+        weights: a path, an http(s) URL, or a name in `PUBLISHED`.
+        sha256: expected digest, or the beginning of it.
+        force: download again even if the cache has the file.
+        progress: show a progress bar.
+
+    Raises:
+        DownloadError: it could not be downloaded.
+        CheckpointError: a local file does not have the digest.
+        FileNotFoundError: there is no such local file.
+    """
+    text = os.fspath(weights)
+    if text not in PUBLISHED and not web.is_url(text):
+        path = Path(text)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no weights at {text}; pass a file, an http(s) URL or one of: {', '.join(PUBLISHED)}"
+            )
+        if sha256 and not _digest(path).startswith(sha256):
+            raise CheckpointError(f"{path}: its SHA-256 {_digest(path)} does not begin with {sha256}")
+        return path
+
+    record = PUBLISHED.get(text)
+    url = record.url if record else text
+    sha256 = sha256 or (record.sha256 if record else None)
+    path = cached_path(text, sha256)
+    if not force and _is_intact(path, sha256):
+        return path
+    with _download_lock(path, url):
+        if not force and _is_intact(path, sha256):  # another process was faster
+            return path
+        _download(url, path, sha256, record.size if record else None, progress)
+    return path
+
+
+def trust(path: Path) -> None:
+    """Record the digest of a file in the cache that loaded well; from now on it must keep it."""
+    sidecar = _sidecar(path)
+    if path.parent != cache_dir() or sidecar.exists():
+        return
+    line = f"{_digest(path)}  {path.name}\n"
+    # A cache that is read-only serves all the same.
+    with contextlib.suppress(OSError), atomic_file(sidecar) as file:
+        file.write(line.encode())
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _is_intact(path: Path, sha256: str | None) -> bool:
+    """Whether a file is in the cache with the digest that it should have, as far as one is known."""
+    if not path.is_file():
+        return False
+    expected = sha256
+    if expected is None and _sidecar(path).is_file():
+        expected = _sidecar(path).read_text().split()[0]
+    return expected is None or _digest(path).startswith(expected)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _download_lock(path: Path, url: str) -> Iterator[None]:
+    """Make room for a download, held by one process at a time; the system frees it when the process dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to {path.parent} ({error.strerror or error}); point TORCH_HOME at a folder that "
+            f"can be written, or download {url} elsewhere and pass the file's path as weights"
+        ) from error
+    try:
+        for leftover in path.parent.glob(f"{path.name}.*.part"):  # of a download that was killed
+            leftover.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _download(url: str, path: Path, sha256: str | None, size: int | None, progress: bool) -> None:
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
+        try:
+            with atomic_file(path, suffix=".part") as file:
+                _download_once(url, file, path.name, sha256, size, progress)
+            _sidecar(path).unlink(missing_ok=True)
+            return
+        except web.READ_ERRORS as error:
+            problem = error
+            if not _may_pass(error):
+                break
+    raise DownloadError(
+        f"could not download {url}: {web.reason(problem)}. Get that file on a machine "
+        f"that can, then either put it at {path} or pass its path as weights "
+        f"(`weights='{path.name}'`, or `--weights {path.name}` on the command line)"
+    ) from problem
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    lasting = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    return not isinstance(error, DownloadError) and getattr(error, "errno", None) not in lasting
+
+
+def _download_once(
+    url: str, file: IO[bytes], name: str, sha256: str | None, size: int | None, progress: bool
+) -> None:
+    digest = hashlib.sha256()
+    received = 0
+    with web.open_url(url) as response:
+        announced = response.length
+        if response.headers.get_content_type() == "text/html":
+            raise DownloadError("the server sent a web page instead of the file")
+        with tqdm(
+            total=announced,
+            desc=name,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None if progress else True,
+        ) as bar:
+            while chunk := response.read(web.CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+                if received > MAX_BYTES:
+                    raise DownloadError(f"the server sent more than {MAX_BYTES >> 30} GiB")
+    expected = size or announced
+    if expected is not None and received != expected:
+        raise ConnectionError(f"got {received:,} of {expected:,} bytes")
+    if sha256 and not digest.hexdigest().startswith(sha256):
+        raise DownloadError(f"the file's SHA-256 is {digest.hexdigest()}, expected {sha256}")
+    file.flush()
+    file.seek(0)
+    if not _looks_like_checkpoint(file.read(16)):
+        raise DownloadError(f"what the server sent ({received:,} bytes) is not a checkpoint")
+
+
+# --- Reading ----------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint of SSD300, and find out what network it is for.
+
+    Formats, told apart by content: NVIDIA's training checkpoint (a dict with "model" and "label_map"; legacy
+    or zip), a bare state dict, safetensors. Prefixes of wrappers ("module.", "module.1.") are removed.
+
+    Raises:
+        CheckpointError: damaged, of another format, holds objects that are not plain data, is no SSD300, or
+            has values that are not finite.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    tensors, names = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    state_dict = {_without_wrapper(key): value for key, value in tensors.items()}
+    for key, value in state_dict.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {key} holds NaN or infinity")
+    return _describe(path, state_dict, names)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict of any network (torch or safetensors), as safely as `read`.
+
+    Raises:
+        CheckpointError, FileNotFoundError: as `read`.
+    """
+    path = Path(path)
+    return (_read_safetensors(path) if _is_safetensors(path) else _read_torch(path))[0]
+
+
+def check(name: object, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Require the keys and shapes of a network.
+
+    Raises:
+        CheckpointError: with the first keys that are missing, unexpected, or of another shape.
+    """
+    problems = [f"missing {key}" for key in expected if key not in state_dict]
+    problems += [f"unexpected {key}" for key in state_dict if key not in expected]
+    problems += [
+        f"{key} is {list(value.shape)}, not {list(expected[key].shape)}"
+        for key, value in state_dict.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{name} does not fit the network: {'; '.join(problems[:5])}{more}")
+
+
+def _looks_like_checkpoint(head: bytes) -> bool:
+    return head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x04") or head[8:9] == b"{"
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        names = json.loads(metadata.get("class_names", "[]"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    return tensors, dict(enumerate(names, start=1))
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # Not chained: torch's text advises to switch the safe unpickler off.
+        raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from None
+    names: object = {}
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        names = loaded.get("label_map")
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dict of tensors")
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor with a name")
+    return loaded, names if isinstance(names, dict) else {}
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    head = path.open("rb").read(512)
+    if not head:
+        return "the file is empty"
+    if head.lstrip()[:1] == b"<":
+        return "this is a web page, not a checkpoint"
+    if not _looks_like_checkpoint(head):
+        return "not a checkpoint of torch or safetensors, or damaged at its start"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"holds more than tensors and plain containers ({found[1]}), and is not loaded for safety"
+    if "TorchScript" in str(error):
+        return "a TorchScript program, not a checkpoint"
+    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
+        return "not a checkpoint that can be loaded safely, or damaged"
+    return f"damaged, or cut off after {path.stat().st_size:,} bytes; get it again"
+
+
+def _without_wrapper(key: str) -> str:
+    # "module.1." is what the published fp16 wrapper and DistributedDataParallel leave together.
+    return re.sub(r"^(module\.1\.|module\.)", "", key)
+
+
+def _describe(path: Path, state_dict: dict[str, Tensor], names: Mapping[Any, Any]) -> Checkpoint:
+    trunk = "feature_extractor.feature_extractor."
+    blocks = "-".join(
+        str(len({key.split(".")[3] for key in state_dict if key.startswith(f"{trunk}{stage}.")}))
+        for stage in (4, 5, 6)
+    )
+    bottleneck = f"{trunk}4.0.conv3.weight" in state_dict
+    backbone = {
+        ("2-2-2", False): "resnet18",
+        ("3-4-6", False): "resnet34",
+        ("3-4-6", True): "resnet50",
+        ("3-4-23", True): "resnet101",
+        ("3-8-36", True): "resnet152",
+    }.get((blocks, bottleneck))
+    head = state_dict.get("conf.0.weight")
+    if backbone is None or head is None or head.ndim != 4 or head.shape[0] % 4 or head.shape[0] < 8:
+        raise CheckpointError(
+            f"{path}: not an SSD300 with a ResNet trunk; it begins with {', '.join(list(state_dict)[:3])}"
+        )
+    num_classes = head.shape[0] // 4  # the first map has four default boxes a cell
+    return Checkpoint(
+        state_dict=state_dict,
+        backbone=backbone,
+        num_classes=num_classes,
+        head_norm="loc_norm.0.weight" in state_dict,
+        class_names=_class_names(names, num_classes),
+    )
+
+
+def _class_names(names: Mapping[Any, Any], num_classes: int) -> tuple[str, ...]:
+    """Names of classes 1 to num_classes - 1, which the file gives by number (0 is the background)."""
+    given = {int(label): name for label, name in names.items() if str(label).lstrip("-").isdigit()}
+    found = [given.get(label) for label in range(1, num_classes)]
+    if all(isinstance(name, str) for name in found):
+        return tuple(cast("list[str]", found))
+    if num_classes == len(COCO_NAMES) + 1:
+        return COCO_NAMES
+    return tuple(f"class {i}" for i in range(num_classes - 1))
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], class_names: tuple[str, ...]
+) -> None:
+    """Save weights and class names as safetensors, or, for another suffix, as NVIDIA's code loads them.
+
+    The file appears whole or not at all; an earlier one of the same name stays until then.
+
+    Args:
+        path: ends in ``.safetensors``, or is written with `torch.save` as ``{"model", "label_map"}``.
+        state_dict: of an `SSD300`.
+        class_names: one for each class but the background.
+    """
+    path = Path(path)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
+    with atomic_file(path) as file:
+        if path.suffix == ".safetensors":
+            file.write(safetensors.torch.save(tensors, {"class_names": json.dumps(class_names)}))
+        else:
+            labels = dict(enumerate(("background", *class_names)))
+            torch.save({"model": tensors, "label_map": labels}, file)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[IO[bytes]]:
+    """A file to write that takes its name when the block ends, durably, and vanishes if it fails."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{suffix}")
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sys.platform != "win32":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,279 @@
+"""Detector: from images of any kind to `Detections`."""
+
+import copy
+import difflib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssd import images
+from ssd.boxes import default_boxes
+from ssd.detections import Detections
+from ssd.images import ImageError, ImageSource, load_image
+from ssd.model import SSD300, Precision, load_model
+from ssd.postprocess import NonFiniteError, postprocess
+from ssd.transforms import normalize, resize
+
+OnError = Callable[[str, Exception], None]
+
+
+@dataclass(frozen=True)
+class _Options:
+    score_threshold: float
+    iou_threshold: float
+    max_detections: int
+    classes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    image: Image.Image
+    resized: Tensor
+    """uint8 [300, 300, 3]."""
+
+
+class Detector:
+    """Finds objects in images: reading, transform, network, NMS, boxes in the image's own pixels.
+
+    It keeps a copy of the model, never changes, and may be used from several threads at a time.
+
+    Args:
+        model: on the device and in the precision that detection is to use.
+        class_names: one for each class but the background.
+
+    >>> detector = Detector(SSD300(num_classes=3, backbone="resnet18"), ["cat", "dog"])
+    >>> detector(Image.new("RGB", (640, 480)), score_threshold=0.99)
+    Detections(no objects)
+    """
+
+    def __init__(self, model: SSD300, class_names: Sequence[str]) -> None:
+        if len(class_names) != model.num_classes - 1:
+            raise ValueError(
+                f"a model of {model.num_classes} classes, one of which is the background, needs "
+                f"{model.num_classes - 1} names; got {len(class_names)}"
+            )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.class_names = tuple(class_names)
+        first = next(self.model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self._default_boxes = default_boxes().to(self.device)
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | os.PathLike[str] = "coco",
+        device: torch.device | str | None = None,
+        precision: Precision | None = None,
+        *,
+        progress: bool = True,
+    ) -> "Detector":
+        """A detector with the weights of a checkpoint.
+
+        Args:
+            weights: "coco" for NVIDIA's published weights, a path, or an http(s) URL.
+            device: by default CUDA where there is one, else the CPU.
+            precision: fp32 (the default), fp16 or bf16.
+            progress: show a progress bar for a download.
+
+        Raises:
+            DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`.
+            ValueError: there is no such device here.
+        """
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here that torch can use; choose device 'cpu'")
+        model, found = load_model(weights, precision=precision or "fp32", progress=progress)
+        return cls(model.to(target), found.class_names)
+
+    @overload
+    def __call__(
+        self,
+        images: list[ImageSource] | tuple[ImageSource, ...],
+        *,
+        score_threshold: float = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        classes: Sequence[str | int] | None = ...,
+        batch_size: int = ...,
+    ) -> list[Detections]: ...
+    @overload
+    def __call__(
+        self,
+        images: ImageSource,
+        *,
+        score_threshold: float = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        classes: Sequence[str | int] | None = ...,
+        batch_size: int = ...,
+    ) -> Detections: ...
+    def __call__(
+        self,
+        images: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
+        *,
+        score_threshold: float = 0.4,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        classes: Sequence[str | int] | None = None,
+        batch_size: int = 8,
+    ) -> Detections | list[Detections]:
+        """Detect objects in one image, or in each of a list.
+
+        Args:
+            images: anything that `ssd.load_image` takes, or a list of such.
+            score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page.
+            iou_threshold: of two overlapping boxes of a class, the lower score goes at this IoU.
+            max_detections: most objects of an image.
+            classes: names or 0-based ids to look for; None for all.
+            batch_size: how many images of a list go through the network at a time.
+
+        Returns:
+            `Detections` for one image, a list of them for a list.
+
+        Raises:
+            ImageError, FileNotFoundError: an image cannot be read; the message names it.
+            NonFiniteError: the network gave NaN or infinity.
+            ValueError: an option is out of range or a class unknown.
+        """
+        options = self._options(score_threshold, iou_threshold, max_detections, classes)
+        if isinstance(images, list | tuple):
+            return list(self._stream(images, _positive(batch_size), options, None))
+        return self._detect([_read(images)], options)[0]
+
+    def stream(
+        self,
+        sources: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int = 8,
+        score_threshold: float = 0.4,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        classes: Sequence[str | int] | None = None,
+        on_error: OnError | None = None,
+    ) -> Iterator[Detections]:
+        """Detect objects in any number of images, one result at a time and in order.
+
+        Images are read by other threads, at most two batches ahead.
+
+        Args:
+            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes.
+            batch_size: how many images go through the network at a time.
+            score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
+            on_error: called with the name and the exception of an image that cannot be read, which is then
+                left out; without it, the exception is raised.
+        """
+        options = self._options(score_threshold, iou_threshold, max_detections, classes)
+        if isinstance(sources, str | os.PathLike):
+            sources = images.find_images(sources)
+        return self._stream(sources, _positive(batch_size), options, on_error)
+
+    def _options(
+        self,
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int,
+        classes: Sequence[str | int] | None,
+    ) -> _Options:
+        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1]; got {value}")
+        if max_detections < 1:
+            raise ValueError(f"max_detections must be at least 1; got {max_detections}")
+        wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
+        return _Options(score_threshold, iou_threshold, max_detections, wanted)
+
+    def _class_id(self, wanted: str | int) -> int:
+        if isinstance(wanted, str) and wanted in self.class_names:
+            return self.class_names.index(wanted)
+        if isinstance(wanted, int) and 0 <= wanted < len(self.class_names):
+            return wanted
+        close = difflib.get_close_matches(str(wanted), self.class_names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it knows {', '.join(self.class_names)}"
+        raise ValueError(f"the model has no class {wanted!r}; {hint}")
+
+    def _stream(
+        self, sources: Iterable[ImageSource], batch_size: int, options: _Options, on_error: OnError | None
+    ) -> Iterator[Detections]:
+        batch: list[_Input] = []
+        for source, future in _read_ahead(sources, 2 * batch_size):
+            try:
+                batch.append(future.result())
+            except (ImageError, OSError) as error:
+                if on_error is None:
+                    raise
+                on_error(images.source_name(source), error)
+            if len(batch) == batch_size:
+                yield from self._detect(batch, options)
+                batch = []
+        if batch:
+            yield from self._detect(batch, options)
+
+    def _detect(self, batch: list[_Input], options: _Options) -> list[Detections]:
+        with torch.inference_mode():
+            pixels = torch.stack([each.resized for each in batch]).to(self.device)
+            loc, conf = self.model(normalize(pixels, self.dtype))
+            try:
+                found = postprocess(
+                    loc,
+                    conf,
+                    self._default_boxes,
+                    score_threshold=options.score_threshold,
+                    iou_threshold=options.iou_threshold,
+                    max_detections=options.max_detections,
+                    classes=options.classes,
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{', '.join(each.name for each in batch)}: {error}") from error
+            # Once for the batch: on a GPU each transfer waits for all that was queued.
+            found = type(found)(*(values.cpu() for values in found))
+        return [self._result(each, *parts) for each, parts in zip(batch, found.per_image(), strict=True)]
+
+    def _result(self, of: _Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
+        width, height = of.image.size
+        size = torch.tensor([width, height, width, height], dtype=torch.float32)
+        boxes = (boxes * size).clamp(min=torch.zeros(4), max=size)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # what lies beyond the border has no area left
+        return Detections(
+            boxes=boxes[inside].numpy(),
+            scores=scores[inside].numpy(),
+            class_ids=class_ids[inside].numpy(),
+            class_names=self.class_names,
+            image_size=(height, width),
+            source=of.name,
+            image=of.image,
+        )
+
+
+def _read(source: ImageSource) -> _Input:
+    image = load_image(source)
+    name = images.source_name(source) if isinstance(source, str | os.PathLike) else ""
+    return _Input(name, image, resize(image))
+
+
+def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[ImageSource, "Future[_Input]"]]:
+    """Sources in order, each with its reading, of which at most `ahead` are under way or waiting."""
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "ssd-read")
+    waiting: deque[tuple[ImageSource, Future[_Input]]] = deque()
+    try:
+        for source in sources:
+            waiting.append((source, pool.submit(_read, source)))
+            if len(waiting) >= ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    return batch_size

@@ -1,0 +1,250 @@
+"""Reading images of any kind as upright RGB; every refusal is an `ImageError` that names the image."""
+
+import glob
+import io
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ssd import web
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.generic] | Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Pillow's decoders that may run; the others (EPS and its kind start other programs) never do."""
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .mpo".split()  # noqa: SIM905
+)
+MAX_PIXELS = 178_956_970
+"""Twice Pillow's warning level, where Pillow itself refuses: 13,377 x 13,377."""
+
+MAX_ASPECT = 100
+"""Most times that one side may be longer than the other."""
+
+MAX_BYTES = 64 << 20
+"""Most bytes that are read from a URL."""
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message names it and says why."""
+
+
+def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
+    """Read an image as upright RGB.
+
+    EXIF orientation is applied to files and PIL images. Transparency is laid over white. 16-bit values are
+    scaled to 8 bits. Of an animation, the first frame is taken.
+
+    Args:
+        source: a path; an http(s) URL; the bytes of an image file; a PIL image; an array ``[H, W]`` or
+            ``[H, W, C]``; a tensor ``[H, W]`` or ``[C, H, W]``. Arrays and tensors have C = 1, 3 (RGB) or 4
+            (RGBA) channels, of uint8, uint16, or floats in [0, 1].
+        name: what errors call the image; by default the path, the URL, or what kind of object it is.
+
+    Returns:
+        A PIL image of mode RGB.
+
+    Raises:
+        ImageError: not an image, truncated, empty, too large or too thin, a URL that is not http(s) or does
+            not give an image.
+        FileNotFoundError: there is no such file.
+        TypeError: not a kind of source that is known.
+    """
+    name = name or source_name(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        image = _decode(io.BytesIO(source), name)
+    elif isinstance(source, str) and web.is_url(source):
+        image = _decode(io.BytesIO(_read_url(source)), name)
+    elif isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_dir():
+            raise ImageError(f"{name}: is a folder, not an image")
+        with path.open("rb") as file:
+            image = _decode(file, name)
+    elif isinstance(source, Image.Image):
+        with _refusals(name):
+            image = _upright_rgb(source, name)
+    elif isinstance(source, Tensor):
+        image = _from_array(_tensor_to_array(source, name), name)
+    elif isinstance(source, np.ndarray):
+        image = _from_array(source, name)
+    else:
+        raise TypeError(
+            f"an image is a path, URL, bytes, PIL image, array or tensor; got {type(source).__name__}"
+        )
+    return image
+
+
+def source_name(source: object) -> str:
+    """What to call an image source: its path or URL, or the kind of object that it is."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(cast(str, source))
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "PIL image")
+    return type(source).__name__
+
+
+def find_images(source: str | os.PathLike[str]) -> Iterator[str]:
+    """The images that a path, URL, folder or glob stands for.
+
+    A folder gives the image files in it (by suffix, not below it), sorted; a glob, which may hold ``**``,
+    the image files that it matches, sorted; anything else itself, whether or not it exists.
+    """
+    text = os.fspath(source)
+    if web.is_url(text) or os.path.isfile(text):
+        yield text
+    elif os.path.isdir(text):
+        for entry in sorted(os.listdir(text)):
+            path = os.path.join(text, entry)
+            if is_image_name(entry) and os.path.isfile(path):
+                yield path
+    elif glob.has_magic(text):
+        for path in sorted(glob.glob(text, recursive=True)):
+            if is_image_name(path) and os.path.isfile(path):
+                yield path
+    else:
+        yield text
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image when a folder is read."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _decode(file: IO[bytes], name: str) -> Image.Image:
+    with _refusals(name):
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{name}: {_what_it_is(file)}") from error
+        with image:
+            return _upright_rgb(image, name)
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Make an ImageError of anything that Pillow stumbles over."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise ImageError(f"{name}: the file is damaged or cut off ({error})") from error
+
+
+def _what_it_is(file: IO[bytes]) -> str:
+    file.seek(0)
+    head = file.read(512)
+    if not head:
+        return "the file is empty"
+    if head.lstrip()[:1] == b"<":
+        return "this is a web page or other markup, not an image"
+    return f"not an image of a known format ({', '.join(FORMATS)}), or damaged at its start"
+
+
+def _check_shape(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: {width}x{height} has no pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: {width}x{height} is more than {MAX_PIXELS:,} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{name}: {width}x{height} is too thin; one side may be {MAX_ASPECT} times the other"
+        )
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image; of the given one, which may be read only now, nothing changes."""
+    _check_shape(*image.size, name)
+    image.load()
+    with suppress(SyntaxError, struct.error):  # an unreadable EXIF block says nothing about orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _from_array(_wide_grey(np.asarray(image)), name)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_grey(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Grey values of Pillow's wide modes: 16 bits, which mode I also holds, or floats."""
+    if values.dtype == np.int32 and values.size and values.min() >= 0 and values.max() <= 65535:
+        return values.astype(np.uint16)
+    return values.astype(values.dtype.newbyteorder("="))
+
+
+def _tensor_to_array(tensor: Tensor, name: str) -> npt.NDArray[np.generic]:
+    if tensor.ndim == 3:
+        if tensor.shape[0] not in (1, 3, 4):
+            raise ImageError(
+                f"{name}: a tensor is [C, H, W] with 1, 3 or 4 channels; got {list(tensor.shape)}"
+            )
+        tensor = tensor.permute(1, 2, 0)
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _from_array(values: npt.NDArray[np.generic], name: str) -> Image.Image:
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or values.shape[2] not in (1, 3, 4):
+        raise ImageError(
+            f"{name}: an array is [H, W] or [H, W, C] with 1, 3 or 4 channels, one image at a time; "
+            f"got shape {list(values.shape)}"
+        )
+    _check_shape(values.shape[1], values.shape[0], name)
+    pixels = _to_uint8(values, name)
+    if pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, axis=2)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return image if image.mode == "RGB" else _upright_rgb(image, name)
+
+
+def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
+    if values.dtype == np.uint8:
+        return cast("npt.NDArray[np.uint8]", values)
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ImageError(f"{name}: values are uint8, uint16 or floats in [0, 1]; got {values.dtype}")
+    # The negated form also refuses NaN.
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):
+        raise ImageError(f"{name}: float values lie in [0, 1]; these reach from {low:g} to {high:g}")
+    return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _read_url(url: str) -> bytes:
+    if not web.is_web_url(url):
+        hint = "; pass the path itself" if url.lower().startswith("file:") else ""
+        raise ImageError(f"{url}: only http and https URLs are read{hint}")
+    try:
+        with web.open_url(url) as response:
+            kind = response.headers.get_content_type()
+            if kind.startswith("text/"):
+                raise ImageError(f"{url}: the server sent {kind}, not an image")
+            body = bytearray()
+            while chunk := response.read(web.CHUNK):
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    raise ImageError(f"{url}: more than {MAX_BYTES >> 20} MiB; download it and pass the file")
+            if response.length:  # what the server announced and did not send
+                raise ImageError(f"{url}: the connection ended {response.length:,} bytes early")
+    except web.READ_ERRORS as error:
+        raise ImageError(f"{url}: {web.reason(error)}") from error
+    return bytes(body)

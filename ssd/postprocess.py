@@ -1,0 +1,212 @@
+"""From raw network outputs to detections: scores, threshold, per-class NMS, best first.
+
+Everything runs over the whole batch at once, in float32, on the device of the outputs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssd import boxes as box_ops
+
+# How many candidates of an image are compared with each other at a time, best first. Most images are
+# done after one block; the cost of a block grows with its square.
+_BLOCK = 256
+
+
+class NonFiniteError(FloatingPointError):
+    """Numbers that should be finite hold NaN or infinity."""
+
+
+class PaddedDetections(NamedTuple):
+    """Detections of a batch: image ``n`` has ``counts[n]`` of them, best first; the rest is zeros."""
+
+    boxes: Tensor
+    """float32 xyxy, normalised, ``[N, D, 4]``; may reach outside [0, 1]."""
+    scores: Tensor
+    """float32 ``[N, D]``, descending."""
+    class_ids: Tensor
+    """int64 ``[N, D]``, counted from 0: the background has no number."""
+    counts: Tensor
+    """int64 ``[N]``."""
+
+    def per_image(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """``(boxes [K, 4], scores [K], class_ids [K])`` of each image; K may be 0."""
+        return [
+            (boxes[:count], scores[:count], class_ids[:count])
+            for boxes, scores, class_ids, count in zip(
+                self.boxes, self.scores, self.class_ids, self.counts.tolist(), strict=True
+            )
+        ]
+
+
+def postprocess(
+    loc: Tensor,
+    conf: Tensor,
+    default_boxes: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    max_detections: int = 200,
+    max_per_class: int = 200,
+    classes: Sequence[int] | None = None,
+) -> PaddedDetections:
+    """Turn raw outputs into detections, as published: softmax, threshold, greedy NMS in each class, top n.
+
+    A class keeps its `max_per_class` best candidates; of these a box stays while its IoU with every better
+    one that stayed is below `iou_threshold`. Equal scores are ordered by default box, then by class.
+
+    Args:
+        loc: offsets ``[N, 4, B]``, any float dtype. Neither input is changed.
+        conf: logits ``[N, C, B]``, background first, any float dtype.
+        default_boxes: float32 cxcywh, normalised, ``[B, 4]``, on the same device.
+        score_threshold: a candidate's probability must exceed this; in [0, 1].
+        iou_threshold: in [0, 1].
+        max_detections: most detections of an image, over all classes.
+        max_per_class: most candidates of a class that take part in NMS.
+        classes: 0-based class ids to look for; None for all.
+
+    Returns:
+        Detections padded to ``D = max_detections``.
+
+    Raises:
+        NonFiniteError: loc or conf holds NaN or infinity; it names the images of the batch.
+        ValueError: shapes do not fit.
+    """
+    if loc.ndim != 3 or conf.ndim != 3 or loc.shape != (len(conf), 4, len(default_boxes)):
+        raise ValueError(
+            f"expected loc [N, 4, {len(default_boxes)}] and conf [N, C, {len(default_boxes)}]; "
+            f"got {list(loc.shape)} and {list(conf.shape)}"
+        )
+    loc, conf = loc.detach(), conf.detach()
+    _require_finite(loc, conf)
+
+    image, box, class_id, score = _candidates(conf, score_threshold, classes)
+    counts = image.bincount(minlength=len(conf))
+    place = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+    width = max(int(counts.max()), 1) if len(counts) else 1
+
+    def padded(values: Tensor, fill: float) -> Tensor:
+        rows = values.new_full((len(conf), width), fill)
+        rows[image, place] = values
+        return rows
+
+    # Candidates come ordered by default box, then class; a stable sort keeps that among equal scores.
+    scores, order = padded(score, -1).sort(dim=1, descending=True, stable=True)
+    box, class_id = padded(box, 0).gather(1, order), padded(class_id, -1).gather(1, order)
+    return _greedy_nms(
+        loc, default_boxes, box, scores, class_id, counts, iou_threshold, max_detections, max_per_class
+    )
+
+
+def _require_finite(loc: Tensor, conf: Tensor) -> None:
+    # One cheap pass: NaN and infinity survive a sum. It can overflow by itself, so ask again before raising.
+    if bool((loc.sum(dtype=torch.float32) + conf.sum(dtype=torch.float32)).isfinite()):
+        return
+    bad = ~(loc.isfinite().flatten(1).all(1) & conf.isfinite().flatten(1).all(1))
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"the network's outputs hold NaN or infinity for image {bad.nonzero().flatten().tolist()} of the "
+            f"batch ({conf.dtype}); check the weights and the input, or use fp32 or bf16 if this is fp16"
+        )
+
+
+def _candidates(
+    conf: Tensor, score_threshold: float, classes: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image, default box, class and score of all that pass the threshold, in this order of sorting."""
+    # p_c > t implies exp(l_c) > t / (1 - t) * exp(l_background), so most boxes, which are background, are
+    # left out before any exponential. The slack covers rounding; the softmax below decides.
+    odds = score_threshold / (1 - score_threshold) if score_threshold < 1 else math.inf
+    margin = math.log(odds) - 1e-3 if odds > 0 else -math.inf
+    likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
+    image, box = likely.nonzero(as_tuple=True)
+    scores = conf[image, :, box].float().softmax(1)[:, 1:]
+    if classes is not None:
+        wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        wanted[list(classes)] = True
+        scores = scores.where(wanted, 0)
+    row, class_id = (scores > score_threshold).nonzero(as_tuple=True)
+    return image[row], box[row], class_id, scores[row, class_id]
+
+
+def _greedy_nms(
+    loc: Tensor,
+    default_boxes: Tensor,
+    box: Tensor,
+    scores: Tensor,
+    class_ids: Tensor,
+    counts: Tensor,
+    iou_threshold: float,
+    max_detections: int,
+    max_per_class: int,
+) -> PaddedDetections:
+    """Greedy NMS over candidates ``[N, K]`` in descending order of score, a block of them at a time.
+
+    A box depends only on better boxes of its class, so an image is done as soon as it has `max_detections`.
+    """
+    images, width = box.shape
+    kept = PaddedDetections(
+        default_boxes.new_zeros(images, max_detections, 4),
+        scores.new_zeros(images, max_detections),
+        class_ids.new_full((images, max_detections), -1),
+        torch.zeros_like(counts),
+    )
+    seen = class_ids.new_zeros(images, int(class_ids.max()) + 1 if images else 0)  # candidates of each class
+    for start in range(0, width, _BLOCK):
+        if bool(((kept.counts >= max_detections) | (counts <= start)).all()):
+            break
+        block = slice(start, start + _BLOCK)
+        class_id = class_ids[:, block]
+        index = box[:, block]
+        boxes = box_ops.decode(
+            loc.gather(2, index[:, None].expand(-1, 4, -1)).transpose(1, 2), default_boxes[index]
+        )
+        better = (class_id[:, :, None] == class_id[:, None, :]).tril(-1)  # [N, i, j]: j may suppress i
+        rank = seen.gather(1, class_id.clamp(min=0)) + better.sum(2)
+        alive = (class_id >= 0) & (rank < max_per_class)
+        if start:
+            rivals = class_id[:, :, None] == kept.class_ids[:, None, :]
+            alive &= ~(rivals & _overlap(boxes, kept.boxes, iou_threshold)).any(2)
+        better &= _overlap(boxes, boxes, iou_threshold)
+        keep = _survivors(better, alive)
+
+        slot = kept.counts[:, None] + keep.cumsum(1) - 1
+        row, column = (keep & (slot < max_detections)).nonzero(as_tuple=True)
+        target = row, slot[row, column]
+        kept.boxes[target] = boxes[row, column]
+        kept.scores[target] = scores[:, block][row, column]
+        kept.class_ids[target] = class_id[row, column]
+        kept.counts.add_(keep.sum(1)).clamp_(max=max_detections)
+        seen.scatter_add_(1, class_id.clamp(min=0), (class_id >= 0).long())
+    return kept._replace(class_ids=kept.class_ids.clamp(min=0))
+
+
+def _survivors(better: Tensor, alive: Tensor) -> Tensor:
+    """What greedy NMS keeps: alive, and suppressed by nothing that is kept itself.
+
+    Repeating the rule settles the boxes in order of score, so the result is the greedy one exactly; it takes
+    as many rounds as the longest chain of suppressions, not as many as there are boxes.
+    """
+    keep = alive
+    while True:
+        update = alive & ~(better & keep[:, None, :]).any(2)
+        if torch.equal(update, keep):
+            return keep
+        keep = update
+
+
+def _overlap(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
+    """Whether boxes ``[N, I, 4]`` and ``[N, J, 4]`` overlap too much: bool ``[N, I, J]``.
+
+    Not ``iou >= threshold``: boxes without area have no IoU (NaN) and count as overlapping, as published.
+    """
+    ax, ay, ar, ab = a[:, :, None].unbind(-1)
+    bx, by, br, bb = b[:, None].unbind(-1)
+    shared = (ar.minimum(br) - ax.maximum(bx)).clamp_(min=0)
+    shared *= (ab.minimum(bb) - ay.maximum(by)).clamp_(min=0)
+    area = (ar - ax) * (ab - ay) + (br - bx) * (bb - by)
+    return ~(shared / (area - shared) < iou_threshold)

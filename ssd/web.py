@@ -1,0 +1,89 @@
+"""Reading http(s) URLs with timeouts and limits; nothing else is ever opened."""
+
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+from urllib.parse import urlsplit
+
+TIMEOUT = 20.0
+"""Seconds that connecting, or any single read, may take."""
+
+CHUNK = 1 << 18
+READ_ERRORS = (OSError, http.client.HTTPException)
+"""What opening or reading a URL may raise: URLError, timeouts and resets among them."""
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if not is_web_url(newurl):
+            raise urllib.error.URLError(f"redirected to {newurl}, which is not http(s)")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def is_web_url(text: str) -> bool:
+    """Whether this is an http or https URL with a host.
+
+    >>> is_web_url("https://example.org/cat.jpg"), is_web_url("file:///etc/passwd"), is_web_url("C:/cat.jpg")
+    (True, False, False)
+    """
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme.lower() in ("http", "https") and bool(parts.netloc)
+
+
+def is_url(text: str) -> bool:
+    """Whether this looks like a URL of any scheme, rather than a path.
+
+    >>> is_url("file:///etc/passwd"), is_url("data:image/png;base64,xyz"), is_url("C:/cat.jpg")
+    (True, True, False)
+    """
+    return "://" in text or text.lower().startswith("data:")
+
+
+@contextmanager
+def open_url(url: str, timeout: float = TIMEOUT) -> Iterator[http.client.HTTPResponse]:
+    """Open an http(s) URL for reading; every redirect must be http(s) too.
+
+    Raises:
+        OSError, http.client.HTTPException: `READ_ERRORS`; an HTTP error status is a `urllib.error.HTTPError`.
+    """
+    if not is_web_url(url):
+        raise urllib.error.URLError(f"{url} is not an http(s) URL")
+    # Built by hand: urllib's own opener would also read file:, ftp: and data:.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        _CheckedRedirects,
+    ):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, headers={"User-Agent": "ssd300"})
+    with opener.open(request, timeout=timeout) as response:
+        yield response
+
+
+def reason(error: BaseException) -> str:
+    """A short reason to show a person, for one of `READ_ERRORS`."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    if isinstance(error, TimeoutError):
+        return "the server stopped answering"
+    return str(error) or type(error).__name__

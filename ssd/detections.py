@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 _SMALLEST_PICTURE = 640  # pixels of the longer side under which a picture is enlarged before it is drawn on
 _LARGEST_PREVIEW = 960
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
+_SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
 
 
 class Detection(NamedTuple):
@@ -298,7 +299,8 @@ def _exact(values: FloatArray) -> list[float]:
 
 def _color(class_id: int) -> tuple[int, int, int]:
     """The colour of a class: the same in every picture, far from that of its neighbours."""
-    red, green, blue = colorsys.hsv_to_rgb((0.58 + class_id * _GOLDEN_RATIO) % 1, 0.85, 0.95)
+    shade = _SHADES[class_id // 27 % len(_SHADES)]
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + class_id * _GOLDEN_RATIO) % 1, *shade)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 

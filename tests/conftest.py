@@ -1,0 +1,206 @@
+"""Shared fixtures: the reference figures, networks with made weights, a local web server, no network."""
+
+import json
+import socket
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from PIL import Image
+
+from ssd import checkpoint
+from ssd.detector import Detector
+from ssd.model import SSD300
+
+DATA = Path(__file__).parent / "data"
+PHOTOS = ("astronaut", "chelsea", "coffee")
+
+
+@pytest.fixture(scope="session")
+def figures() -> dict[str, np.ndarray]:
+    """Outputs of the published model; tests/data/README.md says how they were made."""
+    with np.load(DATA / "figures.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_keys() -> dict[str, list[tuple[str, list[int], str]]]:
+    return json.loads((DATA / "checkpoint_keys.json").read_text())
+
+
+def made_tensor(key: str, shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
+    """The value that the rule of the figures gives to a weight, from its name alone."""
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(1)
+    z = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(shape)
+    z = z.astype(np.float32)
+    if key.endswith("running_var"):
+        z = np.exp(z / 10)
+    elif key.endswith("running_mean"):
+        z = z / 10
+    elif len(shape) == 1:
+        z = 1 + z / 10 if key.endswith("weight") else z / 10
+    else:
+        z = z * np.sqrt(2 / np.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(z, np.float32))
+
+
+def made_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {key: made_tensor(key, tuple(shape)) for key, shape in shapes.items()}
+
+
+def made_model(num_classes: int = 4, head_norm: bool = False) -> SSD300:
+    """A small network with made weights, tamed so that its scores and boxes spread as a trained one's."""
+    model = SSD300(num_classes, "resnet18", head_norm)
+    model.load_state_dict(made_weights({key: value.shape for key, value in model.state_dict().items()}))
+    with torch.no_grad():
+        for heads, factor in ((model.loc, 0.03), (model.conf, 0.1)):
+            for head in heads:
+                head.weight *= factor
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> SSD300:
+    """ResNet-18, three classes and the background, plain heads. Do not change it."""
+    return made_model()
+
+
+@pytest.fixture(scope="session")
+def detector(small_model: SSD300) -> Detector:
+    return Detector(small_model, ("cat", "cup", "person"))
+
+
+@pytest.fixture(scope="session")
+def weights_file(small_model: SSD300, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_model` as a file."""
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    checkpoint.save(path, small_model.state_dict(), ("cat", "cup", "person"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three photographs that scikit-image ships, as JPEG files."""
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("photos")
+    for name in PHOTOS:
+        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are cached in a new folder, and retries do not wait."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setattr(checkpoint, "RETRY_DELAY", 0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine can be reached."""
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
+    local = ("127.0.0.1", "localhost", "::1")
+
+    def checked_connect(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in local:
+            raise OSError(f"tests do not reach {address[0]}")
+        connect(self, address)
+
+    def checked_resolve(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in local:
+            raise socket.gaierror(f"tests do not look up {host}")
+        return resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", checked_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", checked_resolve)
+
+
+class Server:
+    """A local web server: `pages` maps a path to a function that answers; `requests` counts them."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.pages: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        self.requests: list[str] = []
+        self.closing = threading.Event()
+
+    def url(self, path: str) -> str:
+        return f"{self.address}{path}"
+
+    def serve(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        kind: str = "application/octet-stream",
+        status: int = 200,
+        length: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> str:
+        """Answer a path with a body; `length` is what the header claims."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            handler.send_response(status)
+            handler.send_header("Content-Type", kind)
+            handler.send_header("Content-Length", str(len(body) if length is None else length))
+            for name, value in (headers or {}).items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        self.pages[path] = answer
+        return self.url(path)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.requests.append(self.path)
+            try:
+                if self.path in site.pages:
+                    site.pages[self.path](self)
+                else:
+                    self.send_error(404)
+            except (BrokenPipeError, ConnectionResetError):  # the client had enough
+                pass
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads = True
+        site = Server(f"http://127.0.0.1:{http.server_port}")
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield site
+        site.closing.set()
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A pretended CUDA device is there."""
+    if not torch.cuda.is_available():
+        torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does: no driver is asked for the device
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeCuda():
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

@@ -1,0 +1,231 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from ssd import postprocess as module
+from ssd.boxes import default_boxes
+from ssd.postprocess import NonFiniteError, postprocess
+
+REGIMES = {"sparse": (9, 2), "typical": (6, 1), "dense": (4, 2)}
+
+
+def regime_outputs(regime, images=2):
+    background, scale = REGIMES[regime]
+    random = np.random.RandomState(3001)
+    loc = (0.5 * random.standard_normal((images, 4, 8732))).astype(np.float32)
+    conf = (scale * random.standard_normal((images, 81, 8732))).astype(np.float32)
+    conf[:, 0] += background
+    return torch.from_numpy(loc), torch.from_numpy(conf)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(("iou", "most"), [(0.5, 20), (0.5, 200), (0.45, 200)])
+def test_figures(figures, regime, iou, most):
+    loc, conf = regime_outputs(regime)
+    found = postprocess(loc, conf, default_boxes(), iou_threshold=iou, max_detections=most).per_image()
+    for image, (boxes, scores, class_ids) in enumerate(found):
+        name = f"decode/{regime}/{iou}/{most}/{image}"
+        assert (scores.diff() <= 0).all()
+        np.testing.assert_allclose(scores, figures[f"{name}/scores"][::-1], atol=1e-5, rtol=0)
+        ours = {(label, *box) for label, box in zip((class_ids + 1).tolist(), boxes.tolist(), strict=True)}
+        theirs = zip(figures[f"{name}/labels"].tolist(), figures[f"{name}/boxes"].tolist(), strict=True)
+        assert ours == {(label, *box) for label, box in theirs}
+
+
+# --- A slow oracle: the published rule, a box at a time, in plain Python and float32 ---
+
+
+def oracle(loc, conf, defaults, score_threshold, iou_threshold, max_detections, max_per_class):
+    probabilities = torch.softmax(conf.float(), 0)
+    kept = []
+    for label in range(1, conf.shape[0]):
+        candidates = [
+            (-float(p), i) for i, p in enumerate(probabilities[label]) if p > torch.tensor(score_threshold)
+        ]
+        chosen = []
+        for minus_score, i in sorted(candidates)[:max_per_class]:
+            box = oracle_box(loc[:, i].float().numpy(), defaults[i].numpy())
+            if all(oracle_iou(box, other) < np.float32(iou_threshold) for _, _, other in chosen):
+                chosen.append((minus_score, i, box))
+        kept += [(minus_score, i, label - 1, box) for minus_score, i, box in chosen]
+    kept.sort(key=lambda each: each[:3])
+    return kept[:max_detections]
+
+
+def oracle_box(offsets, default):
+    cx, cy = offsets[:2] * np.float32(0.1) * default[2:] + default[:2]
+    w, h = np.exp(offsets[2:] * np.float32(0.2)) * default[2:]
+    half = np.float32(0.5)
+    return np.array([cx - half * w, cy - half * h, cx + half * w, cy + half * h], np.float32)
+
+
+def oracle_iou(a, b):
+    w = max(min(a[2], b[2]) - max(a[0], b[0]), np.float32(0))
+    h = max(min(a[3], b[3]) - max(a[1], b[1]), np.float32(0))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h
+    return w * h / union
+
+
+def assert_equals_oracle(loc, conf, defaults, **options):
+    found = postprocess(loc, conf, defaults, **options)
+    assert found.boxes.shape == (len(loc), options["max_detections"], 4)
+    for image, (boxes, scores, class_ids) in enumerate(found.per_image()):
+        expected = oracle(loc[image], conf[image], defaults, **options)
+        assert class_ids.tolist() == [each[2] for each in expected]
+        np.testing.assert_allclose(scores, [-each[0] for each in expected], atol=1e-6)
+        np.testing.assert_allclose(boxes, np.reshape([each[3] for each in expected], (-1, 4)), atol=1e-6)
+
+
+@st.composite
+def outputs(draw):
+    """Few boxes that overlap a lot, with scores and offsets from short lists, so that ties abound."""
+    images, classes, boxes = draw(st.integers(1, 3)), draw(st.integers(2, 4)), draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.RandomState(seed)
+    tied = draw(st.booleans())
+    loc, conf = random.standard_normal((images, 4, boxes)), 3 * random.standard_normal((images, classes, boxes))
+    if tied:
+        loc, conf = np.zeros_like(loc), conf.round() / 2
+    conf[:, 0] += draw(st.sampled_from([-4, 0, 4, 40]))
+    # Dyadic default boxes: neighbours overlap by exactly 1/3, 1/2, 3/5 ..., where < and <= differ.
+    centers = random.randint(2, 7, (boxes, 2)) / 8
+    defaults = np.concatenate([centers, random.choice([0.25, 0.5], (boxes, 2))], 1)
+    return tuple(torch.from_numpy(each.astype(np.float32)) for each in (loc, conf, defaults))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    outputs(),
+    st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    st.sampled_from([0.3, 0.5, 0.6]),
+    st.sampled_from([1, 5, 200]),
+    st.sampled_from([1, 4, 200]),
+    st.sampled_from([1, 4, 256]),
+)
+def test_equals_the_oracle(tensors, score, iou, most, per_class, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        assert_equals_oracle(
+            *tensors,
+            score_threshold=score,
+            iou_threshold=iou,
+            max_detections=most,
+            max_per_class=per_class,
+        )
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_equals_the_oracle_when_dense(spread):
+    """Hundreds of candidates of a class, over many blocks, most suppressed (0.1) or few (1.0)."""
+    random = np.random.RandomState(5)
+    loc = torch.from_numpy((spread * random.standard_normal((2, 4, 600))).astype(np.float32))
+    conf = torch.from_numpy(random.standard_normal((2, 4, 600)).astype(np.float32))
+    centers = 0.5 + spread * random.uniform(-0.4, 0.4, (600, 2))
+    defaults = torch.from_numpy(np.concatenate([centers, np.full((600, 2), 0.2)], 1).astype(np.float32))
+    assert_equals_oracle(
+        loc, conf, defaults, score_threshold=0.05, iou_threshold=0.5, max_detections=50, max_per_class=200
+    )
+
+
+def test_a_long_chain_of_suppressions():
+    """Each box overlaps only its neighbours, so every second one goes."""
+    centers = torch.arange(300) / 300
+    defaults = torch.stack([centers, torch.full((300,), 0.5), torch.full((300,), 0.011), torch.ones(300)], 1)
+    conf = torch.zeros(1, 2, 300)
+    conf[0, 1] = torch.linspace(9, 1, 300)
+    found = postprocess(
+        torch.zeros(1, 4, 300), conf, defaults, iou_threshold=0.5, max_detections=300, max_per_class=300
+    )
+    np.testing.assert_allclose(found.boxes[0, :150, [0, 2]].mean(1), centers[::2], atol=1e-5)
+    assert found.counts.tolist() == [150]
+
+
+@pytest.mark.parametrize("classes", [None, [1]])
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_nothing_found_has_the_right_shapes_and_types(images, classes):
+    conf = torch.zeros(images, 4, 8732)
+    conf[:, 0] = 20
+    found = postprocess(torch.zeros(images, 4, 8732), conf, default_boxes(), classes=classes)
+    assert found.boxes.shape == (images, 200, 4)
+    for boxes, scores, class_ids in found.per_image():
+        assert (boxes.shape, scores.shape, class_ids.shape) == ((0, 4), (0,), (0,))
+        assert (boxes.dtype, scores.dtype, class_ids.dtype) == (torch.float32, torch.float32, torch.int64)
+
+
+def test_classes_leaves_the_others_out_before_the_best_are_taken():
+    loc, conf = regime_outputs("typical")
+    everything = postprocess(loc, conf, default_boxes(), max_detections=200)
+    wanted = postprocess(loc, conf, default_boxes(), max_detections=200, classes=[3, 70])
+    for all_of, some in zip(everything.per_image(), wanted.per_image(), strict=True):
+        chosen = (all_of[2] == 3) | (all_of[2] == 70)
+        count = int(chosen.sum())
+        assert set(some[2].tolist()) == {3, 70}
+        assert len(some[1]) > count > 0
+        assert torch.equal(some[0][:count], all_of[0][chosen])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    loc, conf = (each.to(dtype) for each in regime_outputs("typical"))
+    found = postprocess(loc, conf, default_boxes())
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    for ours, expected in zip(found, postprocess(loc.float(), conf.float(), default_boxes()), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_inputs_are_left_as_they_are_and_a_second_call_gives_the_same():
+    loc, conf = (each.requires_grad_() for each in regime_outputs("typical"))
+    before = loc.detach().clone(), conf.detach().clone()
+    first, second = (postprocess(loc, conf, default_boxes()) for _ in range(2))
+    assert torch.equal(loc, before[0])
+    assert torch.equal(conf, before[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not first.scores.requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["loc", "conf"])
+def test_outputs_that_are_not_finite_are_an_error_that_names_the_image(which, value):
+    outputs = dict(zip(("loc", "conf"), regime_outputs("typical", images=3), strict=True))
+    outputs[which][1, 2, 77] = value
+    with pytest.raises(NonFiniteError, match=r"image \[1\] of the batch"):
+        postprocess(**outputs, default_boxes=default_boxes())
+
+
+def test_finite_outputs_whose_sum_overflows_are_no_error():
+    loc, conf = regime_outputs("typical", images=1)
+    conf[0, 0] = 1e36
+    assert postprocess(loc, conf, default_boxes()).counts.tolist() == [0]
+
+
+@pytest.mark.parametrize("shapes", [((1, 4, 10), (2, 3, 10)), ((1, 4, 9), (1, 3, 9)), ((4, 10), (3, 10))])
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    loc, conf = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"expected loc \[N, 4, 10\]"):
+        postprocess(loc, conf, default_boxes()[:10])
+
+
+def test_runs_on_cuda_without_mixing_devices(fake_cuda):
+    loc, conf = regime_outputs("typical")
+    expected = postprocess(loc, conf, default_boxes())
+    found = postprocess(loc.to("cuda"), conf.to("cuda"), default_boxes().to("cuda"), classes=range(80))
+    assert all(each.device.type == "cuda" for each in found)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError, match="same device"):
+        postprocess(loc.to("cuda"), conf.to("cuda"), default_boxes())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_real_gpu_gives_what_the_cpu_gives(regime):
+    loc, conf = regime_outputs(regime)
+    expected = postprocess(loc, conf, default_boxes())
+    found = postprocess(loc.cuda(), conf.cuda(), default_boxes().cuda())
+    for (boxes, scores, class_ids), (their_boxes, their_scores, their_ids) in zip(
+        found.per_image(), expected.per_image(), strict=True
+    ):
+        torch.testing.assert_close(scores.cpu(), their_scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(boxes.cpu(), their_boxes, atol=1e-5, rtol=0)
+        assert torch.equal(class_ids.cpu(), their_ids)

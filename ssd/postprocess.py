@@ -126,9 +126,9 @@ def _candidates(
     image, box = likely.nonzero(as_tuple=True)
     scores = conf[image, :, box].float().softmax(1)[:, 1:]
     if classes is not None:
-        wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        wanted = torch.zeros(scores.shape[1], dtype=torch.bool)
         wanted[list(classes)] = True
-        scores = scores.where(wanted, 0)
+        scores = scores.where(wanted.to(scores.device), 0)
     row, class_id = (scores > score_threshold).nonzero(as_tuple=True)
     return image[row], box[row], class_id, scores[row, class_id]
 

@@ -140,6 +140,8 @@ def fetch(
     record = PUBLISHED.get(text)
     url = record.url if record else text
     sha256 = sha256 or (record.sha256 if record else None)
+    if not web.is_web_url(url):
+        raise DownloadError(f"{url} is not an http or https URL; pass the path of a local file")
     path = cached_path(text, sha256)
     if not force and _is_intact(path, sha256):
         return path
@@ -358,7 +360,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:
-    head = path.open("rb").read(512)
+    with path.open("rb") as file:
+        head = file.read(512)
     if not head:
         return "the file is empty"
     if head.lstrip()[:1] == b"<":

@@ -27,7 +27,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request | None:
         if not is_web_url(newurl):
-            raise urllib.error.URLError(f"redirected to {newurl}, which is not http(s)")
+            raise urllib.error.HTTPError(req.full_url, code, f"to {newurl}, not http(s)", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -54,7 +54,7 @@ def is_url(text: str) -> bool:
 
 
 @contextmanager
-def open_url(url: str, timeout: float = TIMEOUT) -> Iterator[http.client.HTTPResponse]:
+def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
     """Open an http(s) URL for reading; every redirect must be http(s) too.
 
     Raises:
@@ -74,7 +74,12 @@ def open_url(url: str, timeout: float = TIMEOUT) -> Iterator[http.client.HTTPRes
     ):
         opener.add_handler(handler())
     request = urllib.request.Request(url, headers={"User-Agent": "ssd300"})
-    with opener.open(request, timeout=timeout) as response:
+    try:
+        response = opener.open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()  # it is a response too, and holds the connection
+        raise
+    with response:
         yield response
 
 

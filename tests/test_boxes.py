@@ -71,9 +71,7 @@ def test_a_truth_that_overlaps_little_still_takes_its_best_default_box():
     assert labels.max() == 7
 
 
-@pytest.mark.parametrize(
-    ("boxes", "labels"), [((3, 4), (2,)), ((4,), ()), ((2, 3, 4), (3,)), ((3, 5), (3,))]
-)
+@pytest.mark.parametrize(("boxes", "labels"), [((3, 4), (2,)), ((4,), ()), ((2, 3, 4), (3,)), ((3, 5), (3,))])
 def test_match_refuses_shapes_that_do_not_fit(boxes, labels):
     with pytest.raises(ValueError, match="boxes must be"):
         match(torch.zeros(boxes), torch.zeros(labels, dtype=torch.int64), default_boxes())

@@ -85,7 +85,10 @@ def outputs(draw):
     seed = draw(st.integers(0, 2**32 - 1))
     random = np.random.RandomState(seed)
     tied = draw(st.booleans())
-    loc, conf = random.standard_normal((images, 4, boxes)), 3 * random.standard_normal((images, classes, boxes))
+    loc, conf = (
+        random.standard_normal((images, 4, boxes)),
+        3 * random.standard_normal((images, classes, boxes)),
+    )
     if tied:
         loc, conf = np.zeros_like(loc), conf.round() / 2
     conf[:, 0] += draw(st.sampled_from([-4, 0, 4, 40]))

@@ -60,6 +60,10 @@ def short(body):
     return {"body": body[: len(body) // 2], "length": len(body)}
 
 
+def redirect(target):
+    return {"body": b"", "status": 302, "headers": {"Location": target}}
+
+
 @pytest.mark.parametrize(
     ("page", "reason", "attempts"),
     [
@@ -69,13 +73,10 @@ def short(body):
         (lambda _: {"body": b""}, "not a checkpoint", 1),
         (lambda body: {"body": body, "status": 403}, "403", 1),
         (lambda body: {"body": body, "status": 503}, "503", 3),
-        (
-            lambda _: {"body": b"", "status": 302, "headers": {"Location": "file:///etc/passwd"}},
-            "not http",
-            3,
-        ),
+        (lambda _: redirect("file:///etc/passwd"), "not allowed", 1),
+        (lambda _: redirect("ftp://localhost/w.pt"), "not http", 1),
     ],
-    ids=["truncated", "html", "html without a type", "empty", "forbidden", "busy", "redirected to a file"],
+    ids=["truncated", "html", "html without a type", "empty", "forbidden", "busy", "to a file", "to ftp"],
 )
 def test_a_bad_download_is_an_error_and_leaves_the_cache_as_it_was(server, body, page, reason, attempts):
     url = server.serve("/w.pt", **page(body))

@@ -184,12 +184,12 @@ def test_compile_in_one_graph(small_model, images):
 
 @pytest.mark.parametrize("head_norm", [False, True])
 def test_forward_under_fake_cuda_tensors(head_norm):
-    with FakeTensorMode():
-        model = SSD300(3, "resnet18", head_norm).to("cuda")
-        loc, conf = model(torch.zeros(2, 3, 300, 300, device="cuda"))
+    with FakeTensorMode(), torch.device("cuda"):
+        model = SSD300(3, "resnet18", head_norm)
+        loc, conf = model(torch.zeros(2, 3, 300, 300))
         assert (loc.device.type, conf.device.type) == ("cuda", "cuda")
         with pytest.raises(Exception, match=r"(?i)device"):
-            model(torch.zeros(2, 3, 300, 300))
+            model(torch.zeros(2, 3, 300, 300, device="cpu"))
 
 
 @pytest.mark.cuda

@@ -235,9 +235,8 @@ def _read_url(url: str) -> bytes:
         raise ImageError(f"{url}: only http and https URLs are read{hint}")
     try:
         with web.open_url(url) as response:
-            kind = response.headers.get_content_type()
-            if kind.startswith("text/"):
-                raise ImageError(f"{url}: the server sent {kind}, not an image")
+            if response.headers.get_content_type() == "text/html":
+                raise ImageError(f"{url}: the server sent a web page, not an image")
             body = bytearray()
             while chunk := response.read(web.CHUNK):
                 body += chunk

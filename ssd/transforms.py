@@ -35,8 +35,7 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Returns:
         ``[..., 3, 300, 300]``, a view of channels-last memory, normalised with ImageNet mean and deviation.
     """
-    mean = torch.tensor(MEAN, device=images.device).mul_(255)
-    std = torch.tensor(STD, device=images.device).mul_(255)
+    mean, std = (torch.tensor(values).mul(255).to(images.device) for values in (MEAN, STD))
     return images.float().sub_(mean).div_(std).to(dtype).movedim(-1, -3)
 
 

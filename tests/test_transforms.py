@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from ssd.transforms import evaluation_transform, normalize, resize
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 300), (120, 200), (1, 1), (37, 900)])
+def test_equals_torchvisions_transform_of_pil_images(size):
+    """The published validation transform: Resize, ToTensor, Normalize, on PIL images."""
+    random = np.random.RandomState(0)
+    image = Image.fromarray(random.randint(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = v2.Compose(
+        [
+            v2.Resize((300, 300)),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )(image)
+    torch.testing.assert_close(evaluation_transform(image), torch.Tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_normalize_by_hand():
+    pixels = torch.zeros(2, 300, 300, 3, dtype=torch.uint8)
+    pixels[..., 0], pixels[..., 1] = 255, 51
+    result = normalize(pixels)
+    assert result.shape == (2, 3, 300, 300)
+    expected = [(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, -0.406 / 0.225]
+    np.testing.assert_allclose(result[1, :, 7, 9], expected, atol=1e-6)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalize_rounds_only_the_result(dtype):
+    pixels = resize(Image.effect_mandelbrot((300, 300), (-2, -1.5, 1, 1.5), 50).convert("RGB"))
+    assert torch.equal(normalize(pixels, dtype), normalize(pixels).to(dtype))
+
+
+def test_on_cuda_without_mixing_devices(fake_cuda):
+    pixels = torch.zeros(1, 300, 300, 3, dtype=torch.uint8).to("cuda")
+    assert normalize(pixels, torch.float16).device.type == "cuda"

@@ -23,7 +23,8 @@ from ssd.labels import category_ids
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-_SMALLEST_PICTURE = 640  # pixels of the longer side under which a picture is enlarged before it is drawn on
+# Pixels of the shorter and the longer side under which a picture is enlarged before it is drawn on.
+_SMALLEST_PICTURE = (160, 640)
 _LARGEST_PREVIEW = 960
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
@@ -233,7 +234,8 @@ class Detections:
         """
         if self.image is None:
             raise ValueError("these detections have no image to draw on")
-        factor = max(1, -(-_SMALLEST_PICTURE // max(self.image.size)))
+        shorter, longer = sorted(self.image.size)
+        factor = max(-(-_SMALLEST_PICTURE[0] // shorter), -(-_SMALLEST_PICTURE[1] // longer))
         size = (self.image.width * factor, self.image.height * factor)
         picture = self.image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else self.image.copy()
         labels = [f"{name} {score:.0%}" for _, score, _, name in self]

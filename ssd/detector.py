@@ -232,9 +232,8 @@ class Detector:
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{', '.join(each.name for each in batch)}: {error}") from error
-            # Once for the batch: on a GPU each transfer waits for all that was queued.
-            found = type(found)(*(values.cpu() for values in found))
-        return [self._result(each, *parts) for each, parts in zip(batch, found.per_image(), strict=True)]
+        parts = found.cpu().per_image()
+        return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
 
     def _result(self, of: _Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
         width, height = of.image.size

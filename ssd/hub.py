@@ -134,8 +134,8 @@ class Processing:
         loc, conf = predictions
         found = postprocess(loc, conf, default_boxes().to(loc.device), iou_threshold=0.5, max_detections=20)
         return [
-            [boxes.cpu().numpy(), class_ids.cpu().numpy() + 1, scores.cpu().numpy()]
-            for boxes, scores, class_ids in found.per_image()
+            [boxes.numpy(), class_ids.numpy() + 1, scores.numpy()]
+            for boxes, scores, class_ids in found.cpu().per_image()
         ]
 
     @staticmethod

@@ -33,6 +33,10 @@ class PaddedDetections(NamedTuple):
     counts: Tensor
     """int64 ``[N]``."""
 
+    def cpu(self) -> "PaddedDetections":
+        """The same on the CPU: four transfers for the batch, each of which waits for the device."""
+        return PaddedDetections(*(values.cpu() for values in self))
+
     def per_image(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """``(boxes [K, 4], scores [K], class_ids [K])`` of each image; K may be 0."""
         return [

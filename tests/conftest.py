@@ -61,9 +61,11 @@ def made_model(num_classes: int = 4, head_norm: bool = False) -> SSD300:
     model = SSD300(num_classes, "resnet18", head_norm)
     model.load_state_dict(made_weights({key: value.shape for key, value in model.state_dict().items()}))
     with torch.no_grad():
-        for heads, factor in ((model.loc, 0.03), (model.conf, 0.1)):
+        for heads, factor in ((model.loc, 0.03), (model.conf, 0.03)):
             for head in heads:
                 head.weight *= factor
+        for head in model.conf:
+            head.bias[: head.out_channels // num_classes] += 2.5  # the background
     return model.eval()
 
 

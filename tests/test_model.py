@@ -264,7 +264,7 @@ def test_load_model_names_what_does_not_fit(tmp_path, small_model, fault):
     else:
         state["loc.5.bias"] = torch.zeros(3)
     torch.save(state, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=rf"bad\.pt does not fit .*loc\.[56]\.bias"):
+    with pytest.raises(CheckpointError, match=r"bad\.pt does not fit .*loc\.[56]\.bias"):
         load_model(tmp_path / "bad.pt")
 
 

@@ -1,0 +1,279 @@
+import csv
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import PHOTOS
+from PIL import Image
+
+from ssd import __version__, cli
+from ssd.detector import Detector
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, weights_file):
+    """Runs the command in an empty folder, and gives its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, weights=True):
+        command = ["ssd", *map(str, arguments)]
+        if weights and arguments[0] == "detect":
+            command += ["--weights", str(weights_file), "--score-threshold", "0.35"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def test_detect_a_folder(run, photos, tmp_path, weights_file):
+    status, out, err = run("detect", photos)
+    assert status == 0
+    folder = tmp_path / "runs" / "detect-1"
+    assert sorted(os.listdir(folder)) == [*(f"{name}.jpg" for name in sorted(PHOTOS)), "detections.json"]
+    written = json.loads((folder / "detections.json").read_text())
+    expected = [each.to_dict() for each in Detector.load(weights_file).stream(photos, score_threshold=0.35)]
+    assert written == expected
+    assert sum(len(each["detections"]) for each in written) > 0
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith(f"{photos / 'astronaut.jpg'}: ")
+    assert lines[-1].startswith("3 images, ")
+    assert lines[-1].endswith("results and pictures in runs/detect-1")
+    assert "it/s" not in err
+    with Image.open(folder / "coffee.jpg") as picture:
+        assert picture.size == (1200, 800)
+
+
+def test_each_run_has_its_own_folder(run, photos, tmp_path):
+    for _ in range(2):
+        assert run("detect", photos / "coffee.jpg", "--no-images")[0] == 0
+    assert sorted(os.listdir(tmp_path / "runs")) == ["detect-1", "detect-2"]
+    assert os.listdir(tmp_path / "runs" / "detect-2") == ["detections.json"]
+
+
+def test_one_image_is_shown_as_a_table(run, photos):
+    _, out, _ = run("detect", photos / "coffee.jpg", "--max-detections", 2)
+    assert len([line for line in out.splitlines() if "%" in line]) == 2
+
+
+def test_one_bad_image_never_stops_the_rest(run, photos, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    status, out, err = run("detect", "bad.jpg", photos / "coffee.jpg", "gone.jpg", "--output", "out")
+    assert status == 1
+    assert "cannot read bad.jpg: not an image" in err
+    assert "cannot read gone.jpg: no such file" in err
+    assert "1 image, " in out
+    assert "2 could not be read" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["coffee.jpg", "detections.json"]
+
+
+def test_only_bad_images(run, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    status, out, _ = run("detect", "bad.jpg", "--output", "out")
+    assert status == 1
+    assert "0 images, 0 objects, 1 could not be read; results in out" in out
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+
+
+def test_urls_and_globs(run, photos, server, tmp_path):
+    url = server.serve("/some%20photo.jpg?x=1", (photos / "coffee.jpg").read_bytes(), kind="image/jpeg")
+    status, _, _ = run("detect", url, f"{photos}/c*.jpg", "--output", "out")
+    assert status == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "chelsea.jpg",
+        "coffee.jpg",
+        "detections.json",
+        "some photo.jpg",
+    ]
+
+
+def test_csv(run, photos, tmp_path):
+    run("detect", photos, "--format", "csv", "--output", "out", "--no-images")
+    with (tmp_path / "out" / "detections.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["source"] for row in rows} <= {str(photos / f"{name}.jpg") for name in PHOTOS}
+    assert {row["name"] for row in rows} <= {"cat", "cup", "person"}
+
+
+def test_yolo(run, photos, tmp_path):
+    run("detect", photos, "--format", "yolo", "--output", "out", "--score-threshold", "0.9")
+    assert sorted(os.listdir(tmp_path / "out" / "labels")) == [f"{name}.txt" for name in sorted(PHOTOS)]
+
+
+def test_coco(run, photos, tmp_path):
+    for name in ("000000397133", "000000000025"):
+        (tmp_path / f"{name}.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
+    run("detect", "*.jpg", "--format", "coco", "--output", "out")
+    entries = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {(each["image_id"], each["file_name"]) for each in entries} == {
+        (397133, "000000397133.jpg"),
+        (25, "000000000025.jpg"),
+    }
+    assert {each["category_id"] for each in entries} <= {1, 2, 3}
+
+
+def test_sources_are_never_overwritten_and_equal_names_get_numbers(run, photos, tmp_path):
+    for name in ("a/x.jpg", "b/x.jpg", "x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((photos / "coffee.jpg").read_bytes())
+    before = (tmp_path / "a" / "x.jpg").read_bytes()
+    status, _, _ = run("detect", "a/x.jpg", "b/x.jpg", "x.png", "--output", "a")
+    assert status == 0
+    assert (tmp_path / "a" / "x.jpg").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "a")) == ["detections.json", "x-2.jpg", "x-3.jpg", "x-4.png", "x.jpg"]
+
+
+def test_classes_and_precision(run, photos, tmp_path):
+    status, _, _ = run(
+        "detect", photos, "--classes", "cat, person", "--precision", "bf16", "--output", "out", "--no-images"
+    )
+    assert status == 0
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {found["name"] for each in written for found in each["detections"]} <= {"cat", "person"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["detect"], "Missing argument"),
+        (["detect", "*.nothing"], "no images in"),
+        (["detect", "a.jpg", "--classes", "persom"], "did you mean person"),
+        (["detect", "a.jpg", "--score-threshold", "2"], "score-threshold"),
+        (["detect", "a.jpg", "--precision", "fp8"], "fp8"),
+        (["detect", "a.jpg", "--format", "xml"], "xml"),
+        (["detect", "a.jpg", "--batch-size", "0"], "batch-size"),
+        (["detect", "a.jpg", "--no-such"], "no-such"),
+        (["detct"], "detct"),
+    ],
+)
+def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_weights_end_in_a_line(run, photos, tmp_path):
+    status, _, err = run("detect", photos, weights=False)
+    assert status == 1
+    assert err.startswith("ssd: could not download https://api.ngc.nvidia.com/")
+    assert "--weights" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+    status, _, err = run("detect", photos, "--weights", "gone.pt", weights=False)
+    assert status == 1
+    assert err.startswith("ssd: no weights at gone.pt")
+
+
+def test_damaged_weights_end_in_a_line(run, photos, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04")
+    status, _, err = run("detect", photos, "--weights", "bad.pt", weights=False)
+    assert status == 1
+    assert err.startswith("ssd: bad.pt: damaged")
+
+
+def test_info(run):
+    status, out, _ = run("info")
+    assert status == 0
+    for part in (__version__, "torch ", "cpu: ", "fp32", "coco: ", "not downloaded"):
+        assert part in out
+    facts = json.loads(run("info", "--json")[1])
+    assert facts["versions"]["ssd300"] == __version__
+    assert facts["devices"][0]["device"] == "cpu"
+    assert facts["weights"][0] == {"name": "coco", "path": facts["weights"][0]["path"], "size": None}
+
+
+def test_download(run, server, weights_file):
+    url = server.serve("/small.safetensors", weights_file.read_bytes())
+    status, out, _ = run("download", url)
+    assert status == 0
+    assert "resnet18, 3 classes" in out
+    assert run("download", url)[0] == 0
+    assert len(server.requests) == 1
+    assert run("download", url, "--force")[0] == 0
+    assert len(server.requests) == 2
+    assert run("download", server.url("/gone"))[0] == 1
+
+
+def test_version_and_help(run):
+    assert run("--version")[1] == f"ssd300 {__version__}\n"
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(verb in out for verb in ("detect", "download", "info"))
+
+
+# --- In a process of its own ---
+
+
+def command(*arguments):
+    return [sys.executable, "-W", "ignore", "-m", "ssd", *map(str, arguments)]
+
+
+def test_python_m_ssd_is_the_same():
+    result = subprocess.run(command("--version"), capture_output=True, text=True, check=True)
+    assert result.stdout == f"ssd300 {__version__}\n"
+
+
+def test_a_terminal_has_a_progress_bar(photos, tmp_path, weights_file):
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command("detect", photos, "--weights", weights_file),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(main, 4096):
+            shown += chunk
+    except OSError:  # the terminal is gone when its last user is
+        pass
+    os.close(main)
+    assert process.wait(60) == 0
+    assert b"3/3" in shown
+
+
+def test_ctrl_c_keeps_what_is_done(photos, tmp_path, server, weights_file):
+    """The third image never comes; the first two are there when the command is interrupted."""
+    asked = threading.Event()
+
+    def stall(handler):
+        asked.set()
+        server.closing.wait(60)
+
+    server.pages["/slow.jpg"] = stall
+    process = subprocess.Popen(
+        command(
+            "detect",
+            photos / "coffee.jpg",
+            photos / "chelsea.jpg",
+            server.url("/slow.jpg"),
+            *("--weights", weights_file, "--output", "out", "--batch-size", 1, "--no-images"),
+        ),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"},
+    )
+    assert asked.wait(60)
+    lines = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    server.closing.set()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "coffee.jpg" in lines[0]
+    assert "2 images" in out
+    assert "1 left out" in out
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2

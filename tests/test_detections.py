@@ -1,0 +1,331 @@
+import csv
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssd.detections import Detection, Detections
+from ssd.labels import COCO_NAMES
+
+NAMES = ("cat", "dog", "wine glass")
+
+
+@pytest.fixture
+def image():
+    return Image.effect_mandelbrot((200, 100), (-2, -1, 1, 1), 50).convert("RGB")
+
+
+@pytest.fixture
+def found(image):
+    """Three objects in an image 200 wide and 100 high."""
+    return Detections(
+        boxes=[[10, 20, 50, 60], [0, 0, 200, 100], [150.25, 1.5, 199, 99]],
+        scores=[0.9, 0.5, 0.4],
+        class_ids=[1, 0, 2],
+        class_names=NAMES,
+        image_size=(100, 200),
+        source="a,b.jpg",
+        image=image,
+    )
+
+
+@pytest.fixture
+def nothing(image):
+    return Detections([], [], [], class_names=NAMES, image_size=(100, 200), image=image)
+
+
+def test_types_and_shapes(found, nothing):
+    for each, count in ((found, 3), (nothing, 0)):
+        assert each.boxes.shape == (count, 4)
+        assert each.scores.shape == each.class_ids.shape == (count,)
+        assert (each.boxes.dtype, each.scores.dtype, each.class_ids.dtype) == (
+            np.float32,
+            np.float32,
+            np.int64,
+        )
+        assert len(each) == count
+
+
+def test_it_cannot_be_changed(found):
+    with pytest.raises(AttributeError):
+        found.scores = None
+    with pytest.raises(ValueError, match="read-only"):
+        found.scores[0] = 1
+
+
+def test_it_does_not_share_the_given_arrays():
+    boxes = np.array([[1, 2, 3, 4]], np.float32)
+    found = Detections(boxes, [1], [0], class_names=NAMES, image_size=(9, 9))
+    boxes[0, 0] = 2
+    assert found.boxes[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": [[1, 2, 3]]}, r"boxes must be \[K, 4\]; got \[1, 3\]"),
+        ({"boxes": [1, 2, 3, 4]}, r"boxes must be \[K, 4\]"),
+        ({"boxes": [[1, 2, float("nan"), 4]]}, "NaN"),
+        ({"boxes": [[3, 2, 1, 4]]}, "right < left"),
+        ({"scores": [0.1, 0.2]}, r"1 boxes need as many .* \[2\]"),
+        ({"scores": [1.5]}, r"\[0, 1\]"),
+        ({"scores": [float("nan")]}, r"\[0, 1\]"),
+        ({"class_ids": [3]}, "from 0 to 2"),
+        ({"class_ids": [-1]}, "from 0 to 2"),
+        ({"class_ids": [0.5]}, "integers"),
+        ({"class_ids": [[0]]}, "as many"),
+    ],
+)
+def test_wrong_values_are_refused_with_what_is_wrong(changes, message):
+    values = {"boxes": [[1, 2, 3, 4]], "scores": [0.5], "class_ids": [0]} | changes
+    with pytest.raises(ValueError, match=message):
+        Detections(**values, class_names=NAMES, image_size=(9, 9))
+
+
+# --- Choosing ---
+
+
+def test_iteration_and_integers_give_single_detections(found):
+    assert list(found)[0] == found[0] == Detection((10, 20, 50, 60), 0.9, 1, "dog")
+    assert found[-1] == found[np.int64(2)] == list(found)[2]
+    assert found.names == ["dog", "cat", "wine glass"]
+    with pytest.raises(IndexError):
+        found[3]
+
+
+@pytest.mark.parametrize(
+    ("index", "scores"),
+    [
+        (slice(1, None), [0.5, 0.4]),
+        (np.array([True, False, True]), [0.9, 0.4]),
+        ([True, False, False], [0.9]),
+        (np.array([2, 0]), [0.4, 0.9]),
+        ([2], [0.4]),
+        ([], []),
+        (np.zeros(3, bool), []),
+    ],
+)
+def test_slices_masks_and_lists_give_detections(found, index, scores):
+    chosen = found[index]
+    assert isinstance(chosen, Detections)
+    np.testing.assert_allclose(chosen.scores, scores)
+    assert chosen.boxes.shape == (len(scores), 4)
+    assert chosen.class_names == NAMES
+    assert chosen.source == found.source
+
+
+def test_filter_by_an_expression(found):
+    assert found[(found.scores > 0.4) & (found.class_ids == 1)].names == ["dog"]
+
+
+def test_text(found, nothing):
+    assert repr(found) == "Detections(1 dog, 1 cat, 1 wine glass)"
+    assert repr(nothing) == "Detections(no objects)"
+    assert str(nothing) == "no objects"
+    lines = str(found).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["dog", "90%", "10.0", "20.0", "50.0", "60.0"]
+
+
+# --- Writing ---
+
+
+def test_dict_and_json(found, nothing):
+    content = json.loads(found.to_json())
+    assert content == found.to_dict()
+    assert (content["source"], content["width"], content["height"]) == ("a,b.jpg", 200, 100)
+    assert content["detections"][0] == {"name": "dog", "class_id": 1, "score": 0.9, "box": [10, 20, 50, 60]}
+    assert json.loads(nothing.to_json())["detections"] == []
+
+
+def test_numbers_come_back_exactly():
+    boxes = (
+        np.sort(np.random.RandomState(0).uniform(0, 500, (50, 2, 2)), axis=1)
+        .reshape(50, 4)
+        .astype(np.float32)
+    )
+    scores = np.random.RandomState(1).uniform(0, 1, 50).astype(np.float32)
+    found = Detections(boxes, scores, [0] * 50, class_names=NAMES, image_size=(500, 500))
+    entries = json.loads(found.to_json())["detections"]
+    np.testing.assert_array_equal(np.array([each["box"] for each in entries], np.float32), boxes)
+    np.testing.assert_array_equal(np.array([each["score"] for each in entries], np.float32), scores)
+
+
+def test_coco_has_official_ids_and_xywh(found, nothing):
+    coco = Detections([[10, 20, 50, 60]], [0.9], [79], class_names=COCO_NAMES, image_size=(100, 200))
+    assert coco.to_coco(397133) == [
+        {"image_id": 397133, "category_id": 90, "bbox": [10, 20, 40, 40], "score": 0.9}
+    ]
+    assert [each["category_id"] for each in found.to_coco("x")] == [2, 1, 3]
+    assert nothing.to_coco(1) == []
+
+
+def test_coco_entries_are_taken_by_pycocotools(found):
+    from pycocotools.coco import COCO
+
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 7}], "categories": [{"id": i} for i in (1, 2, 3)], "annotations": []}
+    truth.createIndex()
+    results = truth.loadRes(found.to_coco(7))
+    assert [each["area"] for each in results.anns.values()][:2] == [40 * 40, 200 * 100]
+
+
+def test_yolo(found, nothing):
+    lines = found.to_yolo().splitlines()
+    assert lines[0] == "1 0.150000 0.400000 0.200000 0.400000"
+    assert lines[1] == "0 0.500000 0.500000 1.000000 1.000000"
+    assert found.to_yolo(scores=True).splitlines()[0] == "1 0.150000 0.400000 0.200000 0.400000 0.900000"
+    assert nothing.to_yolo() == ""
+
+
+def test_csv_is_quoted(found, nothing):
+    rows = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert rows[2]["source"] == "a,b.jpg"
+    assert rows[2]["name"] == "wine glass"
+    assert float(rows[2]["left"]) == 150.25
+    assert found.to_csv(header=False).count("\n") == 3
+    assert nothing.to_csv().count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")
+def test_supervision(found, nothing):
+    for each in (found, nothing):
+        converted = each.to_supervision()
+        np.testing.assert_array_equal(converted.xyxy, each.boxes)
+        np.testing.assert_array_equal(converted.class_id, each.class_ids)
+        assert converted["class_name"].tolist() == each.names
+
+
+def test_supervision_where_it_is_missing_names_the_command(found, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        found.to_supervision()
+
+
+# --- Drawing ---
+
+
+def test_draw_marks_the_box_and_leaves_the_rest(image):
+    found = Detections([[40, 30, 120, 90]], [0.8], [1], class_names=NAMES, image_size=(100, 200), image=image)
+    before = np.asarray(image).copy()
+    picture = found.draw()
+    assert picture.size == (800, 400)  # enlarged by a whole factor, until the longer side has 640 pixels
+    np.testing.assert_array_equal(np.asarray(image), before)
+    plain = np.asarray(image.resize(picture.size, Image.Resampling.BICUBIC))
+    changed = (np.asarray(picture) != plain).any(axis=2)
+    assert changed[200, 160]  # the left edge
+    assert changed[120, 300]  # the top edge
+    assert not changed[200, 300]  # the middle
+    assert not changed[:, 520:].any()  # right of the box
+    assert changed[100:120, 165:220].mean() > 0.9  # the label, above
+
+
+def test_draw_nothing_is_the_image(nothing):
+    picture = nothing.draw()
+    np.testing.assert_array_equal(
+        np.asarray(picture.resize((200, 100), Image.Resampling.BOX)).shape, (100, 200, 3)
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 900), (900, 20), (3000, 2000)])
+def test_labels_lie_inside_pictures_of_any_size_and_do_not_cover_each_other(size, monkeypatch):
+    places = []
+    original = __import__("ssd.detections", fromlist=["_"])._label_place
+    monkeypatch.setattr(
+        "ssd.detections._label_place", lambda *arguments: places.append(original(*arguments)) or places[-1]
+    )
+    width, height = size
+    found = Detections(
+        [[0, 0, width, height], [0, 0, width / 2, height / 2], [width / 2, height / 2, width, height]],
+        [0.9, 0.8, 0.7],
+        [2, 1, 0],
+        class_names=NAMES,
+        image_size=(height, width),
+        image=Image.new("RGB", size),
+    )
+    picture = found.draw()
+    for left, top, right, bottom in places:
+        assert left >= 0
+        assert top >= 0
+        assert right <= picture.width
+        assert bottom <= picture.height
+    for i, a in enumerate(places):
+        for b in places[:i]:
+            assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+
+
+def test_a_class_has_one_colour_and_coco_has_80():
+    from ssd.detections import _color
+
+    assert len({_color(i) for i in range(80)}) == 80
+    assert _color(3) == _color(3)
+    nearest = min(
+        sum((a - b) ** 2 for a, b in zip(_color(i), _color(j), strict=True))
+        for i in range(80)
+        for j in range(i)
+    )
+    assert nearest > 100
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
+def test_save(found, tmp_path, suffix):
+    path = found.save(tmp_path / f"out{suffix}")
+    with Image.open(path) as picture:
+        assert picture.size == (800, 400)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_save_never_overwrites_the_source_and_names_unknown_suffixes(image, tmp_path):
+    source = tmp_path / "a.png"
+    image.save(source)
+    found = Detections([], [], [], class_names=NAMES, image_size=(100, 200), source=str(source), image=image)
+    with pytest.raises(ValueError, match="never overwritten"):
+        found.save(tmp_path / "." / "a.png")
+    with pytest.raises(ValueError, match=r"\.jpg, \.png"):
+        found.save(tmp_path / "a.text")
+
+
+def test_without_an_image_there_is_no_picture(found):
+    bare = Detections(found.boxes, found.scores, found.class_ids, class_names=NAMES, image_size=(100, 200))
+    with pytest.raises(ValueError, match="no image"):
+        bare.draw()
+    assert bare._repr_png_() is None
+    assert "<img" not in bare._repr_html_()
+
+
+def test_notebook_representations(image):
+    found = Detections(
+        [[0, 0, 9, 9]],
+        [0.9],
+        [0],
+        class_names=("<b>&",),
+        image_size=(100, 200),
+        source="<x>.jpg",
+        image=image,
+    )
+    text = found._repr_html_()
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in text
+    assert "<x>" not in text
+    assert text.count("<tr>") == 2
+    with Image.open(io.BytesIO(found._repr_png_())) as picture:
+        assert max(picture.size) <= 960
+
+
+def test_drawing_from_several_threads(found):
+    expected = found.draw().tobytes()
+    wrong = []
+
+    def draw():
+        if found.draw().tobytes() != expected:
+            wrong.append(1)
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,293 @@
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHOTOS, made_model
+from PIL import Image
+
+from ssd.boxes import default_boxes
+from ssd.detections import Detections
+from ssd.detector import Detector
+from ssd.images import ImageError
+from ssd.postprocess import NonFiniteError, postprocess
+from ssd.transforms import evaluation_transform
+
+LOW = {"score_threshold": 0.3}
+
+
+@pytest.fixture(scope="module")
+def photo(photos):
+    return photos / "chelsea.jpg"
+
+
+def same(a, b):
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("boxes", "scores", "class_ids")
+    )
+
+
+def close(a, b):
+    return a.class_ids.tolist() == b.class_ids.tolist() and all(
+        np.allclose(getattr(a, name), getattr(b, name), atol=tolerance)
+        for name, tolerance in (("boxes", 0.05), ("scores", 1e-4))
+    )
+
+
+def test_equals_transform_network_and_postprocess(detector, small_model, photo):
+    image = Image.open(photo).convert("RGB")
+    with torch.no_grad():
+        outputs = small_model(evaluation_transform(image)[None])
+    expected = postprocess(*outputs, default_boxes(), score_threshold=0.3, max_detections=100)
+    boxes, scores, class_ids = expected.per_image()[0]
+    found = detector(photo, **LOW)
+    assert 3 < len(found) == len(scores) < 100
+    size = np.array([image.width, image.height, image.width, image.height])
+    np.testing.assert_allclose(found.boxes, np.clip(boxes.numpy() * size, 0, size), atol=0.05)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    assert found.class_ids.tolist() == class_ids.tolist()
+
+
+def test_result(detector, photo):
+    found = detector(str(photo), **LOW)
+    assert isinstance(found, Detections)
+    assert found.class_names == ("cat", "cup", "person")
+    assert found.image_size == (300, 451)
+    assert found.source == str(photo)
+    assert found.image.size == (451, 300)
+    assert (np.diff(found.scores) <= 0).all()
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= [451, 300, 451, 300]).all()
+    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+
+
+def test_every_kind_of_source_gives_the_same_detections(detector, photo):
+    image = Image.open(photo).convert("RGB")
+    expected = detector(photo, **LOW)
+    for source in (
+        image,
+        np.asarray(image),
+        torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        photo.read_bytes(),
+    ):
+        assert same(detector(source, **LOW), expected)
+
+
+def test_boxes_follow_the_image_when_it_is_stretched(detector, photo):
+    """The network sees the same picture, so boxes scale with the image."""
+    image = Image.open(photo).convert("RGB").resize((300, 300))
+    tall = image.resize((300, 600), Image.Resampling.NEAREST).resize((300, 600))
+    a, b = detector(image, **LOW), detector(tall, **LOW)
+    assert len(a) > 0
+    assert b.image_size == (600, 300)
+    best = b[b.class_ids == a.class_ids[0]].boxes / [1, 2, 1, 2]
+    assert np.abs(best - a.boxes[0]).max(axis=1).min() < 15
+
+
+def test_one_gives_one_and_a_list_a_list(detector, photos):
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    results = detector(paths, **LOW)
+    assert [each.source for each in results] == [str(path) for path in paths]
+    assert all(close(each, detector(path, **LOW)) for each, path in zip(results, paths, strict=True))
+    assert len(detector(tuple(paths[:1]))) == 1
+    assert detector([]) == []
+    for size in (1, 2, 5):
+        again = detector(paths, batch_size=size, **LOW)
+        assert all(close(a, b) for a, b in zip(again, results, strict=True))
+
+
+def test_nothing_found(detector, photo):
+    found = detector(photo, score_threshold=1.0)
+    assert found.boxes.shape == (0, 4)
+    assert (found.scores.dtype, found.class_ids.dtype) == (np.float32, np.int64)
+
+
+def test_options(detector, photo):
+    found = detector(photo, **LOW)
+    assert same(detector(photo, max_detections=3, **LOW), found[:3])
+    some = detector(photo, classes=["person", 0], **LOW)
+    assert set(some.names) <= {"person", "cat"}
+    assert len(detector(photo, classes=[], **LOW)) == 0
+    assert len(detector(photo, iou_threshold=0.1, **LOW)) < len(detector(photo, iou_threshold=0.9, **LOW))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_threshold": 1.5}, "score_threshold must be in"),
+        ({"iou_threshold": -1}, "iou_threshold must be in"),
+        ({"max_detections": 0}, "max_detections must be"),
+        ({"classes": ["persom"]}, "did you mean person"),
+        ({"classes": ["zebra"]}, "it knows cat, cup, person"),
+        ({"classes": [3]}, "no class 3"),
+    ],
+)
+def test_wrong_options_are_named(detector, photo, options, message):
+    with pytest.raises(ValueError, match=message):
+        detector(photo, **options)
+    with pytest.raises(ValueError, match=message):
+        detector.stream([photo], **options)
+
+
+def test_wrong_batch_size_is_named(detector):
+    with pytest.raises(ValueError, match="batch_size"):
+        detector.stream([], batch_size=0)
+
+
+def test_bad_images_are_named(detector, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
+        detector(tmp_path / "bad.jpg")
+    with pytest.raises(FileNotFoundError):
+        detector([tmp_path / "gone.jpg"])
+
+
+# --- Stream ---
+
+
+def test_stream_of_a_folder_and_a_glob(detector, photos):
+    from_folder = list(detector.stream(photos, batch_size=2, **LOW))
+    assert [each.source for each in from_folder] == [str(photos / f"{name}.jpg") for name in PHOTOS]
+    from_glob = list(detector.stream(f"{photos}/*.jpg", **LOW))
+    assert all(close(a, b) for a, b in zip(from_folder, from_glob, strict=True))
+
+
+def test_stream_is_lazy_and_reads_only_a_little_ahead(detector, photo):
+    asked = []
+
+    def endless():
+        while True:
+            asked.append(1)
+            yield photo
+
+    results = detector.stream(endless(), batch_size=2)
+    assert asked == []
+    next(results)
+    assert len(asked) <= 6
+    results.close()
+
+
+def test_stream_reads_off_the_main_thread_in_order_and_stops_its_threads(detector, photos, monkeypatch):
+    from ssd import detector as module
+
+    threads, original = set(), module.load_image
+
+    def noted(source):
+        threads.add(threading.current_thread().name)
+        return original(source)
+
+    monkeypatch.setattr(module, "load_image", noted)
+    paths = [photos / f"{PHOTOS[i % 3]}.jpg" for i in range(7)]
+    assert [each.source for each in detector.stream(paths, batch_size=3)] == [str(path) for path in paths]
+    assert threads
+    assert all(name.startswith("ssd-read") for name in threads)
+    assert not any(thread.name.startswith("ssd-read") for thread in threading.enumerate())
+
+
+def test_stream_names_bad_images_and_goes_on(detector, photos, tmp_path):
+    bad, gone = tmp_path / "bad.jpg", tmp_path / "gone.jpg"
+    bad.write_bytes(b"")
+    errors = []
+    paths = [bad, photos / "coffee.jpg", gone, photos / "chelsea.jpg"]
+    found = list(detector.stream(paths, on_error=lambda name, error: errors.append((name, type(error)))))
+    assert [each.source for each in found] == [str(paths[1]), str(paths[3])]
+    assert errors == [(str(bad), ImageError), (str(gone), FileNotFoundError)]
+    with pytest.raises(ImageError):
+        list(detector.stream(paths))
+
+
+# --- Robustness ---
+
+
+def test_nan_outputs_are_an_error_that_names_the_image(photo):
+    model = made_model()
+    torch.nn.init.constant_(model.conf[2].bias, float("nan"))
+    broken = Detector(model, ("cat", "cup", "person"))
+    with pytest.raises(NonFiniteError, match=r"chelsea\.jpg.*NaN"):
+        broken(photo)
+
+
+def test_a_detector_keeps_its_own_copy_in_eval_mode(photo):
+    model = made_model().train()
+    detector = Detector(model, ("cat", "cup", "person"))
+    before = detector(photo, **LOW)
+    torch.nn.init.zeros_(model.conf[0].weight)
+    assert same(detector(photo, **LOW), before)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_names_must_fit_the_model(small_model):
+    with pytest.raises(ValueError, match="needs 3 names; got 2"):
+        Detector(small_model, ("cat", "cup"))
+
+
+def test_threads_give_what_one_thread_gives(detector, photos):
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    expected = [detector(path, **LOW) for path in paths]
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            wrong.extend(
+                path
+                for path, right in zip(paths, expected, strict=True)
+                if not close(detector(path, **LOW), right)
+            )
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- Loading, precision, devices ---
+
+
+def test_load(detector, weights_file, photo):
+    loaded = Detector.load(weights_file)
+    assert loaded.class_names == ("cat", "cup", "person")
+    assert same(loaded(photo, **LOW), detector(photo, **LOW))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_half_precision_finds_much_the_same(detector, weights_file, photo, precision, dtype):
+    half = Detector.load(weights_file, "cpu", precision)
+    assert half.dtype == dtype
+    found, expected = half(photo, **LOW), detector(photo, **LOW)
+    assert found.boxes.dtype == np.float32
+    assert abs(len(found) - len(expected)) <= 0.2 * len(expected)
+    assert abs(found.scores[0] - expected.scores[0]) < 0.05
+
+
+def test_a_device_that_is_not_there_is_named(weights_file):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="choose device 'cpu'"):
+        Detector.load(weights_file, device="cuda")
+
+
+def test_on_cuda_without_mixing_devices(fake_cuda, detector, small_model, photo):
+    expected = detector(photo, **LOW)
+    on_cuda = copy.copy(detector)
+    on_cuda.device = torch.device("cuda")
+    on_cuda._default_boxes = default_boxes().to("cuda")
+
+    def forward(images):
+        assert images.device.type == "cuda"
+        return tuple(each.to("cuda") for each in small_model(images.cpu()))
+
+    on_cuda.model = forward
+    assert close(on_cuda(photo, **LOW), expected)
+
+
+@pytest.mark.cuda
+def test_a_real_gpu_finds_what_the_cpu_finds(detector, weights_file, photos):
+    on_gpu = Detector.load(weights_file)
+    assert on_gpu.device.type == "cuda"
+    for found, expected in zip(on_gpu.stream(photos, **LOW), detector.stream(photos, **LOW), strict=True):
+        assert abs(len(found) - len(expected)) <= 0.2 * len(expected)
+        np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=0.02)

@@ -1,0 +1,67 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssd
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
+    """All public names are resolved, for `import ssd` alone does next to nothing."""
+    result = run(
+        "import socket, sys\n"
+        "def forbidden(*a, **k): raise AssertionError('socket')\n"
+        "socket.socket.connect = socket.getaddrinfo = forbidden\n"
+        "import torch\n"
+        "torch.nn.Module.__init__ = forbidden\n"
+        "import ssd, ssd.hub, ssd.cli, hubconf\n"
+        "for name in ssd.__all__: getattr(ssd, name)\n"
+        "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_alone_does_not_wait_for_torch():
+    result = run("import sys, ssd, ssd.cli; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names():
+    assert set(ssd.__all__) <= set(dir(ssd))
+    for name in ssd.__all__:
+        assert getattr(ssd, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Detecter'"):
+        _ = ssd.Detecter
+
+
+def test_imports_go_one_way():
+    """The layers of docs/design.md: a module imports only from those before it."""
+    order = [
+        "labels",
+        "boxes",
+        "web",
+        "images",
+        "checkpoint",
+        "transforms",
+        "model",
+        "postprocess",
+        "detections",
+        "detector",
+        "hub",
+        "cli",
+    ]
+    for place, name in enumerate(order):
+        source = (ROOT / "ssd" / f"{name}.py").read_text()
+        for later in order[place:]:
+            assert f"from ssd.{later} import" not in source, (name, later)
+            assert f"from ssd import {later}" not in source, (name, later)

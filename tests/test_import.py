@@ -46,20 +46,8 @@ def test_public_names():
 
 def test_imports_go_one_way():
     """The layers of docs/design.md: a module imports only from those before it."""
-    order = [
-        "labels",
-        "boxes",
-        "web",
-        "images",
-        "checkpoint",
-        "transforms",
-        "model",
-        "postprocess",
-        "detections",
-        "detector",
-        "hub",
-        "cli",
-    ]
+    order = ["labels", "boxes", "web", "images", "checkpoint", "transforms", "model", "postprocess"]
+    order += ["detections", "detector", "hub", "cli"]
     for place, name in enumerate(order):
         source = (ROOT / "ssd" / f"{name}.py").read_text()
         for later in order[place:]:

@@ -11,7 +11,7 @@ from typing import IO, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ssd import web
@@ -73,6 +73,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
     elif isinstance(source, Image.Image):
         with _refusals(name):
             image = _upright_rgb(source, name)
+            image = image.copy() if image is source else image
     elif isinstance(source, Tensor):
         image = _from_array(_tensor_to_array(source, name), name)
     elif isinstance(source, np.ndarray):
@@ -165,18 +166,19 @@ def _check_shape(width: int, height: int, name: str) -> None:
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new RGB image; of the given one, which may be read only now, nothing changes."""
+    """An upright RGB image: a new one, or the given one, which is not changed, if it is that already."""
     _check_shape(*image.size, name)
     image.load()
     with suppress(SyntaxError, struct.error):  # an unreadable EXIF block says nothing about orientation
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_array(_wide_grey(np.asarray(image)), name)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _wide_grey(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

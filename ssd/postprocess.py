@@ -61,7 +61,7 @@ def postprocess(
     """Turn raw outputs into detections, as published: softmax, threshold, greedy NMS in each class, top n.
 
     A class keeps its `max_per_class` best candidates; of these a box stays while its IoU with every better
-    one that stayed is below `iou_threshold`. Equal scores are ordered by default box, then by class.
+    one that stayed is below `iou_threshold`. Equal scores are ordered by class, then by default box.
 
     Args:
         loc: offsets ``[N, 4, B]``, any float dtype. Neither input is changed.
@@ -88,17 +88,13 @@ def postprocess(
     loc, conf = loc.detach(), conf.detach()
     _require_finite(loc, conf)
 
-    image, box, class_id, score = _candidates(conf, score_threshold, classes)
-    counts = image.bincount(minlength=len(conf))
-    place = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-    width = max(int(counts.max()), 1) if len(counts) else 1
+    image, class_id, box, score = _candidates(conf, score_threshold, classes)
+    place, counts = _place_in_row(image, len(conf))
 
     def padded(values: Tensor, fill: float) -> Tensor:
-        rows = values.new_full((len(conf), width), fill)
-        rows[image, place] = values
-        return rows
+        return _pad(values, image, place, counts, fill)
 
-    # Candidates come ordered by default box, then class; a stable sort keeps that among equal scores.
+    # Candidates come ordered by class, then default box; a stable sort keeps that among equal scores.
     scores, order = padded(score, -1).sort(dim=1, descending=True, stable=True)
     box, class_id = padded(box, 0).gather(1, order), padded(class_id, -1).gather(1, order)
     return _greedy_nms(
@@ -121,20 +117,41 @@ def _require_finite(loc: Tensor, conf: Tensor) -> None:
 def _candidates(
     conf: Tensor, score_threshold: float, classes: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image, default box, class and score of all that pass the threshold, in this order of sorting."""
+    """Image, class, default box and score of all that pass the threshold, sorted in this order."""
     # p_c > t implies exp(l_c) > t / (1 - t) * exp(l_background), so most boxes, which are background, are
     # left out before any exponential. The slack covers rounding; the softmax below decides.
     odds = score_threshold / (1 - score_threshold) if score_threshold < 1 else math.inf
     margin = math.log(odds) - 1e-3 if odds > 0 else -math.inf
     likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
     image, box = likely.nonzero(as_tuple=True)
-    scores = conf[image, :, box].float().softmax(1)[:, 1:]
+    place, counts = _place_in_row(image, len(conf))
+    boxes = _pad(box, image, place, counts, 0)
+
+    # Rows of equal length, although some boxes come twice: gather along memory is five times as fast as
+    # picking the columns one by one.
+    scores = conf.gather(2, boxes[:, None].expand(-1, conf.shape[1], -1)).float().softmax(1)[:, 1:]
     if classes is not None:
         wanted = torch.zeros(scores.shape[1], dtype=torch.bool)
         wanted[list(classes)] = True
-        scores = scores.where(wanted.to(scores.device), 0)
-    row, class_id = (scores > score_threshold).nonzero(as_tuple=True)
-    return image[row], box[row], class_id, scores[row, class_id]
+        scores = scores.where(wanted.to(scores.device)[:, None], 0)
+    image, class_id, place = (scores > score_threshold).nonzero(as_tuple=True)
+    real = place < counts[image]
+    image, class_id, place = image[real], class_id[real], place[real]
+    return image, class_id, boxes[image, place], scores[image, class_id, place]
+
+
+def _place_in_row(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Where each entry stands among those of its image, and how many those are; `image` ascends."""
+    counts = image.bincount(minlength=images)
+    return torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image], counts
+
+
+def _pad(values: Tensor, image: Tensor, place: Tensor, counts: Tensor, fill: float) -> Tensor:
+    """Values of all images in rows ``[N, K]``, one image each; K is at least 1."""
+    width = max(int(counts.max()), 1) if len(counts) else 1
+    rows = values.new_full((len(counts), width), fill)
+    rows[image, place] = values
+    return rows
 
 
 def _greedy_nms(

@@ -50,7 +50,7 @@ def oracle(loc, conf, defaults, score_threshold, iou_threshold, max_detections, 
             if all(oracle_iou(box, other) < np.float32(iou_threshold) for _, _, other in chosen):
                 chosen.append((minus_score, i, box))
         kept += [(minus_score, i, label - 1, box) for minus_score, i, box in chosen]
-    kept.sort(key=lambda each: each[:3])
+    kept.sort(key=lambda each: (each[0], each[2], each[1]))
     return kept[:max_detections]
 
 

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ssd import web
 from ssd.labels import COCO_NAMES
@@ -225,6 +225,11 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
     ) from problem
 
 
+def _is_watched() -> bool:
+    """Whether a person sees a progress bar: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may succeed."""
     if isinstance(error, urllib.error.HTTPError):
@@ -238,6 +243,8 @@ def _download_once(
 ) -> None:
     digest = hashlib.sha256()
     received = 0
+    if progress and not _is_watched():
+        print(f"downloading {name} from {urlsplit(url).netloc}", file=sys.stderr)
     with web.open_url(url) as response:
         announced = response.length
         if response.headers.get_content_type() == "text/html":
@@ -248,7 +255,7 @@ def _download_once(
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            disable=None if progress else True,
+            disable=not (progress and _is_watched()),
         ) as bar:
             while chunk := response.read(web.CHUNK):
                 file.write(chunk)

@@ -15,13 +15,6 @@ from ssd.boxes import BOXES_PER_CELL, FEATURE_SIZES, STEPS, default_boxes
 
 PANEL, GAP, CAPTION = 320, 12, 28
 CELLS = ((15, 14), (7, 7), (3, 3), (2, 1), (1, 1), (0, 0))  # row and column on each map, near the left eye
-    (15, 21),
-    (8, 11),
-    (4, 6),
-    (2, 3),
-    (1, 2),
-    (0, 0),
-)  # row and column on each map, at the cat's right eye
 COLORS = ("#e6194b", "#ffe119", "#3cb44b", "#42d4f4", "#f58231", "#f032e6")
 
 

@@ -206,6 +206,8 @@ def _download_lock(path: Path, url: str) -> Iterator[None]:
 
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, progress: bool) -> None:
+    if progress and not _is_watched():
+        print(f"downloading {url}", file=sys.stderr)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
@@ -243,8 +245,6 @@ def _download_once(
 ) -> None:
     digest = hashlib.sha256()
     received = 0
-    if progress and not _is_watched():
-        print(f"downloading {name} from {urlsplit(url).netloc}", file=sys.stderr)
     with web.open_url(url) as response:
         announced = response.length
         if response.headers.get_content_type() == "text/html":

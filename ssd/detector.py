@@ -50,7 +50,7 @@ class Detector:
         class_names: one for each class but the background.
 
     >>> detector = Detector(SSD300(num_classes=3, backbone="resnet18"), ["cat", "dog"])
-    >>> detector(Image.new("RGB", (640, 480)), score_threshold=0.99)
+    >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
     Detections(no objects)
     """
 

@@ -168,7 +168,8 @@ def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):
 def test_missing_weights_end_in_a_line(run, photos, tmp_path):
     status, _, err = run("detect", photos, weights=False)
     assert status == 1
-    assert err.startswith("ssd: could not download https://api.ngc.nvidia.com/")
+    assert err.splitlines()[0].startswith("downloading https://api.ngc.nvidia.com/")
+    assert err.splitlines()[1].startswith("ssd: could not download https://api.ngc.nvidia.com/")
     assert "--weights" in err
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()

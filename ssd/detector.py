@@ -5,8 +5,9 @@ import difflib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import overload
 
 import torch
@@ -203,13 +204,13 @@ class Detector:
         self, sources: Iterable[ImageSource], batch_size: int, options: _Options, on_error: OnError | None
     ) -> Iterator[Detections]:
         batch: list[_Input] = []
-        for source, future in _read_ahead(sources, 2 * batch_size):
-            try:
-                batch.append(future.result())
-            except (ImageError, OSError) as error:
-                if on_error is None:
-                    raise
-                on_error(images.source_name(source), error)
+        for source, outcome in _read_ahead(sources, 2 * batch_size):
+            if isinstance(outcome, _Input):
+                batch.append(outcome)
+            elif on_error is not None and isinstance(outcome, ImageError | OSError):
+                on_error(images.source_name(source), outcome)
+            else:
+                raise outcome
             if len(batch) == batch_size:
                 yield from self._detect(batch, options)
                 batch = []
@@ -257,17 +258,33 @@ def _read(source: ImageSource) -> _Input:
     return _Input(name, image, resize(image))
 
 
-def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[ImageSource, "Future[_Input]"]]:
-    """Sources in order, each with its reading, of which at most `ahead` are under way or waiting."""
+def _read_ahead(
+    sources: Iterable[ImageSource], ahead: int
+) -> Iterator[tuple[ImageSource, _Input | BaseException]]:
+    """Sources in order, each with what reading it gave; at most `ahead` are under way or waiting."""
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "ssd-read")
-    waiting: deque[tuple[ImageSource, Future[_Input]]] = deque()
+    # Not the futures' own results: a KeyboardInterrupt while waiting for one can leave its lock taken, and
+    # its thread stuck. Waiting for a SimpleQueue can be interrupted at any moment.
+    waiting: deque[tuple[ImageSource, SimpleQueue[_Input | BaseException]]] = deque()
+
+    def read(source: ImageSource, outcome: "SimpleQueue[_Input | BaseException]") -> None:
+        try:
+            outcome.put(_read(source))
+        except BaseException as error:
+            outcome.put(error)
+
+    def oldest() -> tuple[ImageSource, _Input | BaseException]:
+        source, outcome = waiting.popleft()
+        return source, outcome.get()
+
     try:
         for source in sources:
-            waiting.append((source, pool.submit(_read, source)))
+            waiting.append((source, SimpleQueue()))
+            pool.submit(read, *waiting[-1])
             if len(waiting) >= ahead:
-                yield waiting.popleft()
+                yield oldest()
         while waiting:
-            yield waiting.popleft()
+            yield oldest()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -6,6 +6,7 @@
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ssd.detector import Detector
     from ssd.images import ImageError, load_image
     from ssd.model import SSD300, load_model
-    from ssd.postprocess import NonFiniteError, postprocess
+    from ssd.postprocess import NonFiniteError
 
 __all__ = [
     "SSD300",
@@ -29,7 +30,6 @@ __all__ = [
     "NonFiniteError",
     "load_image",
     "load_model",
-    "postprocess",
 ]
 
 _HOMES = {
@@ -43,14 +43,15 @@ _HOMES = {
     "NonFiniteError": "postprocess",
     "load_image": "images",
     "load_model": "model",
-    "postprocess": "postprocess",
 }
 
 
-# Names are resolved when first used (PEP 562), so that `ssd --help` need not wait for torch.
+# Names and modules are imported when first used (PEP 562), so that `ssd --help` need not wait for torch.
 def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(f"ssd.{_HOMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"ssd.{name}"):
+        return import_module(f"ssd.{name}")
     raise AttributeError(f"module 'ssd' has no attribute {name!r}")
 
 

@@ -3,7 +3,7 @@
 import glob
 import io
 import os
-import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import IO, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ssd import web
@@ -32,6 +32,21 @@ MAX_ASPECT = 100
 
 MAX_BYTES = 64 << 20
 """Most bytes that are read from a URL."""
+
+
+# What makes an image of an EXIF orientation upright (EXIF 2.3, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow reads an opened file when it is first used, and two threads must not do that at a time.
+_LAZY_READ = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -68,16 +83,22 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
         path = Path(source)
         if path.is_dir():
             raise ImageError(f"{name}: is a folder, not an image")
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except ValueError as error:
+            raise ImageError(f"{name!r}: no possible path ({error})") from error
+        with file:
             image = _decode(file, name)
     elif isinstance(source, Image.Image):
         with _refusals(name):
+            with _LAZY_READ:
+                source.load()
             image = _upright_rgb(source, name)
             image = image.copy() if image is source else image
     elif isinstance(source, Tensor):
         image = _from_array(_tensor_to_array(source, name), name)
     elif isinstance(source, np.ndarray):
-        image = _from_array(source, name)
+        image = _from_array(np.asarray(source), name)
     else:
         raise TypeError(
             f"an image is a path, URL, bytes, PIL image, array or tensor; got {type(source).__name__}"
@@ -85,13 +106,16 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
     return image
 
 
-def source_name(source: object) -> str:
-    """What to call an image source: its path or URL, or the kind of object that it is."""
+def source_path(source: object) -> str:
+    """The path or URL of an image source; empty if it has none."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(cast(str, source))
-    if isinstance(source, Image.Image):
-        return str(getattr(source, "filename", "") or "PIL image")
-    return type(source).__name__
+    return os.fspath(getattr(source, "filename", "")) if isinstance(source, Image.Image) else ""
+
+
+def source_name(source: object) -> str:
+    """What to call an image source: its path or URL, or the kind of object that it is."""
+    return source_path(source) or type(source).__name__
 
 
 def find_images(source: str | os.PathLike[str]) -> Iterator[str]:
@@ -169,9 +193,12 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """An upright RGB image: a new one, or the given one, which is not changed, if it is that already."""
     _check_shape(*image.size, name)
     image.load()
-    with suppress(SyntaxError, struct.error):  # an unreadable EXIF block says nothing about orientation
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+    orientation = 1
+    with suppress(Exception):  # an EXIF block that cannot be read says nothing about orientation
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    # Not ImageOps.exif_transpose: it writes the block anew, and fails where any other tag is odd.
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_array(_wide_grey(np.asarray(image)), name)
     if image.has_transparency_data:
@@ -185,7 +212,7 @@ def _wide_grey(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     """Grey values of Pillow's wide modes: 16 bits, which mode I also holds, or floats."""
     if values.dtype == np.int32 and values.size and values.min() >= 0 and values.max() <= 65535:
         return values.astype(np.uint16)
-    return values.astype(values.dtype.newbyteorder("="))
+    return values
 
 
 def _tensor_to_array(tensor: Tensor, name: str) -> npt.NDArray[np.generic]:
@@ -195,11 +222,15 @@ def _tensor_to_array(tensor: Tensor, name: str) -> npt.NDArray[np.generic]:
                 f"{name}: a tensor is [C, H, W] with 1, 3 or 4 channels; got {list(tensor.shape)}"
             )
         tensor = tensor.permute(1, 2, 0)
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, meta, quantised ...
+        raise ImageError(f"{name}: a tensor of uint8 or floats is needed ({error})") from error
 
 
 def _from_array(values: npt.NDArray[np.generic], name: str) -> Image.Image:
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or values.shape[2] not in (1, 3, 4):
@@ -240,7 +271,7 @@ def _read_url(url: str) -> bytes:
             if response.headers.get_content_type() == "text/html":
                 raise ImageError(f"{url}: the server sent a web page, not an image")
             body = bytearray()
-            while chunk := response.read(web.CHUNK):
+            for chunk in web.chunks(response):
                 body += chunk
                 if len(body) > MAX_BYTES:
                     raise ImageError(f"{url}: more than {MAX_BYTES >> 20} MiB; download it and pass the file")

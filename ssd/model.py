@@ -132,8 +132,8 @@ class SSD300(nn.Module):
         for i, (loc_head, loc_norm, conf_head, conf_norm) in enumerate(
             zip(self.loc, self.loc_norm, self.conf, self.conf_norm)  # noqa: B905 (TorchScript has no strict=)
         ):
-            loc.append(loc_norm(loc_head(maps[i])).reshape(images.shape[0], 4, -1))
-            conf.append(conf_norm(conf_head(maps[i])).reshape(images.shape[0], self.num_classes, -1))
+            loc.append(loc_norm(loc_head(maps[i])).unflatten(1, (4, -1)).flatten(2))
+            conf.append(conf_norm(conf_head(maps[i])).unflatten(1, (self.num_classes, -1)).flatten(2))
         return torch.cat(loc, 2), torch.cat(conf, 2)
 
 
@@ -152,10 +152,10 @@ def _additional_block(c_in: int, c_mid: int, c_out: int, *, downsample: bool) ->
 def _fill_missing_head_norms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Add identity norms to a state dict that has none (torch hands hooks a copy, never the caller's)."""
     norms = {
-        f"{prefix}{kind}.{i}": norm
-        for kind in ("loc_norm", "conf_norm")
-        for i, norm in enumerate(getattr(model, kind))
-        if isinstance(norm, nn.BatchNorm2d)
+        f"{prefix}{kind}_norm.{i}": norm
+        for kind in ("loc", "conf")
+        for i, norm in enumerate(getattr(model, f"{kind}_norm"))
+        if isinstance(norm, nn.BatchNorm2d) and f"{prefix}{kind}.{i}.weight" in state_dict
     }
     if any(f"{name}.weight" in state_dict for name in norms):
         return
@@ -188,7 +188,8 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
 def native_precisions(device: torch.device) -> tuple[Precision, ...]:
     """The precisions that a device computes in hardware; the others work too, but slowly."""
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("fp32", "fp16", "bf16") if bf16 else ("fp32", "fp16")
     if device.type == "cpu":
         found: tuple[Precision, ...] = ("fp32",)
@@ -238,19 +239,18 @@ def load_model(
 
 
 def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.PathLike[str]) -> None:
-    if os.path.exists(weights):
-        path = checkpoints.fetch(weights)
-    else:
-        known = torchvision.models.get_model_weights(backbone)
-        name = "DEFAULT" if weights == "imagenet" else os.fspath(weights)
-        if name not in known.__members__:
-            raise ValueError(
-                f"no backbone weights {os.fspath(weights)!r}: pass a file, 'imagenet', or one of "
-                f"{', '.join(known.__members__)}"
-            )
+    known = torchvision.models.get_model_weights(backbone)
+    name = "DEFAULT" if weights == "imagenet" else os.fspath(weights)
+    if name in known.__members__:
         url = known[name].url
         # torchvision's file names end in the beginning of their SHA-256.
         path = checkpoints.fetch(url, sha256=url.rsplit("-", 1)[-1].split(".")[0])
+    elif os.path.isfile(name):
+        path = checkpoints.fetch(name)
+    else:
+        raise ValueError(
+            f"no backbone weights {name!r}: pass a file, 'imagenet', or one of {', '.join(known.__members__)}"
+        )
     places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"}
     tensors = {}
     for key, value in checkpoints.read_tensors(path).items():

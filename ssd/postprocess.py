@@ -18,7 +18,11 @@ _BLOCK = 256
 
 
 class NonFiniteError(FloatingPointError):
-    """Numbers that should be finite hold NaN or infinity."""
+    """Numbers that should be finite hold NaN or infinity; `images` are the indices of theirs in the batch."""
+
+    def __init__(self, message: str, images: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.images = tuple(images)
 
 
 class PaddedDetections(NamedTuple):
@@ -71,7 +75,7 @@ def postprocess(
         iou_threshold: in [0, 1].
         max_detections: most detections of an image, over all classes.
         max_per_class: most candidates of a class that take part in NMS.
-        classes: 0-based class ids to look for; None for all.
+        classes: 0-based class ids to look for, not negative; None for all.
 
     Returns:
         Detections padded to ``D = max_detections``.
@@ -106,11 +110,13 @@ def _require_finite(loc: Tensor, conf: Tensor) -> None:
     # One cheap pass: NaN and infinity survive a sum. It can overflow by itself, so ask again before raising.
     if bool((loc.sum(dtype=torch.float32) + conf.sum(dtype=torch.float32)).isfinite()):
         return
-    bad = ~(loc.isfinite().flatten(1).all(1) & conf.isfinite().flatten(1).all(1))
-    if bool(bad.any()):
+    fine = loc.isfinite().flatten(1).all(1) & conf.isfinite().flatten(1).all(1)
+    images = (~fine).nonzero().flatten().cpu().tolist()
+    if images:
         raise NonFiniteError(
-            f"the network's outputs hold NaN or infinity for image {bad.nonzero().flatten().tolist()} of the "
-            f"batch ({conf.dtype}); check the weights and the input, or use fp32 or bf16 if this is fp16"
+            f"the network's outputs hold NaN or infinity for image {images} of the batch ({conf.dtype}); "
+            "check the weights and the input, or use fp32 or bf16 if this is fp16",
+            images,
         )
 
 
@@ -190,8 +196,9 @@ def _greedy_nms(
         rank = seen.gather(1, class_id.clamp(min=0)) + better.sum(2)
         alive = (class_id >= 0) & (rank < max_per_class)
         if start:
-            rivals = class_id[:, :, None] == kept.class_ids[:, None, :]
-            alive &= ~(rivals & _overlap(boxes, kept.boxes, iou_threshold)).any(2)
+            most = int(kept.counts.max())
+            rivals = class_id[:, :, None] == kept.class_ids[:, None, :most]
+            alive &= ~(rivals & _overlap(boxes, kept.boxes[:, :most], iou_threshold)).any(2)
         better &= _overlap(boxes, boxes, iou_threshold)
         keep = _survivors(better, alive)
 

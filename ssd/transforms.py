@@ -43,7 +43,7 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     # Whole rows at a time: an inner loop of three channels is slow.
     width = images.shape[-2]
     mean, std = (torch.tensor(values).mul(255).repeat(width).to(images.device) for values in (MEAN, STD))
-    rows = images.flatten(-2).float().sub_(mean).div_(std).to(dtype)
+    rows = images.flatten(-2).to(torch.float32, copy=True).sub_(mean).div_(std).to(dtype)
     return rows.view(images.shape).movedim(-1, -3)
 
 

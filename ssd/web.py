@@ -1,15 +1,19 @@
 """Reading http(s) URLs with timeouts and limits; nothing else is ever opened."""
 
 import http.client
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 TIMEOUT = 20.0
 """Seconds that connecting, or any single read, may take."""
+
+MIN_RATE = 16 << 10
+"""Bytes a second that a server has to send on average, once `TIMEOUT` has passed."""
 
 CHUNK = 1 << 18
 READ_ERRORS = (OSError, http.client.HTTPException)
@@ -62,6 +66,9 @@ def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
     """
     if not is_web_url(url):
         raise urllib.error.URLError(f"{url} is not an http(s) URL")
+    parts = urlsplit(url)
+    plain = "%/:=&?~#+!$,;'@()*[]"  # reserved characters, and the escapes that a URL may have already
+    escaped = parts._replace(path=quote(parts.path, plain), query=quote(parts.query, plain), fragment="")
     # Built by hand: urllib's own opener would also read file:, ftp: and data:.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -73,14 +80,30 @@ def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
         _CheckedRedirects,
     ):
         opener.add_handler(handler())
-    request = urllib.request.Request(url, headers={"User-Agent": "ssd300"})
     try:
+        request = urllib.request.Request(urlunsplit(escaped), headers={"User-Agent": "ssd300"})
         response = opener.open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()  # it is a response too, and holds the connection
         raise
+    except ValueError as error:  # a host that cannot be, in the URL or in a redirect
+        raise urllib.error.URLError(f"a malformed address ({error})") from error
     with response:
         yield response
+
+
+def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body as it comes in.
+
+    Raises:
+        OSError, http.client.HTTPException: `READ_ERRORS`; TimeoutError from a server that only drips.
+    """
+    start, received = time.monotonic(), 0
+    while chunk := response.read1(CHUNK):
+        received += len(chunk)
+        if time.monotonic() - start > TIMEOUT + received / MIN_RATE:
+            raise TimeoutError("the server is too slow")
+        yield chunk
 
 
 def reason(error: BaseException) -> str:
@@ -89,6 +112,6 @@ def reason(error: BaseException) -> str:
         return f"HTTP {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) and str(error) in ("", "timed out"):
         return "the server stopped answering"
     return str(error) or type(error).__name__

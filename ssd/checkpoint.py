@@ -14,11 +14,10 @@ import secrets
 import sys
 import time
 import urllib.error
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import safetensors
@@ -86,7 +85,8 @@ class Checkpoint:
     head_norm: bool
     """Whether the heads have BatchNorm; published checkpoints have none."""
     class_names: tuple[str, ...]
-    """One for each class but the background: the file's own, COCO's for 81 classes, else "class 0" and on."""
+    """One for each class but the background: the file's own; COCO's where it has none, for 81 classes; else
+    "class 0" and on."""
 
 
 # --- Fetching ---------------------------------------------------------------------------------------------
@@ -106,8 +106,8 @@ def cached_path(weights: str, sha256: str | None = None) -> Path:
         return cache_dir() / name
     # Different addresses often end in the same name ("model.pt"), so the name carries the address too.
     address = hashlib.sha256(weights.encode()).hexdigest()[:8]
-    stem, suffix = os.path.splitext(name)
-    return cache_dir() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stem)}-{address}{suffix}"
+    stem, suffix = os.path.splitext(re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:])
+    return cache_dir() / f"{stem}-{address}{suffix}"
 
 
 def fetch(
@@ -127,6 +127,7 @@ def fetch(
         FileNotFoundError: there is no such local file.
     """
     text = os.fspath(weights)
+    sha256 = sha256.lower() if sha256 else None
     if text not in PUBLISHED and not web.is_url(text):
         path = Path(text)
         if not path.is_file():
@@ -154,12 +155,11 @@ def fetch(
 
 def trust(path: Path) -> None:
     """Record the digest of a file in the cache that loaded well; from now on it must keep it."""
-    sidecar = _sidecar(path)
-    if path.parent != cache_dir() or sidecar.exists():
+    if path.parent != cache_dir() or _recorded_digest(path):
         return
     line = f"{_digest(path)}  {path.name}\n"
     # A cache that is read-only serves all the same.
-    with contextlib.suppress(OSError), atomic_file(sidecar) as file:
+    with contextlib.suppress(OSError), atomic_file(_sidecar(path)) as file:
         file.write(line.encode())
 
 
@@ -169,12 +169,17 @@ def _sidecar(path: Path) -> Path:
 
 def _is_intact(path: Path, sha256: str | None) -> bool:
     """Whether a file is in the cache with the digest that it should have, as far as one is known."""
-    if not path.is_file():
-        return False
-    expected = sha256
-    if expected is None and _sidecar(path).is_file():
-        expected = _sidecar(path).read_text().split()[0]
-    return expected is None or _digest(path).startswith(expected)
+    expected = sha256 or _recorded_digest(path)
+    return path.is_file() and _digest(path).startswith(expected)
+
+
+def _recorded_digest(path: Path) -> str:
+    """The digest of a file's first good load; empty if there is none that can be read."""
+    try:
+        found = re.match(r"[0-9a-f]{64}\b", _sidecar(path).read_text(errors="replace"))
+    except OSError:
+        return ""
+    return found[0] if found else ""
 
 
 def _digest(path: Path) -> str:
@@ -220,9 +225,10 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
             problem = error
             if not _may_pass(error):
                 break
+    damaged = f" (the file there differs from its digest in {_sidecar(path).name})" if path.exists() else ""
     raise DownloadError(
         f"could not download {url}: {web.reason(problem)}. Get that file on a machine "
-        f"that can, then either put it at {path} or pass its path as weights "
+        f"that can, then either put it at {path}{damaged} or pass its path as weights "
         f"(`weights='{path.name}'`, or `--weights {path.name}` on the command line)"
     ) from problem
 
@@ -257,7 +263,7 @@ def _download_once(
             unit_divisor=1024,
             disable=not (progress and _is_watched()),
         ) as bar:
-            while chunk := response.read(web.CHUNK):
+            for chunk in web.chunks(response):
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
@@ -284,17 +290,15 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Formats, told apart by content: NVIDIA's training checkpoint (a dict with "model" and "label_map"; legacy
     or zip), a bare state dict, safetensors. Prefixes of wrappers ("module.", "module.1.") are removed.
 
+    The tensors still have to be checked against the network: see `check`.
+
     Raises:
-        CheckpointError: damaged, of another format, holds objects that are not plain data, is no SSD300, or
-            has values that are not finite.
+        CheckpointError: damaged, of another format, holds objects that are not plain data, or no SSD300.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
     tensors, names = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     state_dict = {_without_wrapper(key): value for key, value in tensors.items()}
-    for key, value in state_dict.items():
-        if not value.isfinite().all():
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity")
     return _describe(path, state_dict, names)
 
 
@@ -309,21 +313,39 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check(name: object, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Require the keys and shapes of a network.
+    """Require the keys, shapes and kinds of a network's tensors, and finite values.
 
     Raises:
-        CheckpointError: with the first keys that are missing, unexpected, or of another shape.
+        CheckpointError: with the first keys that are missing, unexpected, or not what they should be.
     """
     problems = [f"missing {key}" for key in expected if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in expected]
     problems += [
-        f"{key} is {list(value.shape)}, not {list(expected[key].shape)}"
+        f"{key} {problem}"
         for key, value in state_dict.items()
-        if key in expected and value.shape != expected[key].shape
+        if key in expected and (problem := _tensor_problem(value, expected[key]))
     ]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{name} does not fit the network: {'; '.join(problems[:5])}{more}")
+    for key, value in state_dict.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
+
+
+def _tensor_problem(value: Tensor, expected: Tensor) -> str:
+    """What is wrong with a tensor, before any of its values is looked at."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+        return "is no plain tensor"
+    if value.shape != expected.shape:
+        return f"is {list(value.shape)}, not {list(expected.shape)}"
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if value.dtype not in (floats if expected.is_floating_point() else (torch.int64, torch.int32)):
+        return f"is {value.dtype}"
+    # A few bytes can stand for any number of values (`expand`), and fill the memory when they are used.
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "is not stored whole"
+    return ""
 
 
 def _looks_like_checkpoint(head: bytes) -> bool:
@@ -338,12 +360,13 @@ def _is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Copies: the file is only mapped, and may change or vanish while the network is in use.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        names = json.loads(metadata.get("class_names", "[]"))
-    except (safetensors.SafetensorError, ValueError) as error:
+        names = dict(enumerate(json.loads(metadata.get("class_names", "[]")), start=1))
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    return tensors, dict(enumerate(names, start=1))
+    return tensors, names
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
@@ -379,9 +402,7 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         return f"holds more than tensors and plain containers ({found[1]}), and is not loaded for safety"
     if "TorchScript" in str(error):
         return "a TorchScript program, not a checkpoint"
-    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
-        return "not a checkpoint that can be loaded safely, or damaged"
-    return f"damaged, or cut off after {path.stat().st_size:,} bytes; get it again"
+    return f"damaged or cut off ({path.stat().st_size:,} bytes), or not to be loaded safely; get it again"
 
 
 def _without_wrapper(key: str) -> str:
@@ -404,7 +425,8 @@ def _describe(path: Path, state_dict: dict[str, Tensor], names: Mapping[Any, Any
         ("3-8-36", True): "resnet152",
     }.get((blocks, bottleneck))
     head = state_dict.get("conf.0.weight")
-    if backbone is None or head is None or head.ndim != 4 or head.shape[0] % 4 or head.shape[0] < 8:
+    usable = head is not None and not _tensor_problem(head, head) and head.ndim == 4
+    if backbone is None or head is None or not usable or head.shape[0] % 4 or head.shape[0] < 8:
         raise CheckpointError(
             f"{path}: not an SSD300 with a ResNet trunk; it begins with {', '.join(list(state_dict)[:3])}"
         )
@@ -420,13 +442,11 @@ def _describe(path: Path, state_dict: dict[str, Tensor], names: Mapping[Any, Any
 
 def _class_names(names: Mapping[Any, Any], num_classes: int) -> tuple[str, ...]:
     """Names of classes 1 to num_classes - 1, which the file gives by number (0 is the background)."""
-    given = {int(label): name for label, name in names.items() if str(label).lstrip("-").isdigit()}
-    found = [given.get(label) for label in range(1, num_classes)]
-    if all(isinstance(name, str) for name in found):
-        return tuple(cast("list[str]", found))
-    if num_classes == len(COCO_NAMES) + 1:
-        return COCO_NAMES
-    return tuple(f"class {i}" for i in range(num_classes - 1))
+    given = {str(label): name for label, name in names.items() if isinstance(name, str)}
+    coco = PUBLISHED["coco"].class_names
+    if not given and num_classes == len(coco) + 1:
+        return coco
+    return tuple(given.get(str(label), f"class {label - 1}") for label in range(1, num_classes))
 
 
 # --- Writing ----------------------------------------------------------------------------------------------
@@ -443,8 +463,16 @@ def save(
         path: ends in ``.safetensors``, or is written with `torch.save` as ``{"model", "label_map"}``.
         state_dict: of an `SSD300`.
         class_names: one for each class but the background.
+
+    Raises:
+        ValueError: the state dict is of another number of classes.
     """
     path = Path(path)
+    classes = state_dict["conf.0.weight"].shape[0] // 4 - 1
+    if classes != len(class_names):
+        raise ValueError(
+            f"the network has {classes} classes and the background; got {len(class_names)} names"
+        )
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     with atomic_file(path) as file:
         if path.suffix == ".safetensors":

@@ -1,14 +1,15 @@
 """The command ``ssd``: verbs to library functions. Heavy imports wait until a verb runs."""
 
+import io
 import json
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import typer
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Format = Literal["json", "csv", "coco", "yolo"]
 
 FAILED = 1
-USAGE = 2
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -38,6 +38,9 @@ def main() -> None:
     """Run the command; errors that are the user's to mend end in a line, not in a traceback."""
     from ssd.web import READ_ERRORS  # noqa: PLC0415
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="ssd")
     except READ_ERRORS as error:  # DownloadError and FileNotFoundError are OSErrors
@@ -96,7 +99,6 @@ def detect(
 
     from ssd.detector import Detector  # noqa: PLC0415
     from ssd.images import find_images  # noqa: PLC0415
-    from ssd.postprocess import NonFiniteError  # noqa: PLC0415
 
     names = [name for source in sources for name in find_images(source)]
     if not names:
@@ -109,7 +111,7 @@ def detect(
             "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
         )
         failures.append(name)
-        tqdm.write(f"ssd: cannot read {name}: {reason}", file=sys.stderr)
+        tqdm.write(f"ssd: left out {name}: {reason}", file=sys.stderr)
 
     try:
         detector = Detector.load(weights, device, precision)
@@ -127,40 +129,40 @@ def detect(
 
     folder = output or _new_folder("detect")
     folder.mkdir(parents=True, exist_ok=True)
-    place = _places(folder, names)
-    done = objects = status = 0
-    with ExitStack() as stack:
-        add = stack.enter_context(_results_file(folder, format))
-        bar = stack.enter_context(
-            tqdm(total=len(names), unit="image", disable=None if len(names) > 1 else True)
-        )
+    done = objects = 0
+    stopped: BaseException | None = None
+    with (
+        _Results(folder, format, names) as writer,
+        tqdm(total=len(names), unit="image", disable=None if len(names) > 1 else True) as bar,
+    ):
         try:
             for found in results:
-                stem = place(found.source)
-                add(found, stem)
-                if images:
-                    found.save(folder / stem)
-                done, objects = done + 1, objects + len(found)
-                tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
+                try:
+                    writer.add(found, picture=images)
+                except (OSError, ValueError) as error:  # a name or size that cannot be written
+                    report(found.source, error)
+                else:
+                    done, objects = done + 1, objects + len(found)
+                    tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
                 bar.update(done + len(failures) - bar.n)
-        except KeyboardInterrupt:  # what is done is done, and kept
-            status = INTERRUPTED
-        except NonFiniteError as error:
-            tqdm.write(f"ssd: {error}", file=sys.stderr)
-            status = FAILED
+        except (KeyboardInterrupt, Exception) as error:  # whatever happens, what is done is kept
+            stopped = error
+    if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
+        raise stopped
     if len(names) == done == 1:
         typer.echo(str(found))
-    _summarise(done, objects, len(failures), len(names), folder, images)
-    raise typer.Exit(status or (FAILED if failures else 0))
+    _summarise(done, objects, len(failures), len(names), writer.path, folder if images and done else None)
+    raise typer.Exit(INTERRUPTED if stopped else FAILED if failures else 0)
 
 
-def _summarise(done: int, objects: int, failed: int, total: int, folder: Path, images: bool) -> None:
-    missing = f", {failed} could not be read" if failed else ""
-    missing += f", {total - done - failed} left out" if total > done + failed else ""
-    kinds = "results and pictures" if images and done else "results"
-    typer.echo(
-        f"{done} image{'s'[: done != 1]}, {objects} object{'s'[: objects != 1]}{missing}; {kinds} in {folder}"
-    )
+def _summarise(
+    done: int, objects: int, failed: int, total: int, results: Path, pictures: Path | None
+) -> None:
+    text = f"{done} image{'s'[: done != 1]}, {objects} object{'s'[: objects != 1]}"
+    text += f", {failed} left out" if failed else ""
+    text += f", {total - done - failed} not reached" if total > done + failed else ""
+    text += f"; results in {results}"
+    typer.echo(text + (f", pictures in {pictures}" if pictures else ""))
 
 
 def _new_folder(verb: str) -> Path:
@@ -176,83 +178,97 @@ def _new_folder(verb: str) -> Path:
             return folder
 
 
-def _places(folder: Path, sources: list[str]) -> Callable[[str], str]:
-    """A function that names the picture of a source: unlike all others, and never a source itself."""
-    occupied = {os.path.realpath(source) for source in sources}
+class _Results:
+    """Writes results and pictures as they come; nothing that exists is overwritten.
 
-    def place(source: str) -> str:
-        stem, suffix = os.path.splitext(
-            os.path.basename(unquote(urlsplit(source).path) if "://" in source else source)
-        )
-        if suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
-            suffix = ".jpg"
+    A results file takes its name when the block ends, also if it ends early.
+    """
+
+    def __init__(self, folder: Path, format: Format, sources: list[str]) -> None:
+        self._folder, self._format = folder, format
+        self._taken: set[str] = set()
+        self._stack = ExitStack()
+        self._image_ids = _coco_image_ids(sources) if format == "coco" else {}
+        self._first = True
+        name = {"csv": "detections.csv", "yolo": "labels"}.get(format, "detections.json")
+        self.path = folder / name if format == "yolo" else _free(folder / name)
+
+    def __enter__(self) -> "_Results":
+        from ssd.checkpoint import atomic_file  # noqa: PLC0415
+        from ssd.detections import CSV_COLUMNS  # noqa: PLC0415
+
+        if self._format == "yolo":
+            self.path.mkdir(exist_ok=True)
+        else:
+            self._file = self._stack.enter_context(atomic_file(self.path))
+            self._write(",".join(CSV_COLUMNS) + "\n" if self._format == "csv" else "[")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._format in ("json", "coco"):
+            self._write("]\n" if self._first else "\n]\n")
+        self._stack.close()
+
+    def add(self, found: "Detections", *, picture: bool) -> None:
+        """Write one result, and its picture if wanted."""
+        from ssd.checkpoint import atomic_file  # noqa: PLC0415
+
+        name = self._name(found.source)
+        if picture:
+            found.save(self._folder / name)
+        if self._format == "yolo":
+            with atomic_file(self.path / f"{os.path.splitext(name)[0]}.txt") as file:
+                file.write(found.to_yolo().encode())
+        elif self._format == "csv":
+            self._write(found.to_csv(header=False))
+        else:
+            entries = [found.to_dict()]
+            if self._format == "coco":
+                image_id = self._image_ids[found.source]
+                entries = [entry | {"file_name": found.source} for entry in found.to_coco(image_id)]
+            for entry in entries:
+                self._write(("\n" if self._first else ",\n") + json.dumps(entry, ensure_ascii=False))
+                self._first = False
+
+    def _write(self, text: str) -> None:
+        # Names of files need not be Unicode; in JSON the replacement is the escape of the same code.
+        self._file.write(text.encode(errors="backslashreplace"))
+
+    def _name(self, source: str) -> str:
+        """A name for the picture of a source, whose stem is also that of its labels."""
+        last = unquote(urlsplit(source).path) if "://" in source else source
+        stem, suffix = os.path.splitext(os.path.basename(last))
+        stem = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", stem)
+        stem = os.fsdecode(os.fsencode(stem)[:200]) or "image"
+        suffix = suffix if suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else ".jpg"
         number = 1
         while True:
-            name = (stem or "image") + (f"-{number}" if number > 1 else "") + suffix
-            # Results are named by the stem alone, so pictures must differ in that too.
-            target = os.path.realpath(folder / os.path.splitext(name)[0])
-            if target not in occupied and os.path.realpath(folder / name) not in occupied:
-                occupied.add(target)
-                return name
+            numbered = stem if number == 1 else f"{stem}-{number}"
+            exists = (self._folder / f"{numbered}{suffix}").exists() or (
+                self._format == "yolo" and (self.path / f"{numbered}.txt").exists()
+            )
+            if numbered.casefold() not in self._taken and not exists:
+                self._taken.add(numbered.casefold())
+                return f"{numbered}{suffix}"
             number += 1
 
-    return place
+
+def _free(path: Path) -> Path:
+    """The path, or if it exists the first of ``name-2.suffix`` and on that does not."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return candidate
 
 
-@contextmanager
-def _results_file(folder: Path, format: Format) -> Iterator[Callable[["Detections", str], None]]:
-    """A function that takes each result and the name of its picture; the file is there when all are in."""
-    from ssd.checkpoint import atomic_file  # noqa: PLC0415
-
-    if format == "yolo":
-        labels = folder / "labels"
-        labels.mkdir(exist_ok=True)
-
-        def add_labels(found: "Detections", name: str) -> None:
-            with atomic_file(labels / f"{os.path.splitext(name)[0]}.txt") as file:
-                file.write(found.to_yolo().encode())
-
-        yield add_labels
-    elif format == "csv":
-        with atomic_file(folder / "detections.csv") as file:
-            first = True
-
-            def add_rows(found: "Detections", _: str) -> None:
-                nonlocal first
-                file.write(found.to_csv(header=first).encode())
-                first = False
-
-            yield add_rows
-    else:
-        with atomic_file(folder / "detections.json") as file:
-            yield from _json_array(file, format)
-
-
-def _json_array(file: IO[bytes], format: Format) -> Iterator[Callable[["Detections", str], None]]:
-    """Entries of a JSON array, a line each, as they come."""
-    separator = "[\n"
-    number = 0
-
-    def add(found: "Detections", _: str) -> None:
-        nonlocal separator, number
-        number += 1
-        entries = (
-            found.to_coco(_coco_image_id(found.source, number)) if format == "coco" else [found.to_dict()]
-        )
-        for entry in entries:
-            if format == "coco":
-                entry["file_name"] = found.source
-            file.write((separator + json.dumps(entry, ensure_ascii=False)).encode())
-            separator = ",\n"
-
-    yield add
-    file.write(b"[]\n" if separator == "[\n" else b"\n]\n")
-
-
-def _coco_image_id(source: str, number: int) -> int:
-    """COCO names files by image id (000000397133.jpg); other images are numbered."""
-    stem = os.path.splitext(os.path.basename(source))[0]
-    return int(stem) if stem.isascii() and stem.isdigit() else number
+def _coco_image_ids(sources: list[str]) -> dict[str, int]:
+    """COCO names files by image id (000000397133.jpg); where any name is not so, all are numbered."""
+    stems = [os.path.splitext(os.path.basename(source))[0] for source in sources]
+    if all(stem.isascii() and stem.isdigit() for stem in stems):
+        ids = {source: int(stem) for source, stem in zip(sources, stems, strict=True)}
+        if len(set(ids.values())) == len(ids):
+            return ids
+    return {source: number for number, source in enumerate(dict.fromkeys(sources), start=1)}
 
 
 @app.command()
@@ -261,9 +277,12 @@ def download(
     force: Annotated[bool, typer.Option("--force", help="Download again what is there already.")] = False,
 ) -> None:
     """Fetch weights ahead of use, check them, and say where they are."""
-    from ssd.checkpoint import cached_path  # noqa: PLC0415
+    from ssd.checkpoint import PUBLISHED, cached_path  # noqa: PLC0415
     from ssd.model import load_model  # noqa: PLC0415
+    from ssd.web import is_web_url  # noqa: PLC0415
 
+    if weights not in PUBLISHED and not is_web_url(weights):
+        raise typer.BadParameter(f"{weights} is neither a URL nor one of {', '.join(PUBLISHED)}")
     model, _ = load_model(weights, force=force)
     path = cached_path(weights)
     typer.echo(f"{path} ({_megabytes(path)}, {model.backbone}, {model.num_classes - 1} classes)")
@@ -285,7 +304,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] 
         for device in facts["devices"]
     ]
     rows += [
-        ("weights", f"{each['name']}: {each['path']} ({each['size'] or 'not downloaded'})")
+        (
+            "weights",
+            f"{each['name']}: {each['accuracy']}; {each['path']} ({each['size'] or 'not downloaded'})",
+        )
         for each in facts["weights"]
     ]
     for title, text in rows:
@@ -310,10 +332,11 @@ def _facts() -> dict[str, Any]:
         "weights": [
             {
                 "name": name,
+                "accuracy": record.accuracy,
                 "path": str(cached_path(name)),
                 "size": _megabytes(cached_path(name)) if cached_path(name).exists() else None,
             }
-            for name in PUBLISHED
+            for name, record in PUBLISHED.items()
         ],
     }
 

@@ -20,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ssd.checkpoint import atomic_file
 from ssd.labels import category_ids
 
+CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "bottom")
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
@@ -60,7 +62,7 @@ class Detections:
     """
 
     boxes: FloatArray
-    """float32 ``[K, 4]``: xyxy in pixels of the upright source image, within it."""
+    """float32 ``[K, 4]``: xyxy in pixels of the upright source image."""
     scores: FloatArray
     """float32 ``[K]`` in [0, 1]."""
     class_ids: IntArray
@@ -80,6 +82,7 @@ class Detections:
             "scores": np.array(self.scores, np.float32),
             "class_ids": _as_integers(self.class_ids),
         }
+        object.__setattr__(self, "class_names", tuple(self.class_names))
         if arrays["boxes"].size == 0:
             arrays["boxes"] = arrays["boxes"].reshape(0, 4)
         for name, array in arrays.items():
@@ -94,6 +97,8 @@ class Detections:
                 f"{count} boxes need as many scores and class ids; "
                 f"got {list(self.scores.shape)} and {list(self.class_ids.shape)}"
             )
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size is height and width, both above 0; got {self.image_size}")
         if not np.isfinite(self.boxes).all():
             raise ValueError("boxes hold NaN or infinity")
         if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
@@ -206,7 +211,7 @@ class Detections:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         if header:
-            writer.writerow(["source", "name", "class_id", "score", "left", "top", "right", "bottom"])
+            writer.writerow(CSV_COLUMNS)
         for box, score, class_id, name in self:
             writer.writerow([self.source, name, class_id, score, *box])
         return text.getvalue()
@@ -238,7 +243,7 @@ class Detections:
         factor = max(-(-_SMALLEST_PICTURE[0] // shorter), -(-_SMALLEST_PICTURE[1] // longer))
         size = (self.image.width * factor, self.image.height * factor)
         picture = self.image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else self.image.copy()
-        labels = [f"{name} {score:.0%}" for _, score, _, name in self]
+        labels = [" ".join(f"{name} {score:.0%}".split()) for _, score, _, name in self]
         _draw_boxes(picture, self.boxes * factor, labels, [_color(i) for i in self.class_ids.tolist()])
         return picture
 
@@ -252,13 +257,14 @@ class Detections:
             ValueError: the path is the source image, its suffix is no known format, or there is no image.
         """
         path = Path(path)
-        if path.suffix.lower() not in Image.registered_extensions():
+        picture_format = Image.registered_extensions().get(path.suffix.lower())
+        if picture_format not in Image.SAVE:
             raise ValueError(f"{path}: pictures end in .jpg, .png, .webp or another suffix that Pillow knows")
         if path.exists() and os.path.exists(self.source) and path.samefile(self.source):
             raise ValueError(f"{path} is the source image, which is never overwritten; save to another path")
         picture = self.draw()
         with atomic_file(path) as file:
-            picture.save(file, Image.registered_extensions()[path.suffix.lower()], quality=92)
+            picture.save(file, picture_format, quality=92)
         return path
 
     def _preview(self) -> bytes:

@@ -2,13 +2,14 @@
 
 import copy
 import difflib
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import overload
+from typing import SupportsIndex, overload
 
 import torch
 from PIL import Image
@@ -88,9 +89,7 @@ class Detector:
             DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`.
             ValueError: there is no such device here.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here that torch can use; choose device 'cpu'")
+        target = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, found = load_model(weights, precision=precision or "fp32", progress=progress)
         return cls(model.to(target), found.class_names)
 
@@ -168,8 +167,8 @@ class Detector:
             sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes.
             batch_size: how many images go through the network at a time.
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
-            on_error: called with the name and the exception of an image that cannot be read, which is then
-                left out; without it, the exception is raised.
+            on_error: called with the name and the exception of an image that cannot be read, or for which
+                the network gives NaN; it is then left out. Without it, the exception is raised.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
@@ -194,8 +193,10 @@ class Detector:
     def _class_id(self, wanted: str | int) -> int:
         if isinstance(wanted, str) and wanted in self.class_names:
             return self.class_names.index(wanted)
-        if isinstance(wanted, int) and 0 <= wanted < len(self.class_names):
-            return wanted
+        if isinstance(wanted, SupportsIndex) and not isinstance(wanted, bool):
+            class_id = operator.index(wanted)
+            if 0 <= class_id < len(self.class_names):
+                return class_id
         close = difflib.get_close_matches(str(wanted), self.class_names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"it knows {', '.join(self.class_names)}"
         raise ValueError(f"the model has no class {wanted!r}; {hint}")
@@ -212,10 +213,24 @@ class Detector:
             else:
                 raise outcome
             if len(batch) == batch_size:
-                yield from self._detect(batch, options)
+                yield from self._detect_finite(batch, options, on_error)
                 batch = []
         if batch:
-            yield from self._detect(batch, options)
+            yield from self._detect_finite(batch, options, on_error)
+
+    def _detect_finite(
+        self, batch: list[_Input], options: _Options, on_error: OnError | None
+    ) -> list[Detections]:
+        """Detections of those images of a batch for which the network gives finite numbers."""
+        try:
+            return self._detect(batch, options)
+        except NonFiniteError as error:
+            if on_error is None:
+                raise
+            for i in error.images:
+                on_error(batch[i].name, error)
+            rest = [each for i, each in enumerate(batch) if i not in error.images]
+            return self._detect(rest, options) if rest else []
 
     def _detect(self, batch: list[_Input], options: _Options) -> list[Detections]:
         with torch.inference_mode():
@@ -232,7 +247,8 @@ class Detector:
                     classes=options.classes,
                 )
             except NonFiniteError as error:
-                raise NonFiniteError(f"{', '.join(each.name for each in batch)}: {error}") from error
+                names = ", ".join(batch[i].name or f"image {i}" for i in error.images)
+                raise NonFiniteError(f"{names}: {error}", error.images) from error
         parts = found.cpu().per_image()
         return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
 
@@ -254,8 +270,19 @@ class Detector:
 
 def _read(source: ImageSource) -> _Input:
     image = load_image(source)
-    name = images.source_name(source) if isinstance(source, str | os.PathLike) else ""
-    return _Input(name, image, resize(image))
+    return _Input(images.source_path(source), image, resize(image))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here; choose device 'cpu' ({reason})"
+        ) from error
+    return device
 
 
 def _read_ahead(
@@ -277,6 +304,7 @@ def _read_ahead(
         source, outcome = waiting.popleft()
         return source, outcome.get()
 
+    finished = False
     try:
         for source in sources:
             waiting.append((source, SimpleQueue()))
@@ -285,8 +313,10 @@ def _read_ahead(
                 yield oldest()
         while waiting:
             yield oldest()
+        finished = True
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Interrupted, one does not want to wait for a server that stalls.
+        pool.shutdown(wait=finished, cancel_futures=True)
 
 
 def _positive(batch_size: int) -> int:

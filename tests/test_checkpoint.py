@@ -176,6 +176,53 @@ def test_a_cached_file_that_changed_after_its_first_good_load_is_fetched_anew(se
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe nonsense", b"0" * 63])
+def test_a_damaged_record_of_the_digest_counts_as_none(server, body, content):
+    url = server.serve("/w.safetensors", body)
+    load_model(url, progress=False)
+    sidecar = checkpoint.cached_path(url).with_name(f"{checkpoint.cached_path(url).name}.sha256")
+    digest = sidecar.read_text()
+    sidecar.write_bytes(content)
+    load_model(url, progress=False)
+    assert sidecar.read_text() == digest
+    assert len(server.requests) == 1
+
+
+def test_without_network_a_changed_file_is_named(server, body):
+    url = server.serve("/w.safetensors", body)
+    load_model(url, progress=False)
+    checkpoint.cached_path(url).write_bytes(body + b" ")
+    server.pages.clear()
+    with pytest.raises(DownloadError, match=r"differs from its digest in .*\.sha256"):
+        load_model(url, progress=False)
+
+
+def test_a_dripping_server_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(web, "TIMEOUT", 0.2)
+    monkeypatch.setattr(checkpoint, "ATTEMPTS", 1)
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while not server.closing.wait(0.02):
+            handler.wfile.write(b"x")
+
+    server.pages["/drip.pt"] = drip
+    with pytest.raises(DownloadError, match="too slow"):
+        checkpoint.fetch(server.url("/drip.pt"), progress=False)
+
+
+@pytest.mark.parametrize("url", ["http://a..b/w.pt", f"http://{'x' * 70}/w.pt", "http://[x/w.pt"])
+def test_malformed_addresses_are_download_errors(url):
+    with pytest.raises(DownloadError):
+        checkpoint.fetch(url, progress=False)
+
+
+def test_long_and_odd_names_find_a_place_in_the_cache(server, body):
+    for path in (f"/{'w' * 300}.pt", "/w.pt%00x", "/%2e%2e%2fw"):
+        assert checkpoint.fetch(server.serve(path, body), progress=False).parent == checkpoint.cache_dir()
+
+
 def test_a_file_that_does_not_load_is_not_trusted(server):
     url = server.serve("/w.pt", b"PK\x03\x04 and then nothing of use")
     for _ in range(2):
@@ -412,7 +459,63 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, small_model, value):
         load_model(tmp_path / "nan.pt")
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (torch.zeros(1).expand(24), "not stored whole"),
+        (torch.zeros(24, dtype=torch.complex64), "complex64"),
+        (torch.zeros(24, dtype=torch.int64), "int64"),
+        (torch.zeros(24).to_sparse(), "not to be loaded safely"),
+        (torch.zeros(24, device="meta"), "no plain tensor"),
+        (torch.zeros(24).to(torch.float8_e4m3fn), "float8"),
+    ],
+    ids=["expanded", "complex", "integer", "sparse", "meta", "float8"],
+)
+def test_odd_tensors_are_refused_before_they_are_used(tmp_path, small_model, value, problem):
+    torch.save(dict(small_model.state_dict()) | {"loc.2.bias": value}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=problem):
+        load_model(tmp_path / "odd.pt")
+
+
+def test_a_few_bytes_that_stand_for_a_hundred_million_classes_are_refused(tmp_path, small_model):
+    head = torch.zeros(1).expand(4 * 10**8, 256, 3, 3)
+    torch.save(dict(small_model.state_dict()) | {"conf.0.weight": head}, tmp_path / "bomb.pt")
+    with pytest.raises(CheckpointError, match="not an SSD300"):
+        load_model(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("labels", [{"²": "a", "--1": "b", "9" * 5000: "c"}, [1], {1: 3}, None])
+def test_odd_class_names_are_left_out(tmp_path, small_model, labels):
+    torch.save({"model": small_model.state_dict(), "label_map": labels}, tmp_path / "odd.pt")
+    assert checkpoint.read(tmp_path / "odd.pt").class_names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("names", ["5", "null", "[" * 100_000, "{"])
+def test_odd_metadata_is_refused(tmp_path, small_model, names):
+    import safetensors.torch
+
+    state = {key: value.contiguous() for key, value in small_model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "odd.safetensors", {"class_names": names})
+    with pytest.raises(CheckpointError, match="odd.safetensors"):
+        load_model(tmp_path / "odd.safetensors")
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(tmp_path, small_model, body):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(body)
+    model, _ = load_model(path)
+    with path.open("r+b") as file:
+        file.write(bytes(len(body)))
+    assert torch.equal(model.conf[0].weight, small_model.conf[0].weight)
+
+
 # --- Writing ---
+
+
+def test_names_must_fit_the_network(tmp_path, small_model):
+    with pytest.raises(ValueError, match="3 classes and the background; got 2 names"):
+        checkpoint.save(tmp_path / "w.pt", small_model.state_dict(), ("a", "b"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_being_written_does_not_show(tmp_path):

@@ -49,7 +49,7 @@ def test_detect_a_folder(run, photos, tmp_path, weights_file):
     assert len(lines) == 4
     assert lines[0].startswith(f"{photos / 'astronaut.jpg'}: ")
     assert lines[-1].startswith("3 images, ")
-    assert lines[-1].endswith("results and pictures in runs/detect-1")
+    assert lines[-1].endswith("; results in runs/detect-1/detections.json, pictures in runs/detect-1")
     assert "it/s" not in err
     with Image.open(folder / "coffee.jpg") as picture:
         assert picture.size == (1200, 800)
@@ -71,10 +71,10 @@ def test_one_bad_image_never_stops_the_rest(run, photos, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     status, out, err = run("detect", "bad.jpg", photos / "coffee.jpg", "gone.jpg", "--output", "out")
     assert status == 1
-    assert "cannot read bad.jpg: not an image" in err
-    assert "cannot read gone.jpg: no such file" in err
+    assert "left out bad.jpg: not an image" in err
+    assert "left out gone.jpg: no such file" in err
     assert "1 image, " in out
-    assert "2 could not be read" in out
+    assert "2 left out" in out
     assert sorted(os.listdir(tmp_path / "out")) == ["coffee.jpg", "detections.json"]
 
 
@@ -82,7 +82,7 @@ def test_only_bad_images(run, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"")
     status, out, _ = run("detect", "bad.jpg", "--output", "out")
     assert status == 1
-    assert "0 images, 0 objects, 1 could not be read; results in out" in out
+    assert "0 images, 0 objects, 1 left out; results in out/detections.json" in out
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
 
 
@@ -123,6 +123,21 @@ def test_coco(run, photos, tmp_path):
     assert {each["category_id"] for each in entries} <= {1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["a/000025.jpg", "000397133.jpg"], [25, 397133]),
+        (["7.jpg", "x.jpg"], [1, 2]),
+        (["a/7.jpg", "b/7.jpg"], [1, 2]),
+        (["a/7.jpg", "a/7.jpg"], [7, 7]),
+        (["\u0667.jpg"], [1]),
+    ],
+)
+def test_coco_image_ids(names, ids):
+    found = cli._coco_image_ids(names)
+    assert [found[name] for name in names] == ids
+
+
 def test_sources_are_never_overwritten_and_equal_names_get_numbers(run, photos, tmp_path):
     for name in ("a/x.jpg", "b/x.jpg", "x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -132,6 +147,62 @@ def test_sources_are_never_overwritten_and_equal_names_get_numbers(run, photos, 
     assert status == 0
     assert (tmp_path / "a" / "x.jpg").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "a")) == ["detections.json", "x-2.jpg", "x-3.jpg", "x.jpg", "x.png"]
+
+
+def test_nothing_that_exists_is_overwritten(run, photos, tmp_path):
+    keep = {"coffee.jpg": b"mine", "detections.json": b"mine", "labels/chelsea.txt": b"mine"}
+    for name, content in keep.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "out" / name).write_bytes(content)
+    assert run("detect", photos, "--output", "out")[0] == 0
+    assert run("detect", photos, "--output", "out", "--format", "yolo")[0] == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in keep} == keep
+    assert {"coffee-2.jpg", "coffee-3.jpg", "detections-2.json", "chelsea.jpg", "chelsea-2.jpg"} <= set(
+        os.listdir(tmp_path / "out")
+    )
+    assert sorted(os.listdir(tmp_path / "out" / "labels")) == [
+        "astronaut-2.txt",
+        "chelsea-2.txt",
+        "chelsea.txt",
+        "coffee-3.txt",
+    ]
+
+
+def test_names_that_are_long_or_not_unicode(run, photos, tmp_path):
+    body = (photos / "coffee.jpg").read_bytes()
+    names = [b"b\xff.jpg", b"l" * 250 + b".jpg", "图.jpg".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(body)
+    status, out, _ = run("detect", ".", "--output", "out", "--format", "json")
+    assert status == 0, out
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert sorted(os.fsencode(os.path.basename(each["source"])) for each in written) == sorted(names)
+    assert len(os.listdir(tmp_path / "out")) == 4
+
+
+def test_a_picture_that_cannot_be_written_never_stops_the_rest(run, photos, tmp_path):
+    Image.new("RGB", (9000, 100)).save(tmp_path / "wide.webp")  # enlarged, it is too wide for WebP
+    status, out, err = run("detect", "wide.webp", photos / "coffee.jpg", "--output", "out")
+    assert status == 1
+    assert "left out wide.webp" in err
+    assert "1 image, " in out
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 1
+
+
+def test_results_are_kept_when_something_unforeseen_happens(run, photos, tmp_path, monkeypatch):
+    from ssd import detections
+
+    def fail_on_chelsea(found):
+        if "chelsea" in found.source:
+            raise RuntimeError("unforeseen")
+        return original(found)
+
+    original = detections.Detections.draw
+    monkeypatch.setattr(detections.Detections, "draw", fail_on_chelsea)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        run("detect", photos, "--output", "out")
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 1
 
 
 def test_classes_and_precision(run, photos, tmp_path):
@@ -154,6 +225,8 @@ def test_classes_and_precision(run, photos, tmp_path):
         (["detect", "a.jpg", "--format", "xml"], "xml"),
         (["detect", "a.jpg", "--batch-size", "0"], "batch-size"),
         (["detect", "a.jpg", "--no-such"], "no-such"),
+        (["detect", "a.jpg", "--device", "banana"], "banana"),
+        (["download", "local.pt"], "neither a URL"),
         (["detct"], "detct"),
     ],
 )
@@ -193,7 +266,8 @@ def test_info(run):
     facts = json.loads(run("info", "--json")[1])
     assert facts["versions"]["ssd300"] == __version__
     assert facts["devices"][0]["device"] == "cpu"
-    assert facts["weights"][0] == {"name": "coco", "path": facts["weights"][0]["path"], "size": None}
+    assert facts["weights"][0]["name"] == "coco"
+    assert facts["weights"][0]["size"] is None
 
 
 def test_download(run, server, weights_file):
@@ -280,5 +354,5 @@ def test_ctrl_c_keeps_what_is_done(photos, tmp_path, server, weights_file):
     assert process.returncode == 130, err
     assert "coffee.jpg" in lines[0]
     assert "2 images" in out
-    assert "1 left out" in out
+    assert "1 not reached" in out
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2

@@ -77,12 +77,13 @@ def test_it_does_not_share_the_given_arrays():
         ({"class_ids": [-1]}, "from 0 to 2"),
         ({"class_ids": [0.5]}, "integers"),
         ({"class_ids": [[0]]}, "as many"),
+        ({"image_size": (0, 9)}, "image_size"),
     ],
 )
 def test_wrong_values_are_refused_with_what_is_wrong(changes, message):
     values = {"boxes": [[1, 2, 3, 4]], "scores": [0.5], "class_ids": [0]} | changes
     with pytest.raises(ValueError, match=message):
-        Detections(**values, class_names=NAMES, image_size=(9, 9))
+        Detections(**({"class_names": NAMES, "image_size": (9, 9)} | values))
 
 
 # --- Choosing ---
@@ -161,6 +162,10 @@ def test_coco_has_official_ids_and_xywh(found, nothing):
     ]
     assert [each["category_id"] for each in found.to_coco("x")] == [2, 1, 3]
     assert nothing.to_coco(1) == []
+
+
+def test_names_may_be_a_list():
+    assert Detections([[1, 2, 3, 4]], [1], [79], list(COCO_NAMES), (9, 9)).to_coco(1)[0]["category_id"] == 90
 
 
 def test_coco_entries_are_taken_by_pycocotools(found):
@@ -284,8 +289,9 @@ def test_save_never_overwrites_the_source_and_names_unknown_suffixes(image, tmp_
     found = Detections([], [], [], class_names=NAMES, image_size=(100, 200), source=str(source), image=image)
     with pytest.raises(ValueError, match="never overwritten"):
         found.save(tmp_path / "." / "a.png")
-    with pytest.raises(ValueError, match=r"\.jpg, \.png"):
-        found.save(tmp_path / "a.text")
+    for name in ("a.text", "a.psd", "a"):
+        with pytest.raises(ValueError, match=r"\.jpg, \.png"):
+            found.save(tmp_path / name)
 
 
 def test_without_an_image_there_is_no_picture(found):

@@ -10,9 +10,9 @@ from PIL import Image
 from ssd.boxes import default_boxes
 from ssd.detections import Detections
 from ssd.detector import Detector
-from ssd.images import ImageError
+from ssd.images import ImageError, load_image
 from ssd.postprocess import NonFiniteError, postprocess
-from ssd.transforms import evaluation_transform
+from ssd.transforms import evaluation_transform, normalize, resize
 
 LOW = {"score_threshold": 0.3}
 
@@ -109,6 +109,7 @@ def test_options(detector, photo):
     some = detector(photo, classes=["person", 0], **LOW)
     assert set(some.names) <= {"person", "cat"}
     assert len(detector(photo, classes=[], **LOW)) == 0
+    assert same(detector(photo, classes=some.class_ids, **LOW), some)
     assert len(detector(photo, iou_threshold=0.1, **LOW)) < len(detector(photo, iou_threshold=0.9, **LOW))
 
 
@@ -121,6 +122,7 @@ def test_options(detector, photo):
         ({"classes": ["persom"]}, "did you mean person"),
         ({"classes": ["zebra"]}, "it knows cat, cup, person"),
         ({"classes": [3]}, "no class 3"),
+        ({"classes": [True]}, "no class True"),
     ],
 )
 def test_wrong_options_are_named(detector, photo, options, message):
@@ -208,6 +210,29 @@ def test_nan_outputs_are_an_error_that_names_the_image(photo):
         broken(photo)
 
 
+def test_nan_for_one_image_leaves_the_others(detector, photos, monkeypatch):
+    """As if fp16 overflowed for the second image alone."""
+    own = copy.copy(detector)
+    second = normalize(resize(load_image(photos / "chelsea.jpg")))
+
+    def overflowing(images):
+        loc, conf = detector.model(images)
+        bad = torch.stack(
+            [(torch.equal(image, second) and torch.tensor(True)) or torch.tensor(False) for image in images]
+        )
+        return loc, conf.where(~bad[:, None, None], float("nan"))
+
+    own.model = overflowing
+    errors = []
+    found = list(own.stream(photos, on_error=lambda name, error: errors.append((name, type(error))), **LOW))
+    assert [each.source for each in found] == [
+        str(photos / f"{name}.jpg") for name in ("astronaut", "coffee")
+    ]
+    assert errors == [(str(photos / "chelsea.jpg"), NonFiniteError)]
+    with pytest.raises(NonFiniteError, match=rf"^{photos}/chelsea\.jpg: "):
+        list(own.stream(photos))
+
+
 def test_a_detector_keeps_its_own_copy_in_eval_mode(photo):
     model = made_model().train()
     detector = Detector(model, ("cat", "cup", "person"))
@@ -266,8 +291,9 @@ def test_half_precision_finds_much_the_same(detector, weights_file, photo, preci
 def test_a_device_that_is_not_there_is_named(weights_file):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match="choose device 'cpu'"):
-        Detector.load(weights_file, device="cuda")
+    for device in ("cuda", "banana", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            Detector.load(weights_file, device=device)
 
 
 def test_on_cuda_without_mixing_devices(fake_cuda, detector, small_model, photo):

@@ -169,6 +169,34 @@ def test_unreadable_exif_does_not_hide_the_picture(pixels):
     np.testing.assert_array_equal(loaded(body), pixels)
 
 
+@pytest.mark.parametrize(
+    "tag", [{0x0132: 1.5}, {0x011A: "7"}, {0x0100: (1, 3)}], ids=["float", "text", "ratio"]
+)
+def test_odd_exif_tags_do_not_keep_a_picture_from_being_upright(pixels, tag):
+    import PIL.TiffImagePlugin as tiff
+
+    block = tiff.ImageFileDirectory_v2()
+    block[0x0112] = 6
+    for key, value in tag.items():
+        block.tagtype[key] = {float: 12, str: 2, tuple: 5}[type(value)]
+        block[key] = tiff.IFDRational(*value) if isinstance(value, tuple) else value
+    body = encoded(
+        Image.fromarray(np.rot90(pixels).copy()), exif=b"Exif\0\0II*\0\x08\0\0\0" + block.tobytes(8)
+    )
+    np.testing.assert_array_equal(loaded(body), pixels)
+
+
+def test_one_lazy_image_in_several_threads(pixels):
+    from concurrent.futures import ThreadPoolExecutor
+
+    body = encoded(Image.fromarray(pixels.repeat(100, 0).repeat(100, 1)), "JPEG")
+    for _ in range(5):
+        image = Image.open(io.BytesIO(body))
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(loaded, [image] * 4))
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+
 # --- Refusals ---
 
 
@@ -265,6 +293,9 @@ def test_one_pixel_is_an_image():
         (np.zeros((2, 2, 3), complex), "complex"),
         (torch.zeros(2, 2, 3), r"\[C, H, W\]"),
         (torch.zeros(1, 3, 2, 2), "one image at a time"),
+        (torch.zeros(3, 2, 2, device="meta"), "uint8 or floats"),
+        (torch.zeros(3, 2, 2).to_sparse(), "uint8 or floats"),
+        (np.zeros((2, 2, 3), object), "object"),
     ],
 )
 def test_refused_arrays(array, reason):
@@ -279,6 +310,27 @@ def test_refused_arrays(array, reason):
 def test_only_http_is_opened(url):
     with pytest.raises(ImageError, match="only http and https"):
         load_image(url)
+
+
+@pytest.mark.parametrize("url", ["http://a..b/a.jpg", f"http://{'x' * 70}/a.jpg", "http://[x/a.jpg"])
+def test_malformed_addresses(url):
+    with pytest.raises(ImageError):
+        load_image(url)
+
+
+def test_a_malformed_redirect(server):
+    with pytest.raises(ImageError, match="malformed|not allowed|not http"):
+        load_image(server.serve("/moved", b"", status=302, headers={"Location": "http://[x"}))
+
+
+def test_urls_with_letters_of_any_script(server, pixels):
+    server.serve("/%C3%BC%20%E5%9B%BE.png?q=%C3%BC", encoded(Image.fromarray(pixels)), kind="image/png")
+    np.testing.assert_array_equal(loaded(server.url("/ü 图.png?q=ü")), pixels)
+
+
+def test_an_impossible_path():
+    with pytest.raises(ImageError, match="no possible path"):
+        load_image("a\0b.jpg")
 
 
 def test_answers_that_are_no_image(server):

@@ -73,6 +73,18 @@ def test_loading_published_weights_resets_norms_that_were_trained():
     assert (model.conf_norm[0].weight == 1).all()
 
 
+def test_loading_a_part_leaves_trained_head_norms_alone():
+    model = SSD300(3, "resnet18")
+    torch.nn.init.constant_(model.loc_norm[0].weight, 5)
+    model.load_state_dict({"loc.1.bias": torch.zeros_like(model.loc[1].bias)}, strict=False)
+    assert (model.loc_norm[0].weight == 5).all()
+
+
+def test_an_empty_batch(small_model):
+    loc, conf = small_model(torch.zeros(0, 3, 300, 300))
+    assert (loc.shape, conf.shape) == ((0, 4, 8732), (0, 4, 8732))
+
+
 def test_a_state_dict_with_some_head_norms_missing_is_refused():
     state = SSD300(3, "resnet18").state_dict()
     del state["loc_norm.2.bias"]
@@ -208,11 +220,9 @@ def test_a_real_gpu_gives_what_the_cpu_gives(small_model, images, precision, dty
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_model_reads_the_network_off_the_file(tmp_path, backbone):
     with torch.device("meta"):
-        shapes = {
-            key: value.shape for key, value in SSD300(3, backbone, head_norm=False).state_dict().items()
-        }
+        state = SSD300(3, backbone, head_norm=False).state_dict()
     path = tmp_path / "weights.pt"
-    torch.save({"model": {key: torch.zeros(shape) for key, shape in shapes.items()}}, path)
+    torch.save({"model": {key: torch.zeros_like(value, device="cpu") for key, value in state.items()}}, path)
     model, found = load_model(path)
     assert (model.backbone, model.num_classes, model.head_norm) == (backbone, 3, False)
     assert found.class_names == ("class 0", "class 1")

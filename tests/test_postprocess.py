@@ -145,6 +145,15 @@ def test_a_long_chain_of_suppressions():
     assert found.counts.tolist() == [150]
 
 
+def test_a_huge_max_detections_costs_little():
+    """As many comparisons as there are detections, whatever room was asked for."""
+    loc, conf = regime_outputs("typical", images=1)
+    found = postprocess(loc, conf, default_boxes(), max_detections=100_000)
+    usual = postprocess(loc, conf, default_boxes(), max_detections=2_000)
+    assert found.counts.tolist() == usual.counts.tolist()
+    assert torch.equal(found.boxes[:, :2_000], usual.boxes)
+
+
 @pytest.mark.parametrize("classes", [None, [1]])
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_nothing_found_has_the_right_shapes_and_types(images, classes):

@@ -170,7 +170,7 @@ def _sidecar(path: Path) -> Path:
 def _is_intact(path: Path, sha256: str | None) -> bool:
     """Whether a file is in the cache with the digest that it should have, as far as one is known."""
     expected = sha256 or _recorded_digest(path)
-    return path.is_file() and _digest(path).startswith(expected)
+    return path.is_file() and (not expected or _digest(path).startswith(expected))
 
 
 def _recorded_digest(path: Path) -> str:
@@ -225,7 +225,9 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
             problem = error
             if not _may_pass(error):
                 break
-    damaged = f" (the file there differs from its digest in {_sidecar(path).name})" if path.exists() else ""
+    damaged = ""
+    if path.exists() and not _is_intact(path, sha256):
+        damaged = f" (the file there differs from the digest in {_sidecar(path).name})"
     raise DownloadError(
         f"could not download {url}: {web.reason(problem)}. Get that file on a machine "
         f"that can, then either put it at {path}{damaged} or pass its path as weights "

@@ -193,7 +193,7 @@ def test_without_network_a_changed_file_is_named(server, body):
     load_model(url, progress=False)
     checkpoint.cached_path(url).write_bytes(body + b" ")
     server.pages.clear()
-    with pytest.raises(DownloadError, match=r"differs from its digest in .*\.sha256"):
+    with pytest.raises(DownloadError, match=r"differs from the digest in .*\.sha256"):
         load_model(url, progress=False)
 
 

@@ -229,9 +229,9 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
     if path.exists() and not _is_intact(path, sha256):
         damaged = f" (the file there differs from the digest in {_sidecar(path).name})"
     raise DownloadError(
-        f"could not download {url}: {web.reason(problem)}. Get that file on a machine "
-        f"that can, then either put it at {path}{damaged} or pass its path as weights "
-        f"(`weights='{path.name}'`, or `--weights {path.name}` on the command line)"
+        f"could not download {url}: {web.reason(problem)}. Get that file on a machine that can; then put it, "
+        f"under this name, at {path}{damaged}, or pass its path instead (`weights=...` or "
+        "`backbone_weights=...` in Python, `--weights ...` on the command line)"
     ) from problem
 
 
@@ -387,7 +387,10 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dict of tensors")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor with a name")
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(value).__name__}, not a tensor with a name; "
+                'expected a state dict, or a dict with one under "model"'
+            )
     return loaded, names if isinstance(names, dict) else {}
 
 
@@ -488,6 +491,8 @@ def save(
 def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[IO[bytes]]:
     """A file to write that takes its name when the block ends, durably, and vanishes if it fails."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{suffix}")
     try:
         with temporary.open("x+b") as file:

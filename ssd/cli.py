@@ -70,7 +70,10 @@ def _top(
 @app.command()
 def detect(
     sources: Annotated[
-        list[str], typer.Argument(help="Files, folders, globs or http(s) URLs.", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Files, folders (without subfolders), globs ('photos/**'), http(s) URLs.", show_default=False
+        ),
     ],
     weights: Annotated[str, typer.Option(help='"coco", a checkpoint file, or its URL.')] = "coco",
     device: Annotated[
@@ -99,10 +102,14 @@ def detect(
 
     from ssd.detector import Detector  # noqa: PLC0415
     from ssd.images import find_images  # noqa: PLC0415
+    from ssd.web import is_web_url  # noqa: PLC0415
 
     names = [name for source in sources for name in find_images(source)]
     if not names:
-        raise typer.BadParameter(f"no images in {', '.join(sources)}", param_hint="SOURCES")
+        hint = "; subfolders are not searched, but 'FOLDER/**' is" if any(map(os.path.isdir, sources)) else ""
+        raise typer.BadParameter(f"no images in {', '.join(sources)}{hint}", param_hint="SOURCES")
+    if not any(is_web_url(name) or os.path.exists(name) for name in names):
+        raise typer.BadParameter(f"no such file: {', '.join(names)}", param_hint="SOURCES")
 
     failures: list[str] = []
 
@@ -121,7 +128,9 @@ def detect(
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
-            classes=None if classes is None else [name.strip() for name in classes.split(",")],
+            classes=None
+            if classes is None
+            else [name.strip() for name in classes.split(",") if name.strip()],
             on_error=report,
         )
     except ValueError as error:
@@ -132,13 +141,13 @@ def detect(
     done = objects = 0
     stopped: BaseException | None = None
     with (
-        _Results(folder, format, names) as writer,
+        _Results(folder, format, names, detector.class_names, pictures=images) as writer,
         tqdm(total=len(names), unit="image", disable=None if len(names) > 1 else True) as bar,
     ):
         try:
             for found in results:
                 try:
-                    writer.add(found, picture=images)
+                    writer.add(found)
                 except (OSError, ValueError) as error:  # a name or size that cannot be written
                     report(found.source, error)
                 else:
@@ -184,8 +193,17 @@ class _Results:
     A results file takes its name when the block ends, also if it ends early.
     """
 
-    def __init__(self, folder: Path, format: Format, sources: list[str]) -> None:
-        self._folder, self._format = folder, format
+    def __init__(
+        self,
+        folder: Path,
+        format: Format,
+        sources: list[str],
+        class_names: tuple[str, ...],
+        *,
+        pictures: bool,
+    ) -> None:
+        self._folder, self._format, self._pictures = folder, format, pictures
+        self._class_names = class_names
         self._taken: set[str] = set()
         self._stack = ExitStack()
         self._image_ids = _coco_image_ids(sources) if format == "coco" else {}
@@ -199,6 +217,8 @@ class _Results:
 
         if self._format == "yolo":
             self.path.mkdir(exist_ok=True)
+            with atomic_file(_free(self._folder / "classes.txt")) as file:  # what the numbers stand for
+                file.write("".join(f"{name}\n" for name in self._class_names).encode())
         else:
             self._file = self._stack.enter_context(atomic_file(self.path))
             self._write(",".join(CSV_COLUMNS) + "\n" if self._format == "csv" else "[")
@@ -209,12 +229,12 @@ class _Results:
             self._write("]\n" if self._first else "\n]\n")
         self._stack.close()
 
-    def add(self, found: "Detections", *, picture: bool) -> None:
+    def add(self, found: "Detections") -> None:
         """Write one result, and its picture if wanted."""
         from ssd.checkpoint import atomic_file  # noqa: PLC0415
 
         name = self._name(found.source)
-        if picture:
+        if self._pictures:
             found.save(self._folder / name)
         if self._format == "yolo":
             with atomic_file(self.path / f"{os.path.splitext(name)[0]}.txt") as file:
@@ -244,7 +264,7 @@ class _Results:
         number = 1
         while True:
             numbered = stem if number == 1 else f"{stem}-{number}"
-            exists = (self._folder / f"{numbered}{suffix}").exists() or (
+            exists = (self._pictures and (self._folder / f"{numbered}{suffix}").exists()) or (
                 self._format == "yolo" and (self.path / f"{numbered}.txt").exists()
             )
             if numbered.casefold() not in self._taken and not exists:

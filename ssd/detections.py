@@ -2,10 +2,12 @@
 
 import base64
 import colorsys
+import contextlib
 import csv
 import html
 import io
 import json
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 # Pixels of the shorter and the longer side under which a picture is enlarged before it is drawn on.
-_SMALLEST_PICTURE = (160, 640)
+_SMALLEST_PICTURE = (160, 320)
 _LARGEST_PREVIEW = 960
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
@@ -123,16 +125,21 @@ class Detections:
     @overload
     def __getitem__(self, index: "slice | list[bool] | list[int] | npt.NDArray[Any]") -> "Detections": ...
     def __getitem__(self, index: Any) -> "Detection | Detections":
-        if isinstance(index, SupportsIndex) and not isinstance(index, np.ndarray):
-            class_id = int(self.class_ids[index])
-            left, top, right, bottom = _exact(self.boxes[index])
-            (score,) = _exact(self.scores[index][None])
-            return Detection((left, top, right, bottom), score, class_id, self.class_names[class_id])
-        if isinstance(index, list) and not index:
-            index = slice(0)
+        if not isinstance(index, slice):
+            index = np.asarray(index)
+            if index.size == 0:
+                index = index.astype(np.int64)  # an empty list has no type of its own
+            if index.ndim == 0:
+                return self._single(operator.index(index))
         return replace(
             self, boxes=self.boxes[index], scores=self.scores[index], class_ids=self.class_ids[index]
         )
+
+    def _single(self, index: int) -> Detection:
+        class_id = int(self.class_ids[index])
+        left, top, right, bottom = _exact(self.boxes[index])
+        score = float(str(self.scores[index]))
+        return Detection((left, top, right, bottom), score, class_id, self.class_names[class_id])
 
     def __repr__(self) -> str:
         return f"Detections({self.summary()})"
@@ -148,13 +155,13 @@ class Detections:
         )
 
     @property
-    def names(self) -> list[str]:
-        """The class name of each object."""
-        return [self.class_names[i] for i in self.class_ids]
+    def names(self) -> npt.NDArray[np.str_]:
+        """The class name of each object, ``[K]``: ``found[found.names == "cat"]`` are the cats."""
+        return np.array([self.class_names[i] for i in self.class_ids], dtype=np.str_)
 
     def summary(self) -> str:
         """How many of what, as in "2 person, 1 dog"; "no objects" for none."""
-        counts = Counter(self.names).most_common()
+        counts = Counter(self.names.tolist()).most_common()
         return ", ".join(f"{count} {name}" for name, count in counts) or "no objects"
 
     # --- Writing ---
@@ -226,13 +233,15 @@ class Detections:
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=self.class_ids.astype(int),
-            data={"class_name": np.array(self.names, dtype=str)},
+            data={"class_name": self.names},
         )
 
     # --- Drawing ---
 
     def draw(self) -> Image.Image:
-        """The image with boxes and labels, as a new picture; small images are enlarged first.
+        """The image with boxes and labels, as a new picture.
+
+        Images with a side under 160 or both under 320 pixels are enlarged first, for labels to be readable.
 
         Raises:
             ValueError: these detections have no image.
@@ -318,10 +327,10 @@ def _draw_boxes(
     """Draw boxes and labels, best first, on a picture."""
     canvas = ImageDraw.Draw(picture)
     font_size = max(14.0, 0.028 * (picture.width * picture.height) ** 0.5)
-    font = ImageFont.load_default(font_size)
+    font = _font(font_size, labels)
     widest = max((canvas.textlength(label, font) for label in labels), default=0)
     if widest > 0.9 * picture.width:  # a narrow picture
-        font = ImageFont.load_default(max(9.0, font_size * 0.9 * picture.width / widest))
+        font = _font(max(9.0, font_size * 0.9 * picture.width / widest), labels)
     line = max(2, round(font_size / 7))
     for box, color in reversed(list(zip(boxes, colors, strict=True))):  # the best on top
         left, top, right, bottom = (float(value) for value in box)
@@ -337,6 +346,14 @@ def _draw_boxes(
         offset = canvas.textbbox((0, 0), label, font)
         at = (place[0] - offset[0] + line, place[1] - offset[1] + line)
         canvas.text(at, label, "black" if dark else "white", font)
+
+
+def _font(size: float, labels: list[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font; for other letters than English ones the system's DejaVu Sans, if there is one."""
+    if not all(label.isascii() for label in labels):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype("DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def _label_place(

@@ -19,7 +19,7 @@ from ssd import images
 from ssd.boxes import default_boxes
 from ssd.detections import Detections
 from ssd.images import ImageError, ImageSource, load_image
-from ssd.model import SSD300, Precision, load_model
+from ssd.model import DTYPES, SSD300, Precision, load_model
 from ssd.postprocess import NonFiniteError, postprocess
 from ssd.transforms import normalize, resize
 
@@ -67,6 +67,10 @@ class Detector:
         first = next(self.model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self._default_boxes = default_boxes().to(self.device)
+
+    def __repr__(self) -> str:
+        precision = {dtype: name for name, dtype in DTYPES.items()}[self.dtype]
+        return f"Detector({len(self.class_names)} classes, {precision}, {self.device})"
 
     @classmethod
     def load(
@@ -132,7 +136,7 @@ class Detector:
             score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page.
             iou_threshold: of two overlapping boxes of a class, the lower score goes at this IoU.
             max_detections: most objects of an image.
-            classes: names or 0-based ids to look for; None for all.
+            classes: names or 0-based ids to look for, or one name; None for all.
             batch_size: how many images of a list go through the network at a time.
 
         Returns:
@@ -173,6 +177,10 @@ class Detector:
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
             sources = images.find_images(sources)
+        elif isinstance(sources, Image.Image | bytes) or getattr(sources, "ndim", 4) < 4:
+            raise TypeError(
+                "stream takes a folder, glob, path, URL or many images; for one, call the detector"
+            )
         return self._stream(sources, _positive(batch_size), options, on_error)
 
     def _options(
@@ -187,6 +195,8 @@ class Detector:
                 raise ValueError(f"{name} must be in [0, 1]; got {value}")
         if max_detections < 1:
             raise ValueError(f"max_detections must be at least 1; got {max_detections}")
+        if isinstance(classes, str):
+            classes = [classes]
         wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
         return _Options(score_threshold, iou_threshold, max_detections, wanted)
 
@@ -205,11 +215,11 @@ class Detector:
         self, sources: Iterable[ImageSource], batch_size: int, options: _Options, on_error: OnError | None
     ) -> Iterator[Detections]:
         batch: list[_Input] = []
-        for source, outcome in _read_ahead(sources, 2 * batch_size):
+        for name, outcome in _read_ahead(sources, 2 * batch_size):
             if isinstance(outcome, _Input):
                 batch.append(outcome)
             elif on_error is not None and isinstance(outcome, ImageError | OSError):
-                on_error(images.source_name(source), outcome)
+                on_error(name, outcome)
             else:
                 raise outcome
             if len(batch) == batch_size:
@@ -268,9 +278,10 @@ class Detector:
         )
 
 
-def _read(source: ImageSource) -> _Input:
-    image = load_image(source)
-    return _Input(images.source_path(source), image, resize(image))
+def _read(source: ImageSource, nameless: str = "image") -> _Input:
+    path = images.source_path(source)
+    image = load_image(source, name=path or nameless)
+    return _Input(path, image, resize(image))
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -278,37 +289,34 @@ def _usable(device: torch.device | str) -> torch.device:
         device = torch.device(device)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device {str(device)!r} cannot be used here; choose device 'cpu' ({reason})"
+            f"device {str(device)!r} cannot be used here; choose 'cpu' or, where there is a GPU, 'cuda'"
         ) from error
     return device
 
 
-def _read_ahead(
-    sources: Iterable[ImageSource], ahead: int
-) -> Iterator[tuple[ImageSource, _Input | BaseException]]:
-    """Sources in order, each with what reading it gave; at most `ahead` are under way or waiting."""
+def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[str, _Input | BaseException]]:
+    """The name of each source, in order, and what reading it gave; at most `ahead` are under way."""
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "ssd-read")
     # Not the futures' own results: a KeyboardInterrupt while waiting for one can leave its lock taken, and
     # its thread stuck. Waiting for a SimpleQueue can be interrupted at any moment.
-    waiting: deque[tuple[ImageSource, SimpleQueue[_Input | BaseException]]] = deque()
+    waiting: deque[tuple[str, SimpleQueue[_Input | BaseException]]] = deque()
 
-    def read(source: ImageSource, outcome: "SimpleQueue[_Input | BaseException]") -> None:
+    def read(source: ImageSource, name: str, outcome: "SimpleQueue[_Input | BaseException]") -> None:
         try:
-            outcome.put(_read(source))
+            outcome.put(_read(source, name))
         except BaseException as error:
             outcome.put(error)
 
-    def oldest() -> tuple[ImageSource, _Input | BaseException]:
-        source, outcome = waiting.popleft()
-        return source, outcome.get()
+    def oldest() -> tuple[str, _Input | BaseException]:
+        name, outcome = waiting.popleft()
+        return name, outcome.get()
 
     finished = False
     try:
-        for source in sources:
-            waiting.append((source, SimpleQueue()))
-            pool.submit(read, *waiting[-1])
+        for number, source in enumerate(sources):
+            waiting.append((images.source_path(source) or f"image {number}", SimpleQueue()))
+            pool.submit(read, source, *waiting[-1])
             if len(waiting) >= ahead:
                 yield oldest()
         while waiting:

@@ -82,7 +82,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():
-            raise ImageError(f"{name}: is a folder, not an image")
+            raise ImageError(f"{name}: is a folder, not an image; a detector's stream takes folders")
         try:
             file = path.open("rb")
         except ValueError as error:
@@ -258,7 +258,9 @@ def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint
     # The negated form also refuses NaN.
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 1):
-        raise ImageError(f"{name}: float values lie in [0, 1]; these reach from {low:g} to {high:g}")
+        raise ImageError(
+            f"{name}: float values lie in [0, 1]; these reach from {low:g} to {high:g}; divide by 255?"
+        )
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
 
 

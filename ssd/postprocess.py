@@ -131,10 +131,10 @@ def _candidates(
     likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
     image, box = likely.nonzero(as_tuple=True)
     place, counts = _place_in_row(image, len(conf))
-    boxes = _pad(box, image, place, counts, 0)
-
     # Rows of equal length, although some boxes come twice: gather along memory is five times as fast as
-    # picking the columns one by one.
+    # picking the columns one by one. And of whole vectors: on CPUs softmax treats the rest of a row by other
+    # code, which may round otherwise, and equal logits would not tie.
+    boxes = _pad(box, image, place, counts, 0, multiple=16)
     scores = conf.gather(2, boxes[:, None].expand(-1, conf.shape[1], -1)).float().softmax(1)[:, 1:]
     if classes is not None:
         wanted = torch.zeros(scores.shape[1], dtype=torch.bool)
@@ -152,9 +152,12 @@ def _place_in_row(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
     return torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image], counts
 
 
-def _pad(values: Tensor, image: Tensor, place: Tensor, counts: Tensor, fill: float) -> Tensor:
-    """Values of all images in rows ``[N, K]``, one image each; K is at least 1."""
+def _pad(
+    values: Tensor, image: Tensor, place: Tensor, counts: Tensor, fill: float, *, multiple: int = 1
+) -> Tensor:
+    """Values of all images in rows ``[N, K]``, one image each; K is above 0 and a multiple of `multiple`."""
     width = max(int(counts.max()), 1) if len(counts) else 1
+    width = math.ceil(width / multiple) * multiple
     rows = values.new_full((len(counts), width), fill)
     rows[image, place] = values
     return rows

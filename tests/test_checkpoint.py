@@ -83,7 +83,7 @@ def test_a_bad_download_is_an_error_and_leaves_the_cache_as_it_was(server, body,
     with pytest.raises(DownloadError, match=reason) as caught:
         checkpoint.fetch(url, progress=False)
     assert url in str(caught.value)
-    assert "pass its path as weights" in str(caught.value)
+    assert "pass its path instead" in str(caught.value)
     assert str(checkpoint.cached_path(url)) in str(caught.value)
     assert len(server.requests) == attempts
     assert cached() == []
@@ -144,7 +144,7 @@ def test_without_network_the_error_says_what_to_do():
         load_model("coco", progress=False)
     message = str(caught.value)
     record = checkpoint.PUBLISHED["coco"]
-    for part in (record.url, str(checkpoint.cache_dir() / record.file_name), "--weights", "weights="):
+    for part in (record.url, str(checkpoint.cache_dir() / record.file_name), "--weights", "weights=..."):
         assert part in message
 
 

@@ -52,7 +52,7 @@ def test_detect_a_folder(run, photos, tmp_path, weights_file):
     assert lines[-1].endswith("; results in runs/detect-1/detections.json, pictures in runs/detect-1")
     assert "it/s" not in err
     with Image.open(folder / "coffee.jpg") as picture:
-        assert picture.size == (1200, 800)
+        assert picture.size == (600, 400)
 
 
 def test_each_run_has_its_own_folder(run, photos, tmp_path):
@@ -109,6 +109,13 @@ def test_csv(run, photos, tmp_path):
 def test_yolo(run, photos, tmp_path):
     run("detect", photos, "--format", "yolo", "--output", "out", "--score-threshold", "0.9")
     assert sorted(os.listdir(tmp_path / "out" / "labels")) == [f"{name}.txt" for name in sorted(PHOTOS)]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ncup\nperson\n"
+
+
+def test_yolo_labels_are_named_as_the_photos_beside_them(run, photos, tmp_path):
+    (tmp_path / "coffee.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
+    run("detect", "coffee.jpg", "--format", "yolo", "--output", ".", "--no-images")
+    assert os.listdir(tmp_path / "labels") == ["coffee.txt"]
 
 
 def test_coco(run, photos, tmp_path):
@@ -219,18 +226,22 @@ def test_classes_and_precision(run, photos, tmp_path):
     [
         (["detect"], "Missing argument"),
         (["detect", "*.nothing"], "no images in"),
-        (["detect", "a.jpg", "--classes", "persom"], "did you mean person"),
-        (["detect", "a.jpg", "--score-threshold", "2"], "score-threshold"),
-        (["detect", "a.jpg", "--precision", "fp8"], "fp8"),
-        (["detect", "a.jpg", "--format", "xml"], "xml"),
-        (["detect", "a.jpg", "--batch-size", "0"], "batch-size"),
-        (["detect", "a.jpg", "--no-such"], "no-such"),
-        (["detect", "a.jpg", "--device", "banana"], "banana"),
+        (["detect", "."], "subfolders are not searched"),
+        (["detect", "gone.jpg", "nor/this.jpg"], "no such file: gone.jpg"),
+        (["detect", "here.jpg", "--classes", "persom"], "did you mean person"),
+        (["detect", "here.jpg", "--score-threshold", "2"], "score-threshold"),
+        (["detect", "here.jpg", "--precision", "fp8"], "fp8"),
+        (["detect", "here.jpg", "--format", "xml"], "xml"),
+        (["detect", "here.jpg", "--batch-size", "0"], "batch-size"),
+        (["detect", "here.jpg", "--no-such"], "no-such"),
+        (["detect", "here.jpg", "--device", "banana"], "banana"),
         (["download", "local.pt"], "neither a URL"),
         (["detct"], "detct"),
     ],
 )
-def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):
+def test_usage_errors_exit_with_2(run, arguments, message, tmp_path, photos):
+    if "here.jpg" in arguments:
+        (tmp_path / "here.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
     status, out, err = run(*arguments)
     assert status == 2
     assert message in err

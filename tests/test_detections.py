@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ssd.detections import Detection, Detections
@@ -92,9 +93,11 @@ def test_wrong_values_are_refused_with_what_is_wrong(changes, message):
 def test_iteration_and_integers_give_single_detections(found):
     assert list(found)[0] == found[0] == Detection((10, 20, 50, 60), 0.9, 1, "dog")
     assert found[-1] == found[np.int64(2)] == list(found)[2]
-    assert found.names == ["dog", "cat", "wine glass"]
+    assert found.names.tolist() == ["dog", "cat", "wine glass"]
     with pytest.raises(IndexError):
         found[3]
+    with pytest.raises(TypeError):
+        found[True]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ def test_iteration_and_integers_give_single_detections(found):
         ([2], [0.4]),
         ([], []),
         (np.zeros(3, bool), []),
+        (torch.tensor([False, True, True]), [0.5, 0.4]),
     ],
 )
 def test_slices_masks_and_lists_give_detections(found, index, scores):
@@ -119,7 +123,8 @@ def test_slices_masks_and_lists_give_detections(found, index, scores):
 
 
 def test_filter_by_an_expression(found):
-    assert found[(found.scores > 0.4) & (found.class_ids == 1)].names == ["dog"]
+    assert found[(found.scores > 0.4) & (found.class_ids == 1)].names.tolist() == ["dog"]
+    assert found[found.names == "wine glass"].class_ids.tolist() == [2]
 
 
 def test_text(found, nothing):
@@ -201,7 +206,7 @@ def test_supervision(found, nothing):
         converted = each.to_supervision()
         np.testing.assert_array_equal(converted.xyxy, each.boxes)
         np.testing.assert_array_equal(converted.class_id, each.class_ids)
-        assert converted["class_name"].tolist() == each.names
+        assert converted["class_name"].tolist() == each.names.tolist()
 
 
 def test_supervision_where_it_is_missing_names_the_command(found, monkeypatch):
@@ -217,15 +222,15 @@ def test_draw_marks_the_box_and_leaves_the_rest(image):
     found = Detections([[40, 30, 120, 90]], [0.8], [1], class_names=NAMES, image_size=(100, 200), image=image)
     before = np.asarray(image).copy()
     picture = found.draw()
-    assert picture.size == (800, 400)  # enlarged by a whole factor, until the longer side has 640 pixels
+    assert picture.size == (400, 200)  # enlarged by a whole factor
     np.testing.assert_array_equal(np.asarray(image), before)
     plain = np.asarray(image.resize(picture.size, Image.Resampling.BICUBIC))
     changed = (np.asarray(picture) != plain).any(axis=2)
-    assert changed[200, 160]  # the left edge
-    assert changed[120, 300]  # the top edge
-    assert not changed[200, 300]  # the middle
-    assert not changed[:, 520:].any()  # right of the box
-    assert changed[100:120, 165:220].mean() > 0.9  # the label, above
+    assert changed[100, 80]  # the left edge
+    assert changed[60, 150]  # the top edge
+    assert not changed[100, 150]  # the middle
+    assert not changed[:, 260:].any()  # right of the box
+    assert changed[45:58, 84:110].mean() > 0.9  # the label, above
 
 
 def test_draw_nothing_is_the_image(nothing):
@@ -279,7 +284,7 @@ def test_a_class_has_one_colour_and_coco_has_80():
 def test_save(found, tmp_path, suffix):
     path = found.save(tmp_path / f"out{suffix}")
     with Image.open(path) as picture:
-        assert picture.size == (800, 400)
+        assert picture.size == (400, 200)
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -292,6 +297,11 @@ def test_save_never_overwrites_the_source_and_names_unknown_suffixes(image, tmp_
     for name in ("a.text", "a.psd", "a"):
         with pytest.raises(ValueError, match=r"\.jpg, \.png"):
             found.save(tmp_path / name)
+
+
+def test_save_into_no_folder_names_it(found, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        found.save(tmp_path / "nowhere" / "a.jpg")
 
 
 def test_without_an_image_there_is_no_picture(found):

@@ -107,9 +107,10 @@ def test_options(detector, photo):
     found = detector(photo, **LOW)
     assert same(detector(photo, max_detections=3, **LOW), found[:3])
     some = detector(photo, classes=["person", 0], **LOW)
-    assert set(some.names) <= {"person", "cat"}
+    assert set(some.names.tolist()) <= {"person", "cat"}
     assert len(detector(photo, classes=[], **LOW)) == 0
     assert same(detector(photo, classes=some.class_ids, **LOW), some)
+    assert same(detector(photo, classes="cat", **LOW), detector(photo, classes=["cat"], **LOW))
     assert len(detector(photo, iou_threshold=0.1, **LOW)) < len(detector(photo, iou_threshold=0.9, **LOW))
 
 
@@ -135,6 +136,27 @@ def test_wrong_options_are_named(detector, photo, options, message):
 def test_wrong_batch_size_is_named(detector):
     with pytest.raises(ValueError, match="batch_size"):
         detector.stream([], batch_size=0)
+
+
+def test_stream_of_one_image_is_refused(detector):
+    pixels = np.zeros((3, 60, 60), np.uint8)
+    for image in (
+        Image.fromarray(pixels.transpose(1, 2, 0)),
+        pixels,
+        torch.from_numpy(pixels),
+        pixels.tobytes(),
+    ):
+        with pytest.raises(TypeError, match="for one, call the detector"):
+            detector.stream(image)
+
+
+def test_nameless_images_are_counted(detector):
+    with pytest.raises(ImageError, match=r"^image 1: .*divide by 255"):
+        detector([np.zeros((9, 9)), np.full((9, 9), 255.0)])
+
+
+def test_repr(detector):
+    assert repr(detector) == "Detector(3 classes, fp32, cpu)"
 
 
 def test_bad_images_are_named(detector, tmp_path):
@@ -175,9 +197,9 @@ def test_stream_reads_off_the_main_thread_in_order_and_stops_its_threads(detecto
 
     threads, original = set(), module.load_image
 
-    def noted(source):
+    def noted(source, **options):
         threads.add(threading.current_thread().name)
-        return original(source)
+        return original(source, **options)
 
     monkeypatch.setattr(module, "load_image", noted)
     paths = [photos / f"{PHOTOS[i % 3]}.jpg" for i in range(7)]

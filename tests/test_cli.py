@@ -1,13 +1,10 @@
 import csv
-import fcntl
 import json
 import os
-import pty
 import signal
 import struct
 import subprocess
 import sys
-import termios
 import threading
 
 import pytest
@@ -313,6 +310,9 @@ def test_python_m_ssd_is_the_same():
 
 
 def test_a_terminal_has_a_progress_bar(photos, tmp_path, weights_file):
+    pty, fcntl, termios = (
+        pytest.importorskip(name) for name in ("pty", "fcntl", "termios")
+    )  # not on Windows
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(

@@ -7,6 +7,7 @@ cache is hashed before it is parsed.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,8 +15,8 @@ import secrets
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -54,6 +55,9 @@ class Weights:
     transform: str
 
 
+TRANSFORM = "the whole image resized to 300x300 (bilinear, antialiased), ImageNet mean and deviation"
+"""What images a network is trained on, for people who read a checkpoint."""
+
 PUBLISHED = {
     "coco": Weights(
         url="https://api.ngc.nvidia.com/v2/models/nvidia/ssd_pyt_ckpt_amp/versions/20.06.0/files/"
@@ -63,7 +67,7 @@ PUBLISHED = {
         size=None,
         class_names=COCO_NAMES,
         accuracy="0.25 AP on COCO val2017, as published by NVIDIA",
-        transform="the whole image resized to 300x300 (bilinear, antialiased), ImageNet mean and deviation",
+        transform=TRANSFORM,
     ),
 }
 """Weights by the name under which `fetch`, `Detector.load` and ``ssd detect --weights`` know them."""
@@ -87,6 +91,10 @@ class Checkpoint:
     class_names: tuple[str, ...]
     """One for each class but the background: the file's own; COCO's where it has none, for 81 classes; else
     "class 0" and on."""
+    category_ids: tuple[int, ...] = ()
+    """The id of each class in the COCO files that it was trained on, where the file says so."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """How it was trained, where the file says so."""
 
 
 # --- Fetching ---------------------------------------------------------------------------------------------
@@ -299,9 +307,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    tensors, names = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    tensors, notes = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     state_dict = {_without_wrapper(key): value for key, value in tensors.items()}
-    return _describe(path, state_dict, names)
+    return _describe(path, state_dict, notes)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -359,19 +367,21 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what the file notes beside them: "label_map", "category_ids", "config"."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             # Copies: the file is only mapped, and may change or vanish while the network is in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        names = dict(enumerate(json.loads(metadata.get("class_names", "[]")), start=1))
+        notes = {key: json.loads(metadata[key]) for key in ("category_ids", "config") if key in metadata}
+        notes["label_map"] = dict(enumerate(json.loads(metadata.get("class_names", "[]")), start=1))
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    return tensors, names
+    return tensors, notes
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -379,9 +389,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
     except Exception as error:
         # Not chained: torch's text advises to switch the safe unpickler off.
         raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from None
-    names: object = {}
+    notes: dict[str, Any] = {}
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        names = loaded.get("label_map")
+        notes = {key: loaded[key] for key in ("label_map", "category_ids", "config") if key in loaded}
         loaded = loaded["model"]
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dict of tensors")
@@ -391,7 +401,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
                 f"{path}: {key!r} is a {type(value).__name__}, not a tensor with a name; "
                 'expected a state dict, or a dict with one under "model"'
             )
-    return loaded, names if isinstance(names, dict) else {}
+    return loaded, notes
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:
@@ -415,7 +425,7 @@ def _without_wrapper(key: str) -> str:
     return re.sub(r"^(module\.1\.|module\.)", "", key)
 
 
-def _describe(path: Path, state_dict: dict[str, Tensor], names: Mapping[Any, Any]) -> Checkpoint:
+def _describe(path: Path, state_dict: dict[str, Tensor], notes: dict[str, Any]) -> Checkpoint:
     trunk = "feature_extractor.feature_extractor."
     blocks = "-".join(
         str(len({key.split(".")[3] for key in state_dict if key.startswith(f"{trunk}{stage}.")}))
@@ -441,12 +451,15 @@ def _describe(path: Path, state_dict: dict[str, Tensor], names: Mapping[Any, Any
         backbone=backbone,
         num_classes=num_classes,
         head_norm="loc_norm.0.weight" in state_dict,
-        class_names=_class_names(names, num_classes),
+        class_names=_class_names(notes.get("label_map"), num_classes),
+        category_ids=_category_ids(notes.get("category_ids"), num_classes),
+        config=notes["config"] if isinstance(notes.get("config"), dict) else {},
     )
 
 
-def _class_names(names: Mapping[Any, Any], num_classes: int) -> tuple[str, ...]:
+def _class_names(names: object, num_classes: int) -> tuple[str, ...]:
     """Names of classes 1 to num_classes - 1, which the file gives by number (0 is the background)."""
+    names = names if isinstance(names, dict) else {}
     given = {str(label): name for label, name in names.items() if isinstance(name, str)}
     coco = PUBLISHED["coco"].class_names
     if not given and num_classes == len(coco) + 1:
@@ -454,11 +467,22 @@ def _class_names(names: Mapping[Any, Any], num_classes: int) -> tuple[str, ...]:
     return tuple(given.get(str(label), f"class {label - 1}") for label in range(1, num_classes))
 
 
+def _category_ids(ids: object, num_classes: int) -> tuple[int, ...]:
+    if isinstance(ids, list) and len(ids) == num_classes - 1 and all(isinstance(each, int) for each in ids):
+        return tuple(ids)
+    return ()
+
+
 # --- Writing ----------------------------------------------------------------------------------------------
 
 
 def save(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], class_names: tuple[str, ...]
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    class_names: tuple[str, ...],
+    *,
+    category_ids: Sequence[int] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Save weights and class names as safetensors, or, for another suffix, as NVIDIA's code loads them.
 
@@ -468,6 +492,8 @@ def save(
         path: ends in ``.safetensors``, or is written with `torch.save` as ``{"model", "label_map"}``.
         state_dict: of an `SSD300`.
         class_names: one for each class but the background.
+        category_ids: the dataset's own id of each class, for COCO output.
+        config: how the weights were trained, plain data.
 
     Raises:
         ValueError: the state dict is of another number of classes.
@@ -481,15 +507,30 @@ def save(
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     with atomic_file(path) as file:
         if path.suffix == ".safetensors":
-            file.write(safetensors.torch.save(tensors, {"class_names": json.dumps(class_names)}))
+            metadata = {"class_names": json.dumps(class_names), "transform": TRANSFORM}
+            metadata |= {"category_ids": json.dumps(list(category_ids))} if category_ids else {}
+            metadata |= {"config": json.dumps(config)} if config else {}
+            file.write(safetensors.torch.save(tensors, metadata))
         else:
             labels = dict(enumerate(("background", *class_names)))
-            torch.save({"model": tensors, "label_map": labels}, file)
+            ids = {"category_ids": list(category_ids)} if category_ids else {}
+            file.write(torch_bytes({"model": tensors, "label_map": labels, **ids}))
+
+
+def torch_bytes(content: object) -> memoryview:
+    """What `torch.save` writes; straight into a file, it does not tell that the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[IO[bytes]]:
-    """A file to write that takes its name when the block ends, durably, and vanishes if it fails."""
+    """A file to write that takes its name when the block ends, durably, and vanishes if it fails.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, the message says so.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
@@ -500,8 +541,11 @@ def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "the earlier one is whole" if path.exists() else "nothing is left of it"
+            raise OSError(error.errno, f"no room on the disk for {path.name}; {what}", str(path)) from error
         raise
     if sys.platform != "win32":
         folder = os.open(path.parent, os.O_RDONLY)

@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -19,7 +21,9 @@ from ssd import __version__
 if TYPE_CHECKING:
     import torch
 
+    from ssd.data import Annotations, DetectionDataset
     from ssd.detections import Detections
+    from ssd.distributed import World
 
 Format = Literal["json", "csv", "coco", "yolo"]
 
@@ -45,12 +49,24 @@ def main() -> None:
         app(prog_name="ssd")
     except READ_ERRORS as error:  # DownloadError and FileNotFoundError are OSErrors
         _fail(str(error))
-    except RuntimeError as error:
-        from ssd.checkpoint import CheckpointError  # noqa: PLC0415
-
-        if not isinstance(error, CheckpointError):
+    except (RuntimeError, ValueError, FloatingPointError, ImportError) as error:
+        if not _is_users(error):
             raise
         _fail(str(error))
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that the user can mend, and whose message says all."""
+    from ssd.checkpoint import CheckpointError  # noqa: PLC0415
+    from ssd.data import AnnotationError  # noqa: PLC0415
+    from ssd.distributed import LostContactError  # noqa: PLC0415
+    from ssd.images import ImageError  # noqa: PLC0415
+    from ssd.postprocess import NonFiniteError  # noqa: PLC0415
+
+    if isinstance(error, ImportError):
+        return str(error).endswith("]'")  # names the extra that is missing
+    ours = (CheckpointError, AnnotationError, ImageError, NonFiniteError, LostContactError)
+    return isinstance(error, ours)
 
 
 def _fail(message: str) -> NoReturn:
@@ -101,10 +117,11 @@ def detect(
     from tqdm import tqdm  # noqa: PLC0415
 
     from ssd.detector import Detector  # noqa: PLC0415
+    from ssd.distributed import world  # noqa: PLC0415
     from ssd.images import find_images  # noqa: PLC0415
     from ssd.web import is_web_url  # noqa: PLC0415
 
-    names = [name for source in sources for name in find_images(source)]
+    names = list(dict.fromkeys(name for source in sources for name in find_images(source)))
     if not names:
         hint = "; subfolders are not searched, but 'FOLDER/**' is" if any(map(os.path.isdir, sources)) else ""
         raise typer.BadParameter(f"no images in {', '.join(sources)}{hint}", param_hint="SOURCES")
@@ -120,47 +137,52 @@ def detect(
         failures.append(name)
         tqdm.write(f"ssd: left out {name}: {reason}", file=sys.stderr)
 
-    try:
-        detector = Detector.load(weights, device, precision)
-        results = detector.stream(
-            names,
-            batch_size=batch_size,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            max_detections=max_detections,
-            classes=None
-            if classes is None
-            else [name.strip() for name in classes.split(",") if name.strip()],
-            on_error=report,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-    folder = output or _new_folder("detect")
-    folder.mkdir(parents=True, exist_ok=True)
-    done = objects = 0
-    stopped: BaseException | None = None
-    with (
-        _Results(folder, format, names, detector.class_names, pictures=images) as writer,
-        tqdm(total=len(names), unit="image", disable=None if len(names) > 1 else True) as bar,
-    ):
+    wanted = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
+    with world(device) as place:
         try:
-            for found in results:
-                try:
-                    writer.add(found)
-                except (OSError, ValueError) as error:  # a name or size that cannot be written
-                    report(found.source, error)
-                else:
-                    done, objects = done + 1, objects + len(found)
-                    tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
-                bar.update(done + len(failures) - bar.n)
-        except (KeyboardInterrupt, Exception) as error:  # whatever happens, what is done is kept
-            stopped = error
-    if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
-        raise stopped
-    if len(names) == done == 1:
-        typer.echo(str(found))
-    _summarise(done, objects, len(failures), len(names), writer.path, folder if images and done else None)
+            detector = Detector.load(weights, device and place.device, precision)
+            results = detector.stream(
+                names[place.rank :: place.size],
+                batch_size=batch_size,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+                classes=wanted,
+                on_error=report,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        folder = _folder_of_all(output, "detect", place)
+        out = _Results(folder, format, names, detector.class_names, pictures=images)
+        if place.size > 1:
+            # Each process writes its pictures; the main one all results, in their order.
+            results, failures[:] = _gather_results(results, names, out, failures, place)
+            if not place.is_main:
+                return
+
+        done = objects = 0
+        stopped: BaseException | None = None
+        with (
+            out as writer,
+            tqdm(total=len(names), unit="image", disable=None if len(names) > 1 else True) as bar,
+        ):
+            try:
+                for found in results:
+                    try:
+                        writer.add(found)
+                    except (OSError, ValueError) as error:  # a name or size that cannot be written
+                        report(found.source, error)
+                    else:
+                        done, objects = done + 1, objects + len(found)
+                        tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
+                    bar.update(done + len(failures) - bar.n)
+            except (KeyboardInterrupt, Exception) as error:  # whatever happens, what is done is kept
+                stopped = error
+        if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
+            raise stopped
+        if len(names) == done == 1:
+            typer.echo(str(found))
+        _summarise(done, objects, len(failures), len(names), writer.path, folder if images and done else None)
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures else 0)
 
 
@@ -172,6 +194,29 @@ def _summarise(
     text += f", {total - done - failed} not reached" if total > done + failed else ""
     text += f"; results in {results}"
     typer.echo(text + (f", pictures in {pictures}" if pictures else ""))
+
+
+def _folder_of_all(output: Path | None, verb: str, place: "World") -> Path:
+    """The folder that all processes write to."""
+    folder = place.gather(output or _new_folder(verb) if place.is_main else Path())[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _gather_results(
+    results: "Iterable[Detections]", names: list[str], out: "_Results", failures: list[str], place: "World"
+) -> "tuple[Iterator[Detections], list[str]]":
+    """The results of all processes in the order of `names`, and all failures; pictures are written."""
+    mine = []
+    for found in results:
+        out.picture(found)
+        mine.append(replace(found, image=None))
+    by_source: dict[str, Detections] = {}
+    failed: list[str] = []
+    for share, lost in place.gather((mine, failures)):
+        by_source |= {found.source: found for found in share}
+        failed += lost
+    return iter([by_source[name] for name in names if name in by_source]), failed
 
 
 def _new_folder(verb: str) -> Path:
@@ -204,12 +249,13 @@ class _Results:
     ) -> None:
         self._folder, self._format, self._pictures = folder, format, pictures
         self._class_names = class_names
-        self._taken: set[str] = set()
         self._stack = ExitStack()
         self._image_ids = _coco_image_ids(sources) if format == "coco" else {}
         self._first = True
         name = {"csv": "detections.csv", "yolo": "labels"}.get(format, "detections.json")
         self.path = folder / name if format == "yolo" else _free(folder / name)
+        self._taken: set[str] = set()
+        self._names = {source: self._name(source) for source in sources}
 
     def __enter__(self) -> "_Results":
         from ssd.checkpoint import atomic_file  # noqa: PLC0415
@@ -230,14 +276,13 @@ class _Results:
         self._stack.close()
 
     def add(self, found: "Detections") -> None:
-        """Write one result, and its picture if wanted."""
+        """Write one result, and its picture if wanted and not written yet."""
         from ssd.checkpoint import atomic_file  # noqa: PLC0415
 
-        name = self._name(found.source)
-        if self._pictures:
-            found.save(self._folder / name)
+        self.picture(found)
         if self._format == "yolo":
-            with atomic_file(self.path / f"{os.path.splitext(name)[0]}.txt") as file:
+            stem = os.path.splitext(self._names[found.source])[0]
+            with atomic_file(self.path / f"{stem}.txt") as file:
                 file.write(found.to_yolo().encode())
         elif self._format == "csv":
             self._write(found.to_csv(header=False))
@@ -249,6 +294,11 @@ class _Results:
             for entry in entries:
                 self._write(("\n" if self._first else ",\n") + json.dumps(entry, ensure_ascii=False))
                 self._first = False
+
+    def picture(self, found: "Detections") -> None:
+        """Write the picture of a result that has its image, if pictures are wanted."""
+        if self._pictures and found.image is not None:
+            found.save(self._folder / self._names[found.source])
 
     def _write(self, text: str) -> None:
         # Names of files need not be Unicode; in JSON the replacement is the escape of the same code.
@@ -289,6 +339,272 @@ def _coco_image_ids(sources: list[str]) -> dict[str, int]:
         if len(set(ids.values())) == len(ids):
             return ids
     return {source: number for number, source in enumerate(dict.fromkeys(sources), start=1)}
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Dataset: a COCO, YOLO or VOC folder, data.yaml or COCO .json.", show_default=False
+        ),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")] = None,
+    val: Annotated[Path | None, typer.Option(help="To evaluate on; by default DATA's val split.")] = None,
+    val_images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; by default runs/train-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs nothing else.")] = None,
+    preset: Annotated[
+        Literal["default", "published"], typer.Option(help="What the options below start from.")
+    ] = "default",
+    weights: Annotated[str | None, typer.Option(help="To start from: coco, shapes, a file or a URL.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="resnet18, 34, 50 (default), 101 or 152.")] = None,
+    backbone_weights: Annotated[
+        str | None, typer.Option(help='Start the trunk from "imagenet", a torchvision name or a file.')
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that each image is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time, in each process.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches for a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate, for 32 images a step.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Except on biases and norms.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps in which the rate rises.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine or multistep.")] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Parts of the run for multistep, as 0.66,0.83.")
+    ] = None,
+    augmentation: Annotated[str | None, typer.Option(help="default, published or none.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of averaged weights; 0 for none.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of gradients; 0 for no limit.")] = None,
+    iou_threshold: Annotated[float | None, typer.Option(help="For matching.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, fp16 or bf16.")] = None,
+    head_norm: Annotated[bool | None, typer.Option("--head-norm/--plain-heads", help="From scratch.")] = None,
+    freeze: Annotated[int | None, typer.Option(help="Trunk stages to keep as they are, up to 4.")] = None,
+    sync_batchnorm: Annotated[bool | None, typer.Option(help="Over all processes; CUDA.")] = None,
+    channels_last: Annotated[bool | None, typer.Option(help="Memory layout.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Use torch.compile.")] = None,
+    crowd: Annotated[bool | None, typer.Option(help="Train on crowd boxes too.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Epochs between evaluations.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Leave out annotations that are bad.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
+) -> None:
+    """Train or fine-tune on labelled images; interrupt and resume as you like.
+
+    Several processes: torchrun --nproc-per-node N -m ssd train ...
+    """
+    given = locals()
+    choices = {key: given[key] for key in _config_fields() if given[key] is not None}
+    if milestones is not None:
+        choices["milestones"] = tuple(float(each) for each in milestones.split(","))
+    if (data is None) == (resume is None):
+        raise typer.BadParameter("give a dataset, or --resume RUN")
+    from ssd.distributed import world  # noqa: PLC0415
+    from ssd.train import PRESETS, TrainConfig, fit  # noqa: PLC0415
+
+    if resume is not None:
+        saved = _read_run(resume)
+        source, config = saved["data"], saved["config"] | choices
+        config["milestones"] = tuple(config["milestones"])
+    else:
+        source = {
+            "data": data,
+            "images": images,
+            "val": val,
+            "val_images": val_images,
+            "lenient": lenient,
+        }
+        for key in ("data", "images", "val", "val_images"):  # resuming may start in another folder
+            source[key] = str(source[key].absolute()) if source[key] else None
+        config = asdict(PRESETS[preset]) | choices
+    try:
+        settled = TrainConfig(**config)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    train_set, val_set = _datasets(source, crowd=settled.crowd)
+    with world(device) as place:
+        folder = resume or _folder_of_all(output, "train", place)
+        if output and not resume and (folder / "state.pt").exists():
+            raise typer.BadParameter(f"{folder} holds a run already; go on with --resume {folder}")
+        try:
+            result = fit(
+                train_set,
+                val_set,
+                settled,
+                folder,
+                category_ids=train_set.annotations.category_ids,
+                world=place,
+                resume=resume is not None,
+                say=typer.echo,
+                source=source,
+                tensorboard=tensorboard,
+            )
+        except ValueError as error:
+            if _is_users(error):
+                raise
+            raise typer.BadParameter(str(error)) from error
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
+    if place.is_main:
+        if result.evaluation:
+            typer.echo(f"\n{result.evaluation}")
+        best = folder / ("best" if result.evaluation else "last")
+        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {best}.safetensors")
+
+
+def _config_fields() -> set[str]:
+    from ssd.train import TrainConfig  # noqa: PLC0415
+
+    return {field.name for field in fields(TrainConfig)}
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        saved = json.loads(file.read_bytes())
+        return {"data": saved["data"], "config": saved["config"]}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{file} is not what ssd train wrote ({error})") from error
+
+
+def _datasets(source: dict[str, Any], *, crowd: bool) -> "tuple[DetectionDataset, Annotations | None]":
+    """The dataset to train on, and the annotations to evaluate with, if there are any."""
+    from ssd.data import DetectionDataset, find_split, load, usable_for_evaluation  # noqa: PLC0415
+
+    annotations = load(source["data"], "train", images=source["images"])
+    train_set = DetectionDataset(annotations, lenient=source["lenient"], crowd=crowd)
+    path, names = source["val"] or source["data"], annotations.class_names
+    if source["val"] is None and not find_split(path, "val"):
+        return train_set, None
+    val_set = load(path, "val", images=source["val_images"], class_names=names)
+    return train_set, usable_for_evaluation(val_set, lenient=source["lenient"])
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="A COCO, YOLO or VOC folder, data.yaml, COCO .json.")],
+    weights: Annotated[str, typer.Option(help='"coco", "shapes", a checkpoint file, or its URL.')] = "coco",
+    split: Annotated[
+        Literal["train", "val", "test"], typer.Option(help="Which part of the dataset.")
+    ] = "val",
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the network.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at a time.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; by default a new folder runs/evaluate-N.")
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Curves, confusion matrix, worst images.")] = False,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Leave out what cannot be used.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure detections with the official COCO numbers, and AP of each class.
+
+    Several processes: torchrun --nproc-per-node N -m ssd evaluate ...
+    """
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from ssd.checkpoint import atomic_file  # noqa: PLC0415
+    from ssd.data import load, usable_for_evaluation  # noqa: PLC0415
+    from ssd.detector import Detector  # noqa: PLC0415
+    from ssd.distributed import world  # noqa: PLC0415
+    from ssd.evaluate import coco_results, detect_all, measure  # noqa: PLC0415
+
+    with world(device) as place:
+        try:
+            detector = Detector.load(weights, place.device, precision)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        annotations = load(data, split, images=images, class_names=detector.class_names)
+        annotations = usable_for_evaluation(annotations, lenient=lenient)
+        share = len(range(place.rank, len(annotations), place.size))
+        hidden = True if not place.is_main or as_json else None
+        with tqdm(total=share, unit="image", disable=hidden) as bar:
+            truth, found = detect_all(detector, annotations, place, batch_size=batch_size, on_done=bar.update)
+        if not place.is_main:
+            return
+        result = measure(truth, found)
+        folder = output or _new_folder("evaluate")
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
+        for name, content in (("metrics", facts), ("detections", coco_results(truth, found))):
+            with atomic_file(folder / f"{name}.json") as file:
+                file.write(json.dumps(content).encode())
+        if plots:
+            from ssd.plots import draw_plots  # noqa: PLC0415
+
+            draw_plots(truth, found, folder)
+    typer.echo(json.dumps(facts, indent=2) if as_json else result)
+    typer.echo(f"\nmetrics.json and detections.json in {folder}", err=as_json)
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="A COCO, YOLO or VOC folder, data.yaml, COCO .json.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; lists every problem.")] = False,
+) -> None:
+    """Read a whole dataset, and tell what is in it and what is wrong with it.
+
+    The exit status is 1 if there is anything that training refuses.
+    """
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from ssd.check import check as check_all  # noqa: PLC0415
+    from ssd.data import SPLITS, find_split, load  # noqa: PLC0415
+
+    splits = [split for split in SPLITS if find_split(data, split)] or ["train"]
+    read = {split: load(data, split, images=images) for split in splits}
+    with tqdm(
+        total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
+    ) as bar:
+        report = check_all(read, on_done=bar.update)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    raise typer.Exit(FAILED if report.fatal else 0)
+
+
+@app.command()
+def shapes(
+    folder: Annotated[Path, typer.Argument(help="Where to write train.json, train/, val.json and val/.")],
+    images: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 200,
+    val: Annotated[int | None, typer.Option(min=0, help="Scenes to evaluate on; by default a fifth.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same scenes.")] = 0,
+) -> None:
+    """Draw a dataset of made-up scenes, to try things on."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from ssd.shapes import CLASSES, write  # noqa: PLC0415
+
+    val = max(images // 5, 1) if val is None else val
+    with tqdm(total=images + val, unit="image", disable=None, leave=False) as bar:
+        write(folder, images, val, seed, on_done=bar.update)
+    typer.echo(f"{images} scenes to train on and {val} to evaluate on in {folder}; {', '.join(CLASSES)}")
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Another one, another scene.")] = 7,
+    output: Annotated[Path | None, typer.Option(help="By default a new folder runs/demo-N.")] = None,
+) -> None:
+    """Draw a scene of shapes, detect them with the weights that come with the package, and show the result."""
+    import numpy as np  # noqa: PLC0415
+
+    from ssd.detector import Detector  # noqa: PLC0415
+    from ssd.shapes import draw_scene  # noqa: PLC0415
+
+    image, boxes, _ = draw_scene(np.random.default_rng(seed))
+    found = Detector.load("shapes")(image)
+    folder = output or _new_folder("demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / "scene.png")
+    found.save(folder / "detections.png")
+    typer.echo(found)
+    picture = folder / "detections.png"
+    typer.echo(f"\n{len(boxes)} shapes drawn, {len(found)} detected; picture in {picture}")
 
 
 @app.command()

@@ -77,6 +77,9 @@ class Detections:
     """Path or URL of the image, if it has one."""
     image: Image.Image | None = field(default=None, repr=False)
     """The upright RGB image, for `draw`."""
+    category_ids: tuple[int, ...] = field(default=(), repr=False)
+    """The id of each class in COCO files; by default the official ones of COCO's 80 classes, and numbers
+    from 1 for others."""
 
     def __post_init__(self) -> None:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -85,6 +88,9 @@ class Detections:
             "class_ids": _as_integers(self.class_ids),
         }
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "category_ids", tuple(self.category_ids) or category_ids(self.class_names))
+        if len(self.category_ids) != len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} classes and {len(self.category_ids)} category ids")
         if arrays["boxes"].size == 0:
             arrays["boxes"] = arrays["boxes"].reshape(0, 4)
         for name, array in arrays.items():
@@ -183,11 +189,8 @@ class Detections:
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """Entries of a COCO results file: bbox is xywh in pixels, category_id the official id.
-
-        Classes other than COCO's 80 are numbered from 1.
-        """
-        ids = category_ids(self.class_names)
+        """Entries of a COCO results file: bbox is xywh in pixels, category_id one of `category_ids`."""
+        ids = self.category_ids
         sizes = _exact((self.boxes[:, 2:] - self.boxes[:, :2]).ravel())
         return [
             {

@@ -50,20 +50,21 @@ class Detector:
     Args:
         model: on the device and in the precision that detection is to use.
         class_names: one for each class but the background.
+        category_ids: the id of each class in COCO files; see `Detections.category_ids`.
 
     >>> detector = Detector(SSD300(num_classes=3, backbone="resnet18"), ["cat", "dog"])
     >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
     Detections(no objects)
     """
 
-    def __init__(self, model: SSD300, class_names: Sequence[str]) -> None:
+    def __init__(self, model: SSD300, class_names: Sequence[str], category_ids: Sequence[int] = ()) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
                 f"a model of {model.num_classes} classes, one of which is the background, needs "
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.class_names = tuple(class_names)
+        self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
         first = next(self.model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self._default_boxes = default_boxes().to(self.device)
@@ -95,7 +96,7 @@ class Detector:
         """
         target = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, found = load_model(weights, precision=precision or "fp32", progress=progress)
-        return cls(model.to(target), found.class_names)
+        return cls(model.to(target), found.class_names, found.category_ids)
 
     @overload
     def __call__(
@@ -275,6 +276,7 @@ class Detector:
             image_size=(height, width),
             source=of.name,
             image=of.image,
+            category_ids=self.category_ids,
         )
 
 

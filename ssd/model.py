@@ -1,6 +1,7 @@
 """SSD300: a ResNet trunk, five additional blocks, six pairs of heads."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -236,6 +237,42 @@ def load_model(
     model.load_state_dict(found.state_dict, assign=True)
     set_precision(model, precision)
     return model, found
+
+
+def transfer(
+    weights: str | os.PathLike[str], class_names: Sequence[str], *, backbone: Backbone | None = None
+) -> tuple[SSD300, str]:
+    """A network for new classes that starts from a checkpoint.
+
+    Trunk, additional blocks and the box heads are the checkpoint's; so are the class heads if the classes
+    are, and they are new otherwise. The heads have BatchNorm if the checkpoint's have.
+
+    Args:
+        weights: a path, an http(s) URL, or the name of published weights ("coco").
+        class_names: the new classes, without the background.
+        backbone: that of the checkpoint, or None.
+
+    Returns:
+        The model in fp32 on the CPU, and a line that says what was loaded, what is new, and what was skipped.
+
+    Raises:
+        ValueError: the checkpoint has another backbone.
+        DownloadError, CheckpointError, FileNotFoundError: see `ssd.checkpoint`.
+    """
+    source, found = load_model(weights)
+    if backbone not in (None, source.backbone):
+        raise ValueError(f"{weights} has the backbone {source.backbone}, not {backbone}")
+    if found.class_names == tuple(class_names):
+        return source, f"SSD300 {source.backbone} from {weights}: everything loaded, the classes are the same"
+    model = SSD300(len(class_names) + 1, source.backbone, source.head_norm)
+    kept = {key: value for key, value in source.state_dict().items() if not key.startswith("conf")}
+    new = [key for key in model.state_dict() if key not in kept]
+    model.load_state_dict(kept, strict=False)
+    return model, (
+        f"SSD300 {source.backbone} from {weights}: loaded {len(kept)} tensors (trunk, additional blocks, "
+        f"loc); skipped the class heads of its {len(found.class_names)} classes; {len(new)} tensors for "
+        f"{len(class_names)} classes are new ({new[0]} to {new[-1]})"
+    )
 
 
 def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.PathLike[str]) -> None:

@@ -1,0 +1,198 @@
+"""Reading a whole dataset before training: what is in it, what is wrong, what the network can match."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.ops import box_convert, box_iou
+
+from ssd.boxes import INPUT_SIZE, default_boxes
+from ssd.data import AnnotationError, Annotations, Problem, check_size
+from ssd.images import ImageError, load_image
+
+SIZES = (0, 8, 16, 32, 64, 128, 300)
+"""Limits of the size classes: square root of a box's area, in pixels of the network's 300x300 input."""
+
+_SAMPLE = 5000  # boxes that are compared with the default boxes; more tell nothing new
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split of a dataset."""
+
+    name: str
+    source: str
+    images: int
+    background: int
+    """Images without any box."""
+    crowd: int
+    boxes: dict[str, int]
+    """By class, without crowd."""
+    sizes: list[tuple[str, int, float]]
+    """Of each size class: its name, how many boxes, and which part of them overlaps a default box by 0.5."""
+    matched: float
+    """The part of all boxes that overlaps a default box by more than 0.5. The others only get the one that
+    fits best, and are hard to learn."""
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A dataset, split by split."""
+
+    splits: list[SplitReport]
+
+    @property
+    def fatal(self) -> int:
+        """How many problems training refuses."""
+        return sum(problem.fatal for split in self.splits for problem in split.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; with all problems."""
+        return asdict(self) | {"fatal": self.fatal}
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for split in self.splits for name in split.boxes))
+        columns = [split.name for split in self.splits]
+        wide = max(map(len, [*names, "background images", "boxes under 128 px"]))
+        lines = [f"{'':{wide}}" + "".join(f"{name:>12}" for name in columns)]
+
+        def row(title: str, values: Sequence[str]) -> None:
+            lines.append(f"{title:{wide}}" + "".join(f"{value:>12}" for value in values))
+
+        row("images", [f"{split.images:,}" for split in self.splits])
+        row("background images", [f"{split.background:,}" for split in self.splits])
+        row("crowd boxes", [f"{split.crowd:,}" for split in self.splits])
+        lines.append("boxes by class")
+        for name in names:
+            row(f"  {name}", [f"{split.boxes.get(name, 0):,}" for split in self.splits])
+        lines.append("boxes by size at 300x300, and the part that default boxes can match (IoU > 0.5)")
+        for k, (title, _, _) in enumerate(self.splits[0].sizes):
+            cells = [split.sizes[k] for split in self.splits]
+            row(f"  {title}", [f"{count:,} {part:4.0%}" if count else "-" for _, count, part in cells])
+        row("  all", [f"{split.matched:.0%}" for split in self.splits])
+        for split in self.splits:
+            lines += _problem_lines(split)
+        return "\n".join(lines)
+
+
+def _problem_lines(split: SplitReport) -> list[str]:
+    if not split.problems:
+        return [f"{split.name}: nothing wrong"]
+    lines = []
+    for (kind, fatal), count in Counter((each.kind, each.fatal) for each in split.problems).most_common():
+        lines.append(f"{split.name}: {'' if fatal else 'note: '}{kind}: {count}")
+        some = [each for each in split.problems if each.kind == kind]
+        lines += [f"  {each}" for each in some[:_SHOWN]]
+        lines += [f"  and {count - _SHOWN} more (--json lists all)"] if count > _SHOWN else []
+    return lines
+
+
+def check(splits: dict[str, Annotations], on_done: Callable[[], object] = lambda: None) -> Report:
+    """Read every image and annotation of a dataset.
+
+    Args:
+        splits: annotations by the name of their split, from `ssd.data.load`.
+        on_done: called after each image.
+    """
+    contents: dict[str, tuple[str, str]] = {}  # digest of an image file -> split and name
+    reports = []
+    for name, annotations in splits.items():
+        problems = list(annotations.problems)
+        for i, (digest, problem) in enumerate(_read_images(annotations)):
+            on_done()
+            problems += [problem] if problem else []
+            if digest:
+                file = str(annotations.file_names[i])
+                split, other = contents.setdefault(digest, (name, file))
+                if (split, other) != (name, file):
+                    kind = "image twice" if split == name else "image in two splits"
+                    message = f"is the same image as {other} of {split}"
+                    problems.append(Problem(kind, file, "", message, fatal=False))
+        reports.append(_report(name, annotations, problems))
+    return Report(reports)
+
+
+def _read_images(annotations: Annotations) -> Iterator[tuple[str, Problem | None]]:
+    """The digest of each image's file, and what is wrong with it."""
+
+    def read(i: int) -> tuple[str, Problem | None]:
+        name = str(annotations.file_names[i])
+        try:
+            content = annotations.path(i).read_bytes()
+            image = load_image(content, name=name)
+            check_size(annotations, i, image.size)
+        except FileNotFoundError:
+            return "", None  # the reader has it already
+        except AnnotationError as error:
+            return "", Problem("wrong size", name, "", str(error))
+        except (ImageError, OSError) as error:
+            return "", Problem("unreadable image", name, "", str(error).removeprefix(f"{name}: "))
+        return hashlib.sha256(content).hexdigest(), None
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield from pool.map(read, range(len(annotations)))
+
+
+def _report(name: str, annotations: Annotations, problems: list[Problem]) -> SplitReport:
+    real = annotations.usable & ~annotations.crowd
+    per_image = np.diff(annotations.starts)
+    sizes, matched = _matches(annotations, real)
+    edges = np.array(SIZES)
+    size_rows = []
+    for low, high in pairwise(edges.tolist()):
+        part = (sizes >= low) & ((sizes < high) | (high == SIZES[-1]))
+        title = f"under {high} px" if low == 0 else f"{low} to {high} px"
+        size_rows.append((title, int(part.sum()), _share(matched[part])))
+    counted = annotations.labels[~annotations.crowd]
+    return SplitReport(
+        name=name,
+        source=str(annotations.source),
+        images=len(annotations),
+        background=int((per_image == 0).sum()),
+        crowd=int(annotations.crowd.sum()),
+        boxes={
+            each: int((counted == label).sum()) for label, each in enumerate(annotations.class_names, start=1)
+        },
+        sizes=size_rows,
+        matched=_share(matched),
+        problems=problems,
+    )
+
+
+def _share(matched: npt.NDArray[np.float64]) -> float:
+    """Part of those that were compared (the others are NaN) that matched."""
+    known = matched[~np.isnan(matched)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def _matches(
+    annotations: Annotations, real: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Size of each box at the network's input, and 1 or 0 for whether a default box overlaps it enough.
+
+    Of very many boxes only some, evenly spread, are compared; the others get NaN.
+    """
+    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    side = annotations.sizes[image].astype(np.float64)
+    known = real & (side > 0).all(1)
+    boxes = annotations.boxes[known] / np.tile(side[known], 2)
+    boxes = boxes.clip(0, 1)
+    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * INPUT_SIZE
+    matched = np.full(len(boxes), np.nan)
+    chosen = np.unique(np.linspace(0, len(boxes) - 1, min(len(boxes), _SAMPLE)).astype(int))
+    corners = box_convert(default_boxes(), "cxcywh", "xyxy")
+    for some in np.array_split(chosen, max(len(chosen) // 500, 1)):
+        if len(some):
+            best = box_iou(torch.from_numpy(boxes[some]).float(), corners).amax(1)
+            matched[some] = (best > 0.5).numpy()
+    return sizes, matched

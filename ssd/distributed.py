@@ -1,0 +1,105 @@
+"""What torchrun set up: ranks, devices, passing things between processes. One process is a world of one."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a process waits for the others, for example while rank 0 writes, before it gives up."""
+
+T = TypeVar("T")
+
+
+class LostContactError(RuntimeError):
+    """Another process of the run has died or hangs; the message names the rank that noticed."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on every one of them; any plain data."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        with self.contact():
+            dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0 if self.size > 1 else flag
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            with self.contact():
+                dist.all_reduce(values)
+        return values
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every process the parameters and buffers of rank 0."""
+        if self.size > 1:
+            with self.contact():
+                for value in model.state_dict().values():
+                    dist.broadcast(value, 0)
+
+    @contextlib.contextmanager
+    def contact(self) -> Iterator[None]:
+        """Say who lost whom where torch only says that a connection was closed."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if self.size == 1 or not _is_about_contact(error):
+                raise
+            raise LostContactError(
+                f"rank {self.rank} of {self.size} lost contact with another rank, which has died or hangs; "
+                f"torchrun's report below names it. What is saved can be continued with --resume ({error})"
+            ) from error
+
+
+def _is_about_contact(error: Exception) -> bool:
+    words = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer", "reset")
+    return any(word in str(error).lower() for word in words)
+
+
+@contextlib.contextmanager
+def world(device: torch.device | str | None = None, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
+    """Join the processes that torchrun started; without torchrun, a world of one.
+
+    Args:
+        device: by default CUDA where there is one (each process its own), else the CPU.
+        timeout: how long to wait for another process.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    chosen = torch.device(name)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,315 @@
+"""Official COCO metrics of a detector on a dataset."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from ssd.data import AnnotationError, Annotations, DetectionDataset, as_targets, check_size
+from ssd.detections import Detections
+from ssd.detector import Detector
+from ssd.distributed import World
+from ssd.images import ImageSource
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""The twelve numbers of COCOeval.summarize, in its order; -1 where there is nothing to measure."""
+
+MEANINGS = {
+    "AP": "IoU 0.50:0.95, all sizes",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small, area below 32 x 32",
+    "APm": "medium, up to 96 x 96",
+    "APl": "large",
+    "AR1": "recall, 1 detection an image",
+    "AR10": "recall, 10 detections",
+    "AR100": "recall, 100 detections",
+    "ARs": "recall, small",
+    "ARm": "recall, medium",
+    "ARl": "recall, large",
+}
+
+# As published for validation: candidates above 0.05, 200 an image.
+SCORE_THRESHOLD = 0.05
+MAX_DETECTIONS = 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a detector reached on a dataset."""
+
+    metrics: dict[str, float]
+    """By the names of `METRICS`, in [0, 1]; -1 where nothing could be measured."""
+    per_class: dict[str, dict[str, float]]
+    """Of each class: "AP", "AP50", and the number of "boxes" (without crowd)."""
+    images: int
+    boxes: int
+    detections: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        wide = max(len("class"), *(len(name) for name in self.per_class))
+        lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections", ""]
+        lines += [f"{name:6} {_cell(self.metrics[name])}  {MEANINGS[name]}" for name in METRICS]
+        lines += ["", f"{'class':{wide}}  {'boxes':>7}  {'AP':>6}  {'AP50':>6}"]
+        lines += [
+            f"{name:{wide}}  {row['boxes']:7.0f}  {_cell(row['AP'])}  {_cell(row['AP50'])}"
+            for name, row in self.per_class.items()
+        ]
+        return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    return f"{value:6.3f}" if value >= 0 else "     -"
+
+
+def detect_all(
+    detector: Detector,
+    dataset: Annotations | Dataset[Any],
+    world: World,
+    *,
+    batch_size: int = 8,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = 0.5,
+    on_done: Callable[[], object] = lambda: None,
+) -> tuple[Annotations, dict[int, Detections]]:
+    """Detect on every image of a dataset; each process does its share, without overlap, and all get all.
+
+    Args:
+        detector: of the dataset's classes.
+        dataset: `ssd.data.load`'s annotations, or any Dataset that training takes.
+        world: this process among those of the run.
+        batch_size: images in the network at a time.
+        score_threshold, iou_threshold: of the detections, as published for validation.
+        on_done: called after each image of this process.
+
+    Returns:
+        The ground truth, and detections by the place of their image.
+
+    Raises:
+        ImageError, FileNotFoundError: an image cannot be read.
+        AnnotationError: an image has another size than its annotations were made for; or other classes.
+    """
+    if isinstance(dataset, DetectionDataset):
+        dataset = dataset.annotations
+    if isinstance(dataset, Annotations):
+        count = len(dataset)
+        if dataset.class_names != detector.class_names:
+            raise AnnotationError(
+                f"{dataset.source}: read with class_names=detector.class_names; the classes are others"
+            )
+    else:
+        count = len(dataset)  # type: ignore[arg-type]
+    mine = range(world.rank, count, world.size)
+    targets: dict[int, Target] = {}
+
+    def sources() -> Iterator[ImageSource]:
+        for i in mine:
+            if isinstance(dataset, Annotations):
+                yield dataset.path(i)
+            else:
+                image, target = dataset[i]
+                targets[i] = _as_truth(target, f"item {i}")
+                yield image
+
+    found = {}
+    results = detector.stream(
+        sources(),
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=MAX_DETECTIONS,
+    )
+    for i, each in zip(mine, results, strict=True):
+        if isinstance(dataset, Annotations):
+            check_size(dataset, i, (each.image_size[1], each.image_size[0]))
+        found[i] = replace(each, image=None)  # thousands of images do not fit the memory
+        on_done()
+    merged: dict[int, Detections] = {}
+    for share, some in world.gather((found, targets)):
+        merged |= share
+        targets |= some
+    truth = dataset if isinstance(dataset, Annotations) else _from_targets(targets, detector.class_names)
+    return truth, {i: merged[i] for i in sorted(merged)}
+
+
+def evaluate(
+    detector: Detector,
+    dataset: Annotations | Dataset[Any],
+    world: World,
+    *,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Detect on every image of a dataset and measure with the official COCO code; see `detect_all`.
+
+    All images count, with and without boxes.
+    """
+    return measure(*detect_all(detector, dataset, world, batch_size=batch_size))
+
+
+Target = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.float64]]
+
+
+def _as_truth(target: Mapping[str, Any], name: str) -> Target:
+    """Boxes, labels, crowd and areas of an item; the last two as torchvision's datasets call them."""
+    boxes, labels = as_targets(target, name)
+    crowd = np.asarray(target.get("iscrowd", np.zeros(len(labels))), np.bool_)
+    areas = np.asarray(target.get("area", (boxes[:, 2:] - boxes[:, :2]).prod(1)), np.float64)
+    return boxes.astype(np.float64), labels, crowd, areas
+
+
+def _from_targets(targets: Mapping[int, Target], class_names: tuple[str, ...]) -> Annotations:
+    order = sorted(targets)
+    boxes, labels, crowd, areas = (np.concatenate([targets[i][part] for i in order]) for part in range(4))
+    if len(labels) and labels.max() > len(class_names):
+        raise AnnotationError(f"the dataset has a label {labels.max()}, the model {len(class_names)} classes")
+    return Annotations(
+        root=Path(),
+        source=Path("dataset"),
+        format="coco",
+        class_names=class_names,
+        category_ids=tuple(range(1, len(class_names) + 1)),
+        file_names=np.array([f"item {i}" for i in order], np.str_),
+        image_ids=tuple(order),
+        sizes=np.zeros((len(order), 2), np.int64),
+        starts=np.cumsum([0, *(len(targets[i][1]) for i in order)]),
+        boxes=boxes,
+        labels=labels,
+        crowd=crowd,
+        areas=areas,
+        usable=np.ones(len(labels), np.bool_),
+        problems=(),
+    )
+
+
+def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evaluation:
+    """Official COCO numbers of detections.
+
+    Images, annotations and categories are numbered anew, so that ids of any kind count.
+
+    Args:
+        annotations: the ground truth; all of it counts, crowd boxes as what is ignored.
+        found: detections by the place of their image; images that are not in it have none.
+    """
+    detections = sum(len(each) for each in found.values())
+    if not detections:
+        warnings.warn("nothing was detected in any image, so all metrics are 0", stacklevel=2)
+    run = run_coco(annotations, found)
+    precision = run.eval["precision"]  # [IoU, recall, class, area, most]
+    real = annotations.labels[~annotations.crowd]
+    per_class = {
+        name: {
+            "AP": _mean(precision[:, :, k, 0, 2]),
+            "AP50": _mean(precision[0, :, k, 0, 2]),
+            "boxes": int((real == k + 1).sum()),
+        }
+        for k, name in enumerate(annotations.class_names)
+    }
+    return Evaluation(
+        metrics={name: float(value) for name, value in zip(METRICS, run.stats, strict=False)},
+        per_class=per_class,
+        images=len(annotations),
+        boxes=len(real),
+        detections=detections,
+    )
+
+
+def run_coco(annotations: Annotations, found: Mapping[int, Detections]) -> Any:
+    """The COCOeval of detections, accumulated and summarised; see `measure`."""
+    coco, evaluator = _backend()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, results = coco(), coco()
+        truth.dataset = _truth(annotations)
+        results.dataset = truth.dataset | {"annotations": _results(found)}
+        truth.createIndex()
+        results.createIndex()
+        run = evaluator(truth, results, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run
+
+
+def _backend() -> tuple[Any, Any]:
+    """The classes COCO and COCOeval: faster-coco-eval's where installed, else those of pycocotools."""
+    if find_spec("faster_coco_eval"):
+        from faster_coco_eval import COCO, COCOeval_faster  # noqa: PLC0415
+
+        return COCO, COCOeval_faster
+    from pycocotools.coco import COCO  # noqa: PLC0415
+    from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+
+    return COCO, COCOeval
+
+
+def _truth(annotations: Annotations) -> dict[str, Any]:
+    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    rows = zip(
+        image.tolist(),
+        annotations.labels.tolist(),
+        annotations.boxes.tolist(),
+        annotations.areas.tolist(),
+        annotations.crowd.tolist(),
+        strict=True,
+    )
+    return {
+        "images": [{"id": i + 1} for i in range(len(annotations))],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(annotations.class_names, start=1)],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": i + 1,
+                "category_id": label,
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (i, label, box, area, crowd) in enumerate(rows, start=1)
+        ],
+    }
+
+
+def _results(found: Mapping[int, Detections]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i, each in found.items():
+        boxes = each.boxes.astype(np.float64).tolist()
+        for (left, top, right, bottom), score, class_id in zip(
+            boxes, each.scores.tolist(), each.class_ids.tolist(), strict=True
+        ):
+            rows.append(
+                {
+                    "id": len(rows) + 1,
+                    "image_id": i + 1,
+                    "category_id": class_id + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": (right - left) * (bottom - top),
+                    "iscrowd": 0,
+                    "score": score,
+                }
+            )
+    return rows
+
+
+def _mean(precision: Any) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def coco_results(annotations: Annotations, found: Mapping[int, Detections]) -> list[dict[str, Any]]:
+    """Detections as a COCO results file has them, with the dataset's own image and category ids."""
+    return [
+        entry
+        for i, each in found.items()
+        for entry in replace(each, category_ids=annotations.category_ids).to_coco(annotations.image_ids[i])
+    ]

@@ -1,0 +1,166 @@
+"""Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ImageDraw
+from torchvision.ops import box_iou
+
+from ssd.checkpoint import atomic_file
+from ssd.data import Annotations
+from ssd.detections import Detections
+from ssd.evaluate import run_coco
+from ssd.images import load_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCORE_THRESHOLD = 0.4  # of what counts as detected in the matrix and on the images, as in `Detector`
+IOU_THRESHOLD = 0.5
+_WORST = 8
+_MOST_CLASSES = 30  # that can be told apart in one picture
+
+
+class Mistakes(NamedTuple):
+    """What an image's detections and boxes come to."""
+
+    pairs: list[tuple[int, int]]
+    """Class of the box and of the detection, from 0; the number of classes stands for none."""
+    missed: npt.NDArray[np.float64]
+    """Boxes that nothing detected, xyxy, ``[K, 4]``."""
+
+    def number(self) -> int:
+        """Wrong, missed and surplus detections."""
+        return sum(truth != detected for truth, detected in self.pairs)
+
+
+def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder: Path) -> list[Path]:
+    """Write ``precision_recall.png``, ``confusion.png`` and ``worst/*.jpg``; returns what was written.
+
+    Raises:
+        ImportError: matplotlib, an extra, is not installed; the message names the command.
+    """
+    try:
+        import matplotlib.figure  # noqa: PLC0415, F401
+    except ImportError as error:
+        raise ImportError("plots need an extra: pip install 'ssd300[plots]'") from error
+    mistakes = {i: compare(annotations, i, each) for i, each in found.items()}
+    written = []
+    for name, figure in (
+        ("precision_recall", _curves(annotations, found)),
+        ("confusion", _matrix(annotations, list(mistakes.values()))),
+    ):
+        written.append(folder / f"{name}.png")
+        with atomic_file(written[-1]) as file:
+            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    worst = sorted(mistakes, key=lambda i: -mistakes[i].number())[:_WORST]
+    (folder / "worst").mkdir(exist_ok=True)
+    for rank, i in enumerate(worst, start=1):
+        if mistakes[i].number():
+            written.append(folder / "worst" / f"{rank}-{Path(str(annotations.file_names[i])).stem}.jpg")
+            _draw_mistakes(annotations, i, found[i], mistakes[i], written[-1])
+    return written
+
+
+def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:
+    """Pair an image's detections, best first, each with the free box that it overlaps most by 0.5 or more.
+
+    Crowd boxes, and detections on them, are left aside.
+    """
+    part = annotations.of_image(i)
+    crowd = annotations.crowd[part]
+    every = torch.from_numpy(annotations.boxes[part]).float()
+    labels = annotations.labels[part] - 1
+    none = len(annotations.class_names)
+    sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
+    free = ~crowd
+    pairs: list[tuple[int, int]] = []
+    iou = box_iou(torch.tensor(sure.boxes), every).nan_to_num().numpy()  # [detections, boxes]
+    for overlap, class_id in zip(iou, sure.class_ids.tolist(), strict=True):
+        candidates = np.where(free, overlap, -1)
+        best = int(candidates.argmax()) if len(candidates) else -1
+        if best >= 0 and candidates[best] >= IOU_THRESHOLD:
+            free[best] = False
+            pairs.append((int(labels[best]), class_id))
+        elif not (crowd & (overlap >= IOU_THRESHOLD)).any():
+            pairs.append((none, class_id))
+    pairs += [(int(label), none) for label in labels[free]]
+    return Mistakes(pairs, annotations.boxes[part][free])
+
+
+def _curves(annotations: Annotations, found: Mapping[int, Detections]) -> "Figure":
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    precision = run_coco(annotations, found).eval["precision"][0, :, :, 0, 2]  # IoU 0.5: [recall, class]
+    recall = np.linspace(0, 1, len(precision))
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
+    known = [k for k in range(precision.shape[1]) if (precision[:, k] > -1).any()]
+    for k in sorted(known, key=lambda k: -precision[:, k].mean())[:_MOST_CLASSES]:
+        label = f"{annotations.class_names[k]}  {precision[:, k].mean():.3f}"
+        axes.plot(recall, precision[:, k], linewidth=1.2, label=label)
+    if known:
+        mean = precision[:, known].mean(1)
+        axes.plot(recall, mean, "k", linewidth=2.5, label=f"all  {mean.mean():.3f}")
+        axes.legend(title="AP50", fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="IoU 0.5")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _matrix(annotations: Annotations, mistakes: list[Mistakes]) -> "Figure":
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    size = len(annotations.class_names) + 1
+    counts = np.zeros((size, size), np.int64)
+    for each in mistakes:
+        for truth, detected in each.pairs:
+            counts[truth, detected] += 1
+    # Of many classes, those that take part in most mistakes.
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-(wrong.sum(0) + wrong.sum(1))[:-1], kind="stable")[:_MOST_CLASSES]
+    shown = [*sorted(order.tolist()), size - 1]
+    part = counts[np.ix_(shown, shown)]
+    share = part / np.maximum(counts[shown].sum(1, keepdims=True), 1)
+    names = [*annotations.class_names, ""]
+    side = 2.5 + 0.45 * len(shown)
+    figure = Figure(figsize=(side + 1, side))
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(shown)):
+        for column in range(len(shown)):
+            if part[row, column]:
+                color = "white" if share[row, column] > 0.5 else "black"
+                axes.text(
+                    column, row, str(part[row, column]), ha="center", va="center", color=color, fontsize=8
+                )
+    places = range(len(shown))
+    columns, rows = [names[k] for k in shown], [names[k] for k in shown]
+    columns[-1], rows[-1] = "(missed)", "(nothing there)"
+    axes.set_xticks(places, columns, rotation=60, ha="right")
+    axes.set_yticks(places, rows)
+    axes.set(xlabel="detected", ylabel="truth", title=f"score {SCORE_THRESHOLD} or more, IoU {IOU_THRESHOLD}")
+    return figure
+
+
+def _draw_mistakes(
+    annotations: Annotations, i: int, found: Detections, mistakes: Mistakes, path: Path
+) -> None:
+    """The detections as usual, and what was missed in white, crossed out."""
+    image = load_image(annotations.path(i))
+    pencil = ImageDraw.Draw(image)
+    width = max(2, round(max(image.size) / 300))
+    for left, top, right, bottom in mistakes.missed.tolist():
+        pencil.rectangle((left, top, right, bottom), outline="white", width=width)
+        pencil.line((left, top, right, bottom), fill="white", width=width)
+        pencil.line((left, bottom, right, top), fill="white", width=width)
+    sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
+    picture = Detections(
+        sure.boxes, sure.scores, sure.class_ids, sure.class_names, sure.image_size, image=image
+    ).draw()
+    with atomic_file(path) as file:
+        picture.save(file, "JPEG", quality=90)

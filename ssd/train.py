@@ -1,0 +1,865 @@
+"""Training: one config, one loop, a run folder from which everything can be continued."""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from ssd import __version__, checkpoint
+from ssd.boxes import default_boxes, match
+from ssd.checkpoint import CheckpointError, atomic_file
+from ssd.data import AnnotationError, Annotations, DetectionDataset, as_targets
+from ssd.detector import Detector
+from ssd.distributed import World
+from ssd.evaluate import Evaluation, evaluate
+from ssd.images import load_image
+from ssd.loss import MultiBoxLoss
+from ssd.model import DTYPES, SSD300, Backbone, native_precisions, set_precision, transfer
+from ssd.postprocess import NonFiniteError
+from ssd.transforms import RECIPES, augment, normalize
+
+MAX_SKIPPED = 10
+"""After so many steps in a row with a loss that is not finite, training gives up."""
+
+_CHECK_EVERY = 10  # steps between looks at the device's numbers, each of which waits for it
+_MIN_SCALE = 2.0**-10  # of the loss in fp16; below this everything has overflowed for long
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All choices of a training run; it is saved with every checkpoint.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
+    epochs: int = 60
+    """Times that every image is seen."""
+    batch_size: int = 8
+    """Images in the network at a time, in each process; at least 2, for BatchNorm."""
+    accumulate: int = 1
+    """Batches whose gradients make one step of the optimiser."""
+    lr: float | None = None
+    """Highest learning rate, for 32 images a step; it is scaled to the images of a step. By default
+    0.08, and a tenth of that where `weights` are given."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """Of SGD, except on biases and norms."""
+    warmup: int = 300
+    """Iterations in which the learning rate rises linearly; at most a tenth of all."""
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    """How the learning rate falls: to 0 along a cosine, or to a tenth at each of `milestones`."""
+    milestones: tuple[float, ...] = (43 / 65, 54 / 65)
+    """Parts of the whole run; for multistep."""
+    augmentation: str = "default"
+    """A recipe of `ssd.transforms.RECIPES`."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights that is evaluated and saved; 0 for none."""
+    clip: float = 0.0
+    """Largest norm of all gradients; 0 for no limit."""
+    iou_threshold: float = 0.5
+    """At which a default box takes a ground truth."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the network; auto is bf16 where the device computes it natively, else fp32."""
+    backbone: Backbone | None = None
+    """By default that of `weights`, or resnet50."""
+    weights: str | None = None
+    """Starting point: "coco", a path or a URL. Class heads are kept if the classes are the same."""
+    backbone_weights: str | None = None
+    """Starting point of the trunk alone: "imagenet", a name of torchvision's, or a file."""
+    head_norm: bool = True
+    """BatchNorm in the heads, where `weights` does not decide it."""
+    freeze: int = 0
+    """Stages of the trunk that stay as they are: 1 is the stem, 2 to 4 are layer1 to layer3."""
+    sync_batchnorm: bool = False
+    """BatchNorm over all processes; CUDA only."""
+    channels_last: bool = True
+    """Memory layout of the network."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    crowd: bool = False
+    """Train on crowd boxes too, as NVIDIA's code does."""
+    workers: int | None = None
+    """Processes that read and augment images; by default half of the cores, at most 8."""
+    evaluate_every: int = 5
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+
+    def __post_init__(self) -> None:
+        least: dict[str, float] = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1}
+        least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze", "seed"), 0)
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be above 0; got {self.lr}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be at least 0; got {self.workers}")
+        if self.ema >= 1 or self.momentum >= 1:
+            raise ValueError("ema and momentum must be below 1")
+        if self.freeze > 4:
+            raise ValueError(f"freeze is at most 4, the whole trunk; got {self.freeze}")
+        choices: dict[str, Sequence[str]] = {
+            "augmentation": list(RECIPES),
+            "schedule": ("cosine", "multistep"),
+        }
+        choices["precision"] = ("auto", *DTYPES)
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+
+    def peak_lr(self) -> float:
+        """The highest learning rate for 32 images a step."""
+        return self.lr if self.lr is not None else 0.008 if self.weights else 0.08
+
+
+PRESETS = {
+    "default": TrainConfig(),
+    # NVIDIA DeepLearningExamples, SSD300 v1.1: `main.py`'s defaults and the 65 epochs of its README.
+    "published": TrainConfig(
+        epochs=65,
+        lr=2.6e-3,
+        schedule="multistep",
+        augmentation="published",
+        ema=0.0,
+        crowd=True,
+    ),
+}
+"""Configurations by name; ``dataclasses.replace(PRESETS["published"], epochs=20)`` changes one."""
+
+
+# --- Examples ---------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the loader gives: examples of one step."""
+
+    images: Tensor
+    """uint8 ``[N, 300, 300, 3]``."""
+    boxes: Tensor
+    """float32 xyxy, normalised, ``[N, M, 4]``, padded."""
+    labels: Tensor
+    """int64 ``[N, M]``; 0 is padding."""
+    indices: Tensor
+    """int64 ``[N]``: places in the dataset."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory (called by DataLoader)."""
+        return Batch(*(values.pin_memory() for values in self))
+
+
+class Examples(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+    """Augmented examples of a dataset, by (epoch, index): the same ones in any process, in any order.
+
+    Args:
+        dataset: gives an image and its "boxes" and "labels"; see `ssd.data.DetectionDataset`.
+        num_classes: with the background.
+        recipe: a name in `ssd.transforms.RECIPES`.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_classes: int, recipe: str, seed: int) -> None:
+        self.dataset, self.num_classes, self.recipe, self.seed = dataset, num_classes, recipe, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+        epoch, index = key
+        name = item_name(self.dataset, index)
+        source, target = self.dataset[index]
+        boxes, labels = as_targets(target, name)
+        if len(labels) and labels.max() >= self.num_classes:
+            raise AnnotationError(
+                f"{name}: label {labels.max()}, but there are {self.num_classes - 1} classes"
+            )
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image, boxes, labels = augment(load_image(source, name=name), boxes, labels, self.recipe, rng)
+        return image, torch.from_numpy(boxes), torch.from_numpy(labels), index
+
+
+def item_name(dataset: Dataset[Any], index: int) -> str:
+    """What messages call an item of a dataset: its file, if it says so."""
+    name = getattr(dataset, "name", None)
+    return str(name(index)) if callable(name) else f"item {index}"
+
+
+def collate(items: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Batch:
+    """A batch of examples, with boxes padded to the most that one of them has."""
+    images, boxes, labels, indices = zip(*items, strict=True)
+    return Batch(
+        torch.stack(images),
+        nn.utils.rnn.pad_sequence(list(boxes), batch_first=True),
+        nn.utils.rnn.pad_sequence(list(labels), batch_first=True),
+        torch.tensor(indices),
+    )
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """This process's batches of an epoch: a shuffle that depends on seed and epoch alone, without a rest.
+
+    Every process has as many. `epoch` and `start` (batches to pass over) are set before each iteration.
+    """
+
+    def __init__(self, images: int, config: TrainConfig, world: World) -> None:
+        self._images, self._config, self._world = images, config, world
+        self.epoch = self.start = 0
+        per_step = config.batch_size * config.accumulate * world.size
+        self.steps = images // per_step
+
+    def __len__(self) -> int:
+        return self.steps * self._config.accumulate - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self._config.seed, self.epoch)).permutation(self._images)
+        size, world = self._config.batch_size, self._world
+        for number in range(self.start, self.steps * self._config.accumulate):
+            first = (number * world.size + world.rank) * size
+            yield [(self.epoch, int(index)) for index in order[first : first + size]]
+
+
+# --- The pieces of a step ---------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: weights that decay, and biases and norms that do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in trainable if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in trainable if each.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(config: TrainConfig, step: int, total: int, images_per_step: int) -> float:
+    """The learning rate of a step, counted from 0, of `total`."""
+    rate = config.peak_lr() * images_per_step / 32
+    warmup = min(config.warmup, total // 10)
+    if step < warmup:
+        rate *= (step + 1) / warmup
+    if config.schedule == "cosine":
+        return rate * 0.5 * (1 + math.cos(math.pi * step / total))
+    return float(rate * 0.1 ** sum(step >= milestone * total for milestone in config.milestones))
+
+
+def freeze(model: SSD300, stages: int) -> None:
+    """Keep the first stages of the trunk as they are: no gradients, and BatchNorm in eval mode.
+
+    To be called after each ``model.train()``.
+    """
+    trunk = model.feature_extractor.feature_extractor
+    for module in trunk[: (0, 4, 5, 6, 7)[stages]]:
+        module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move averaged weights and statistics towards the model's, faster in the first steps."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    old, new = list(average.state_dict().values()), list(model.state_dict().values())
+    floats = [i for i, value in enumerate(old) if value.is_floating_point()]
+    torch._foreach_lerp_([old[i] for i in floats], [new[i] for i in floats], weight)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """SGD: apex's fused one on CUDA where it can be imported, else torch's."""
+    groups = parameter_groups(model, config.weight_decay)
+    if device.type == "cuda":
+        try:
+            from apex.optimizers import FusedSGD  # noqa: PLC0415
+
+            return FusedSGD(groups, lr=config.peak_lr(), momentum=config.momentum)  # type: ignore[no-any-return]
+        except ImportError:
+            pass
+    return torch.optim.SGD(
+        groups, lr=config.peak_lr(), momentum=config.momentum, fused=device.type in ("cuda", "cpu")
+    )
+
+
+# --- State ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    epoch: int = 0
+    """Of the next batch, counted from 0."""
+    batch: int = 0
+    """Batches of that epoch that are done."""
+    step: int = 0
+    """Steps of the optimiser."""
+    best: float = -1.0
+    """Highest AP."""
+    history: list[dict[str, float]] = None  # type: ignore[assignment]
+    """A row for each finished epoch."""
+    sums: list[float] = None  # type: ignore[assignment]
+    """Of the losses of the epoch under way: loc, conf, images, seconds."""
+
+    def __post_init__(self) -> None:
+        self.history = self.history or []
+        self.sums = self.sums or [0.0] * 4
+
+
+@dataclass
+class Run:
+    """All that a run consists of besides its config; what `save_state` writes."""
+
+    model: SSD300
+    average: SSD300 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    def evaluated(self) -> SSD300:
+        """The model that is evaluated and saved."""
+        return self.average or self.model
+
+
+def save_state(path: Path, run: Run, config: TrainConfig) -> None:
+    """Write everything that continuing needs, whole or not at all."""
+    state = {
+        "version": __version__,
+        "config": asdict(config),
+        "progress": asdict(run.progress),
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict() if run.average else None,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "random": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    }
+    with atomic_file(path) as file:
+        file.write(checkpoint.torch_bytes(state))
+
+
+def load_state(path: Path, run: Run) -> None:
+    """Put a run where `save_state` left it.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model.
+        FileNotFoundError: there is none.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.check(path, state["model"], run.model.state_dict())
+        run.model.load_state_dict(state["model"])
+        if run.average:
+            run.average.load_state_dict(state["average"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["random"]["torch"])
+        if state["random"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    except (FileNotFoundError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not the state of such a run, or damaged ({error})") from None
+
+
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over both signals for the time of the block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: object) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+# --- The loop ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    finished: bool
+    """Whether all epochs are done; else it can be continued."""
+    evaluation: Evaluation | None
+    """Of the last epoch, where there is something to evaluate on."""
+    best: float
+    """Highest AP; -1 without evaluation."""
+    folder: Path
+    detector: Detector
+    """With the weights of the last epoch, on the CPU, in fp32."""
+
+
+def fit(
+    train: Dataset[Any],
+    val: Annotations | Dataset[Any] | None,
+    config: TrainConfig,
+    folder: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    world: World | None = None,
+    resume: bool = False,
+    say: Callable[[str], object] | None = print,
+    source: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+) -> Result:
+    """Train an SSD300, or go on with it.
+
+    The folder gets ``config.json``, ``metrics.csv``, ``last.safetensors`` and ``best.safetensors`` (highest
+    AP), ``samples/`` with detections on validation images, and ``state.pt`` for resuming. Ctrl-C and SIGTERM
+    save and return; continued, a run gives on the CPU the same weights as one that was never interrupted.
+
+    Args:
+        train: gives images and targets; see `ssd.data.DetectionDataset`.
+        val: to evaluate on; None for no evaluation.
+        config: all other choices.
+        folder: of the run; made if it is not there.
+        class_names: one for each class but the background; by default `train.class_names`.
+        category_ids: the dataset's own id of each class, for COCO output.
+        world: this process among those of the run, from `ssd.distributed.world`.
+        resume: go on with the run in `folder`, which has to have the same config.
+        say: gets lines of text; None for silence.
+        source: where the data came from; noted in ``config.json``.
+        tensorboard: also write for TensorBoard, into the folder.
+
+    Raises:
+        ValueError: too few images for a step; or a choice that does not fit the device.
+        NonFiniteError: the loss stays NaN or infinite; the message names the images. What was saved stays.
+        AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
+        CheckpointError, DownloadError: starting weights or the state cannot be used.
+    """
+    if isinstance(val, DetectionDataset):
+        val = val.annotations
+    world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = Path(folder)
+    names = tuple(class_names or train.class_names)  # type: ignore[attr-defined]
+    say = say if world.is_main and say else _quiet
+    config = settle(config, world.device)
+    batches = _plan(train, config, world)
+    total = batches.steps * config.epochs
+    torch.manual_seed(config.seed)
+
+    model, origin = build(config, names)
+    run = _start(model.to(world.device), config, world)
+    if resume:
+        load_state(folder / "state.pt", run)
+    elif world.is_main:
+        notes = {"config": asdict(config), "class_names": names, "category_ids": category_ids, "data": source}
+        _write_json(folder / "config.json", notes)
+    for line in (origin, _describe(config, train, batches, world, run.progress)):
+        say(line)
+
+    metadata = {"category_ids": list(category_ids) if category_ids else None, "config": asdict(config)}
+    writer = _Writer(folder, names, metadata, config, tensorboard=tensorboard and world.is_main)
+    loader = _loader(
+        Examples(train, len(names) + 1, config.augmentation, config.seed), batches, config, world
+    )
+    forward = _wrap(run.model, config, world)
+    measured: Evaluation | None = None
+    stop = Stop()
+    with stop.listening():
+        while run.progress.epoch < config.epochs:
+            batches.epoch, batches.start = run.progress.epoch, run.progress.batch
+            train_epoch(run, forward, loader, config, world, total, stop)
+            if stop.asked:
+                break
+            row = _close_epoch(run, config, total, batches, world)
+            if val is not None and _is_evaluated(run.progress.epoch, config):
+                world.share_weights(run.evaluated())
+                detector = _detector(run.evaluated(), names, config, world.device)
+                measured = evaluate(detector, val, world, batch_size=config.batch_size)
+                row |= measured.metrics
+                if world.is_main:
+                    writer.samples(detector, val, run.progress.epoch)
+            if world.is_main:
+                writer.save(run, row)
+            run.progress.best = max(run.progress.best, row.get("AP", -1.0))
+            say(_line(row, config))
+        if stop.asked and world.is_main:
+            save_state(folder / "state.pt", run, config)
+    finished = run.progress.epoch >= config.epochs
+    if not finished:
+        say(f"stopped; everything is saved. Go on with: ssd train --resume {folder}")
+    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, category_ids or ())
+    return Result(finished, measured, run.progress.best, folder, detector)
+
+
+def _is_evaluated(epoch: int, config: TrainConfig) -> bool:
+    return epoch % config.evaluate_every == 0 or epoch == config.epochs
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def train_epoch(
+    run: Run,
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    loader: DataLoader[Any],
+    config: TrainConfig,
+    world: World,
+    total: int,
+    stop: Stop,
+) -> None:
+    """The rest of an epoch, until its end or until asked to stop. Nothing in a step waits for the device."""
+    device, progress, optimizer, scaler = world.device, run.progress, run.optimizer, run.scaler
+    boxes_there = default_boxes().to(device)
+    loss_of = MultiBoxLoss(boxes_there)
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    run.model.train()
+    freeze(run.model, config.freeze)
+    watch = _Watch(run, loader, config, world)
+    for batch in watch.bar(loader):
+        # Equal for all processes: each has as many batches, and an empty image still has a loss, of 0.
+        last = (progress.batch + 1) % config.accumulate == 0
+        images = normalize(batch.images.to(device, non_blocking=True))
+        boxes, labels = (each.to(device, non_blocking=True) for each in (batch.boxes, batch.labels))
+        matched, classes = match(boxes, labels, boxes_there, config.iou_threshold)
+        with world.contact(), contextlib.nullcontext() if last else _no_sync(forward):
+            with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+                loc, conf = forward(images)
+            losses = loss_of(loc, conf, matched, classes)
+            loss = (losses.loc + losses.conf).mean() / config.accumulate
+            scaler.scale(loss).backward()
+        norm = loss.new_zeros(())
+        if last:
+            rate = learning_rate(
+                config, progress.step, total, config.batch_size * config.accumulate * world.size
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+            if config.clip:
+                nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            scaler.step(optimizer)  # leaves a step out where a gradient is not finite
+            scaler.update(None if config.precision == "fp16" else 1.0)
+            optimizer.zero_grad()
+            if run.average:
+                update_average(run.average, run.model, config.ema, progress.step)
+            progress.step += 1
+        progress.batch += 1
+        watch.add(losses.loc.detach(), losses.conf.detach(), norm, batch.indices)
+        if watch.is_due() and world.any(stop.asked):
+            stop.asked = True
+            break
+    watch.close()
+
+
+def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with everything automatic decided for a device.
+
+    Raises:
+        ValueError: something cannot be done on the device.
+    """
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError("sync_batchnorm works on CUDA only; torch has none for the CPU")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if "bf16" in native_precisions(device) else "fp32"
+    workers = config.workers
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    return replace(config, precision=precision, workers=workers, lr=config.peak_lr())
+
+
+def build(config: TrainConfig, class_names: tuple[str, ...]) -> tuple[SSD300, str]:
+    """The network of a config, and a line that says where its weights come from."""
+    num_classes = len(class_names) + 1
+    if config.weights:
+        return transfer(config.weights, class_names, backbone=config.backbone)
+    backbone = config.backbone or "resnet50"
+    model = SSD300(num_classes, backbone, config.head_norm, config.backbone_weights)
+    origin = f"trunk from {config.backbone_weights}, the rest" if config.backbone_weights else "all weights"
+    return model, f"SSD300 {backbone}, {len(class_names)} classes; {origin} from random values"
+
+
+def _plan(train: Dataset[Any], config: TrainConfig, world: World) -> EpochBatches:
+    images = len(train)  # type: ignore[arg-type]
+    batches = EpochBatches(images, config, world)
+    if batches.steps == 0:
+        parts = [f"batch_size {config.batch_size}"]
+        parts += [f"accumulate {config.accumulate}"] if config.accumulate > 1 else []
+        parts += [f"{world.size} processes"] if world.size > 1 else []
+        raise ValueError(
+            f"{images} images are too few for a step of {' x '.join(parts)}; use a smaller batch_size "
+            "(at least 2, for BatchNorm), or add images"
+        )
+    return batches
+
+
+def _start(model: SSD300, config: TrainConfig, world: World) -> Run:
+    if config.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    freeze(model, config.freeze)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
+    # Also without fp16, with a scale of 1: it leaves out steps that are not finite, on the device.
+    scale = 2.0**16 if config.precision == "fp16" else 1.0
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=scale)
+    return Run(model, average, make_optimizer(model, config, world.device), scaler, Progress())
+
+
+def _wrap(model: SSD300, config: TrainConfig, world: World) -> Any:
+    forward: Any = model
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
+    return torch.compile(forward) if config.compile else forward
+
+
+def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
+    return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
+
+
+def _loader(examples: Examples, batches: EpochBatches, config: TrainConfig, world: World) -> DataLoader[Any]:
+    return DataLoader(
+        examples,
+        batch_sampler=batches,
+        num_workers=config.workers or 0,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=bool(config.workers),
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # A terminal's Ctrl-C reaches all processes; the main one decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _detector(model: SSD300, names: tuple[str, ...], config: TrainConfig, device: torch.device) -> Detector:
+    model = copy.deepcopy(model)
+    if config.precision != "auto":
+        set_precision(model, config.precision)
+    return Detector(model.to(device), names)
+
+
+def _close_epoch(
+    run: Run, config: TrainConfig, total: int, batches: EpochBatches, world: World
+) -> dict[str, float]:
+    progress = run.progress
+    loc, conf, images, seconds = world.sum(torch.tensor(progress.sums, dtype=torch.float64)).tolist()
+    progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, [0.0] * 4
+    row = {
+        "epoch": float(progress.epoch),
+        "lr": learning_rate(
+            config, progress.step - 1, total, config.batch_size * config.accumulate * world.size
+        ),
+        "loss": (loc + conf) / images,
+        "loc_loss": loc / images,
+        "conf_loss": conf / images,
+        "images_per_second": images * world.size / seconds,
+    }
+    progress.history.append(row)
+    return row
+
+
+# --- Watching and writing ---------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Looks at the numbers of the steps now and then: progress to see, and losses that are not finite."""
+
+    def __init__(self, run: Run, loader: DataLoader[Any], config: TrainConfig, world: World) -> None:
+        self._run, self._config, self._dataset = run, config, loader.dataset.dataset  # type: ignore[attr-defined]
+        self._every = 1 if world.device.type == "cpu" and world.size == 1 else _CHECK_EVERY
+        self._is_main = world.is_main
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._skipped = 0
+        self._since = time.perf_counter()
+        self._bar: Any = None
+
+    def bar(self, loader: DataLoader[Any]) -> Any:
+        """The loader, with a progress bar where a person sees one."""
+        progress, config = self._run.progress, self._config
+        self._bar = tqdm(
+            loader,
+            desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+            unit="batch",
+            total=progress.batch + len(loader),
+            initial=progress.batch,
+            leave=False,
+            disable=None if self._is_main else True,
+        )
+        return self._bar
+
+    def add(self, loc: Tensor, conf: Tensor, norm: Tensor, indices: Tensor) -> None:
+        """Take note of a step; now and then, look."""
+        self._pending.append((loc, conf, norm, indices))
+        if len(self._pending) >= self._every:
+            self._look()
+
+    def is_due(self) -> bool:
+        """Whether the last step was one after which numbers were looked at."""
+        return not self._pending
+
+    def close(self) -> None:
+        """Look at the rest."""
+        self._look()
+
+    def _look(self) -> None:
+        if not self._pending:
+            return
+        loc = torch.stack([each[0] for each in self._pending]).cpu()  # [steps, N]; waits for the device
+        conf = torch.stack([each[1] for each in self._pending]).cpu()
+        norm = torch.stack([each[2] for each in self._pending]).cpu()
+        finite = (loc + conf).isfinite()
+        healthy = finite.all(1) & (norm.isfinite() | torch.tensor(self._config.precision == "fp16"))
+        for number, good in enumerate(healthy.tolist()):
+            self._skipped = 0 if good else self._skipped + 1
+            if self._skipped >= MAX_SKIPPED:
+                self._give_up(finite[number], self._pending[number][3])
+        if self._config.precision == "fp16" and self._run.scaler.get_scale() < _MIN_SCALE:
+            self._give_up(finite[-1], self._pending[-1][3])
+        sums, now = self._run.progress.sums, time.perf_counter()
+        seen = (float(loc[finite].sum()), float(conf[finite].sum()), float(finite.sum()), now - self._since)
+        for place, value in enumerate(seen):
+            sums[place] += value
+        self._since = now
+        self._pending.clear()
+        mean_loc, mean_conf = (each / max(sums[2], 1.0) for each in sums[:2])
+        self._bar.set_postfix_str(
+            f"loss {mean_loc + mean_conf:.3f} (loc {mean_loc:.3f}, conf {mean_conf:.3f}), "
+            f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}",
+            refresh=False,
+        )
+
+    def _give_up(self, finite: Tensor, indices: Tensor) -> None:
+        bad = [
+            int(i) for i, good in zip(indices, finite.tolist(), strict=True) if not good
+        ] or indices.tolist()
+        names = ", ".join(item_name(self._dataset, i) for i in bad[:4])
+        raise NonFiniteError(
+            f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED} steps in a row (epoch "
+            f"{self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, set "
+            "clip, or use bf16 or fp32. The weights of the last finished epoch are as they were",
+            bad,
+        )
+
+
+class _Writer:
+    """Writes the run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        metadata: dict[str, Any],
+        config: TrainConfig,
+        *,
+        tensorboard: bool,
+    ) -> None:
+        self._folder, self._names, self._metadata, self._config = folder, names, metadata, config
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+            except ImportError as error:
+                raise ImportError("TensorBoard is an extra: pip install 'ssd300[tensorboard]'") from error
+            self._board = SummaryWriter(str(folder))
+
+    def save(self, run: Run, row: dict[str, float]) -> None:
+        """Metrics, weights, and last the state: what resuming starts from is never ahead of the rest."""
+        if self._board:
+            for key, value in row.items():
+                self._board.add_scalar(key, value, int(row["epoch"]))
+            self._board.flush()
+        columns = list(dict.fromkeys(key for each in run.progress.history for key in each))
+        table = io.StringIO()
+        rows = csv.DictWriter(table, columns, lineterminator="\n")
+        rows.writeheader()
+        rows.writerows({key: f"{value:.6g}" for key, value in each.items()} for each in run.progress.history)
+        with atomic_file(self._folder / "metrics.csv") as file:
+            file.write(table.getvalue().encode())
+        state = run.evaluated().state_dict()
+        for name in ("last", *(["best"] if row.get("AP", -1.0) > run.progress.best else [])):
+            checkpoint.save(
+                self._folder / f"{name}.safetensors",
+                state,
+                self._names,
+                category_ids=self._metadata["category_ids"],
+                config=self._metadata["config"],
+            )
+        run.progress.best = max(run.progress.best, row.get("AP", -1.0))
+        save_state(self._folder / "state.pt", run, self._config)
+
+    def samples(self, detector: Detector, val: Annotations | Dataset[Any], epoch: int) -> None:
+        """Draw the detections on four validation images, side by side."""
+        count = len(val)  # type: ignore[arg-type]
+        places = sorted({count * k // 4 for k in range(4)})
+        sources = [val.path(i) if isinstance(val, Annotations) else val[i][0] for i in places]
+        pictures = [found.draw() for found in detector(sources)]
+        width, height = 480, 360
+        sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height), "white")
+        for k, picture in enumerate(pictures):
+            small = ImageOps.contain(picture, (width, height))
+            left, top = (
+                k % 2 * width + (width - small.width) // 2,
+                k // 2 * height + (height - small.height) // 2,
+            )
+            sheet.paste(small, (left, top))
+        (self._folder / "samples").mkdir(exist_ok=True)
+        with atomic_file(self._folder / "samples" / f"epoch-{epoch:03}.jpg") as file:
+            sheet.save(file, "JPEG", quality=90)
+
+
+def _line(row: dict[str, float], config: TrainConfig) -> str:
+    text = (
+        f"epoch {row['epoch']:.0f}/{config.epochs}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
+        f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
+    )
+    return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")
+
+
+def _describe(
+    config: TrainConfig, train: Dataset[Any], batches: EpochBatches, world: World, progress: Progress
+) -> str:
+    shown = {field.name: getattr(config, field.name) for field in fields(config)}
+    used = batches.steps * config.batch_size * config.accumulate * world.size
+    images = len(train)  # type: ignore[arg-type]
+    lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
+    if used < images:
+        lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
+    lines.append("  ".join(f"{name}={value}" for name, value in shown.items()))
+    if progress.step:
+        lines.append(f"going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+    return "\n".join(lines)
+
+
+def _quiet(text: str) -> None:
+    pass

@@ -1,0 +1,123 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from ssd.boxes import default_boxes, encode, match
+from ssd.loss import MultiBoxLoss
+
+
+def published_inputs(figures):
+    random = np.random.RandomState(2001)
+    loc = torch.tensor(random.standard_normal((4, 4, 8732)).astype(np.float32))
+    conf = torch.tensor(random.standard_normal((4, 81, 8732)).astype(np.float32))
+    boxes = torch.stack([torch.tensor(figures[f"encode{i}/out_boxes_xywh"]) for i in range(4)])
+    labels = torch.stack([torch.tensor(figures[f"encode{i}/out_labels"]).long() for i in range(4)])
+    return loc, conf, boxes, labels
+
+
+def total(losses):
+    return (losses.loc + losses.conf).mean()
+
+
+def test_value_and_gradients_equal_the_published_loss(figures):
+    loc, conf, boxes, labels = published_inputs(figures)
+    loc.requires_grad_(), conf.requires_grad_()
+    loss = total(MultiBoxLoss(default_boxes())(loc, conf, boxes, labels))
+    np.testing.assert_allclose(loss.item(), figures["loss/value"], rtol=1e-6)
+    loss.backward()
+    np.testing.assert_allclose([loc.grad.norm(), conf.grad.norm()], figures["loss/grad_norms"], rtol=1e-5)
+
+
+def oracle(loc, conf, boxes, labels, defaults):
+    """The loss of one image, box by box."""
+    positives = [p for p in range(len(labels)) if labels[p] > 0]
+    if not positives:
+        return 0.0
+    surprise = -conf.log_softmax(0)
+    value = 0.0
+    for p in positives:
+        difference = (loc[:, p] - encode(boxes[p], defaults[p])).abs()
+        value += sum(0.5 * d * d if d < 1 else d - 0.5 for d in difference.tolist())
+        value += surprise[labels[p], p].item()
+    negatives = sorted((surprise[0, p].item() for p in range(len(labels)) if labels[p] == 0), reverse=True)
+    return (value + sum(negatives[: 3 * len(positives)])) / len(positives)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 5), st.floats(0, 1))
+def test_equals_a_slow_oracle(seed, count, classes, share):
+    random = torch.Generator().manual_seed(seed)
+    defaults = torch.rand(count, 4, generator=random) * 0.5 + 0.1
+    loc = torch.randn(3, 4, count, generator=random) * 2
+    conf = torch.randn(3, classes, count, generator=random) * 3
+    boxes = torch.rand(3, count, 4, generator=random) * 0.5 + 0.1
+    labels = torch.randint(1, classes, (3, count), generator=random)
+    labels *= torch.rand(3, count, generator=random) < share
+    losses = MultiBoxLoss(defaults)(loc, conf, boxes, labels)
+    expected = [oracle(*each, defaults) for each in zip(loc, conf, boxes, labels, strict=True)]
+    np.testing.assert_allclose(losses.loc + losses.conf, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_without_boxes_give_zero_and_finite_gradients():
+    loc = torch.randn(2, 4, 8732, requires_grad=True)
+    conf = torch.randn(2, 3, 8732, requires_grad=True)
+    boxes, labels = match(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), default_boxes())
+    loss = total(MultiBoxLoss(default_boxes())(loc, conf, boxes, labels))
+    loss.backward()
+    assert loss.item() == 0
+    assert loc.grad.abs().sum() == conf.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_is_computed_in_fp32_whatever_comes_in(figures, dtype):
+    loc, conf, boxes, labels = published_inputs(figures)
+    loss = MultiBoxLoss(default_boxes())
+    low = loss(loc.to(dtype), conf.to(dtype), boxes, labels)
+    assert low.loc.dtype == low.conf.dtype == torch.float32
+    same = loss(loc.to(dtype).float(), conf.to(dtype).float(), boxes, labels)
+    assert torch.equal(low.loc, same.loc)
+    assert torch.equal(low.conf, same.conf)
+
+
+def test_half_precision_logits_that_would_overflow_a_sum_stay_finite():
+    conf = torch.full((1, 3, 8732), -3e4, dtype=torch.float16)
+    labels = torch.zeros(1, 8732, dtype=torch.int64)
+    labels[0, :3000] = 1
+    conf[:, 2] = 3e4
+    losses = MultiBoxLoss(default_boxes())(torch.zeros(1, 4, 8732), conf, default_boxes()[None], labels)
+    assert losses.conf.isfinite().all()
+
+
+def test_a_bad_image_is_told_apart():
+    loc, conf = torch.zeros(3, 4, 8732), torch.zeros(3, 3, 8732)
+    loc[1, 0, :] = torch.nan
+    boxes, labels = match(torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), default_boxes())
+    losses = MultiBoxLoss(default_boxes())(loc, conf, boxes, labels)
+    assert (losses.loc + losses.conf).isfinite().tolist() == [True, False, True]
+
+
+def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
+    device = torch.device("cuda")
+    loss = MultiBoxLoss(default_boxes()).to(device)
+    boxes, labels = match(
+        torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]).to(device), torch.ones(1, 1).long().to(device), loss.default_boxes
+    )
+    losses = loss(torch.zeros(1, 4, 8732).to(device), torch.zeros(1, 3, 8732).to(device), boxes, labels)
+    assert losses.loc.device.type == losses.conf.device.type == "cuda"
+
+
+@pytest.mark.cuda
+def test_no_host_synchronisation_on_cuda():
+    device = torch.device("cuda")
+    defaults = default_boxes().to(device)
+    loss = MultiBoxLoss(defaults)
+    truths = torch.tensor([[[0.1, 0.1, 0.5, 0.5]]], device=device), torch.ones(1, 1, device=device).long()
+    loc = torch.zeros(1, 4, 8732, device=device, requires_grad=True)
+    conf = torch.zeros(1, 3, 8732, device=device, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total(loss(loc, conf, *match(*truths, defaults))).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -44,7 +44,8 @@ class CheckpointError(RuntimeError):
 class Weights:
     """A published checkpoint: where it is and what it holds."""
 
-    url: str
+    url: str | None
+    """None: it comes with the package."""
     file_name: str
     sha256: str | None
     """Digest, or the beginning of it; None where the publisher gives none."""
@@ -67,6 +68,15 @@ PUBLISHED = {
         size=None,
         class_names=COCO_NAMES,
         accuracy="0.25 AP on COCO val2017, as published by NVIDIA",
+        transform=TRANSFORM,
+    ),
+    "shapes": Weights(
+        url=None,
+        file_name="shapes.safetensors",
+        sha256=None,
+        size=None,
+        class_names=("circle", "square", "triangle", "star", "cross", "ring"),
+        accuracy="made-up scenes of six shapes; see ssd/weights/README.md",
         transform=TRANSFORM,
     ),
 }
@@ -106,9 +116,11 @@ def cache_dir() -> Path:
 
 
 def cached_path(weights: str, sha256: str | None = None) -> Path:
-    """Where the weights of a name or URL are, or will be, in the cache."""
+    """Where the weights of a name or URL are, or will be: in the cache, or in the package."""
     if weights in PUBLISHED:
-        return cache_dir() / PUBLISHED[weights].file_name
+        record = PUBLISHED[weights]
+        folder = cache_dir() if record.url else Path(__file__).parent / "weights"
+        return folder / record.file_name
     name = os.path.basename(unquote(urlsplit(weights).path)) or "weights"
     if sha256 and f"-{sha256}." in name:  # torchvision's naming; its own downloads lie here too
         return cache_dir() / name
@@ -147,7 +159,9 @@ def fetch(
         return path
 
     record = PUBLISHED.get(text)
-    url = record.url if record else text
+    if record and record.url is None:
+        return cached_path(text)
+    url = (record.url if record else None) or text
     sha256 = sha256 or (record.sha256 if record else None)
     if not web.is_web_url(url):
         raise DownloadError(f"{url} is not an http or https URL; pass the path of a local file")

@@ -91,7 +91,7 @@ def detect(
             help="Files, folders (without subfolders), globs ('photos/**'), http(s) URLs.", show_default=False
         ),
     ],
-    weights: Annotated[str, typer.Option(help='"coco", a checkpoint file, or its URL.')] = "coco",
+    weights: Annotated[str, typer.Option(help='"coco", "shapes", a checkpoint file, or its URL.')] = "coco",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
     ] = None,

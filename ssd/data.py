@@ -140,6 +140,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
 
     def __init__(self, annotations: Annotations, *, lenient: bool = False, crowd: bool = False) -> None:
         refuse(annotations, lenient=lenient)
+        self.left_out = dict(Counter(each.kind for each in annotations.problems if each.fatal))
+        """How many images and annotations are not used, by what is wrong with them."""
         lost = {problem.file for problem in annotations.problems if problem.kind == "missing image"}
         annotations = annotations.without(lost) if lost else annotations
         self.annotations = annotations

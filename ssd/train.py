@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -276,6 +276,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     torch._foreach_lerp_([old[i] for i in floats], [new[i] for i in floats], weight)
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights and statistics are."""
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """SGD: apex's fused one on CUDA where it can be imported, else torch's."""
     groups = parameter_groups(model, config.weight_decay)
@@ -306,14 +311,12 @@ class Progress:
     """Steps of the optimiser."""
     best: float = -1.0
     """Highest AP."""
-    history: list[dict[str, float]] = None  # type: ignore[assignment]
+    history: list[dict[str, float]] = field(default_factory=list)
     """A row for each finished epoch."""
-    sums: list[float] = None  # type: ignore[assignment]
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Of the losses of the epoch under way: loc, conf, images, seconds."""
-
-    def __post_init__(self) -> None:
-        self.history = self.history or []
-        self.sums = self.sums or [0.0] * 4
+    skipped: int = 0
+    """Steps in a row, up to the last one, that were not finite."""
 
 
 @dataclass
@@ -463,6 +466,7 @@ def fit(
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder)
     names = tuple(class_names or train.class_names)  # type: ignore[attr-defined]
+    ids = [int(each) for each in category_ids or ()]
     say = say if world.is_main and say else _quiet
     config = settle(config, world.device)
     batches = _plan(train, config, world)
@@ -474,13 +478,12 @@ def fit(
     if resume:
         load_state(folder / "state.pt", run)
     elif world.is_main:
-        notes = {"config": asdict(config), "class_names": names, "category_ids": category_ids, "data": source}
+        notes = {"config": asdict(config), "class_names": names, "category_ids": ids, "data": source}
         _write_json(folder / "config.json", notes)
     for line in (origin, _describe(config, train, batches, world, run.progress)):
         say(line)
 
-    metadata = {"category_ids": list(category_ids) if category_ids else None, "config": asdict(config)}
-    writer = _Writer(folder, names, metadata, config, tensorboard=tensorboard and world.is_main)
+    writer = _Writer(folder, names, ids, config, tensorboard=tensorboard and world.is_main)
     loader = _loader(
         Examples(train, len(names) + 1, config.augmentation, config.seed), batches, config, world
     )
@@ -491,6 +494,7 @@ def fit(
         while run.progress.epoch < config.epochs:
             batches.epoch, batches.start = run.progress.epoch, run.progress.batch
             train_epoch(run, forward, loader, config, world, total, stop)
+            stop.asked = world.any(stop.asked)
             if stop.asked:
                 break
             row = _close_epoch(run, config, total, batches, world)
@@ -505,12 +509,12 @@ def fit(
                 writer.save(run, row)
             run.progress.best = max(run.progress.best, row.get("AP", -1.0))
             say(_line(row, config))
-        if stop.asked and world.is_main:
+        if stop.asked and world.is_main and is_finite(run.model):
             save_state(folder / "state.pt", run, config)
     finished = run.progress.epoch >= config.epochs
     if not finished:
         say(f"stopped; everything is saved. Go on with: ssd train --resume {folder}")
-    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, category_ids or ())
+    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ids)
     return Result(finished, measured, run.progress.best, folder, detector)
 
 
@@ -573,7 +577,6 @@ def train_epoch(
         progress.batch += 1
         watch.add(losses.loc.detach(), losses.conf.detach(), norm, batch.indices)
         if watch.is_due() and world.any(stop.asked):
-            stop.asked = True
             break
     watch.close()
 
@@ -680,9 +683,9 @@ def _close_epoch(
         "lr": learning_rate(
             config, progress.step - 1, total, config.batch_size * config.accumulate * world.size
         ),
-        "loss": (loc + conf) / images,
-        "loc_loss": loc / images,
-        "conf_loss": conf / images,
+        "loss": (loc + conf) / max(images, 1),
+        "loc_loss": loc / max(images, 1),
+        "conf_loss": conf / max(images, 1),
         "images_per_second": images * world.size / seconds,
     }
     progress.history.append(row)
@@ -700,7 +703,6 @@ class _Watch:
         self._every = 1 if world.device.type == "cpu" and world.size == 1 else _CHECK_EVERY
         self._is_main = world.is_main
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._skipped = 0
         self._since = time.perf_counter()
         self._bar: Any = None
 
@@ -729,8 +731,10 @@ class _Watch:
         return not self._pending
 
     def close(self) -> None:
-        """Look at the rest."""
+        """Look at the rest; weights or statistics that are not finite stay so, and must not be saved."""
         self._look()
+        if self._run.progress.skipped and not is_finite(self._run.model):
+            self._give_up(*self._last_bad)
 
     def _look(self) -> None:
         if not self._pending:
@@ -741,9 +745,11 @@ class _Watch:
         finite = (loc + conf).isfinite()
         healthy = finite.all(1) & (norm.isfinite() | torch.tensor(self._config.precision == "fp16"))
         for number, good in enumerate(healthy.tolist()):
-            self._skipped = 0 if good else self._skipped + 1
-            if self._skipped >= MAX_SKIPPED:
-                self._give_up(finite[number], self._pending[number][3])
+            self._run.progress.skipped = 0 if good else self._run.progress.skipped + 1
+            if not good:
+                self._last_bad = finite[number], self._pending[number][3]
+            if self._run.progress.skipped >= MAX_SKIPPED:
+                self._give_up(*self._last_bad)
         if self._config.precision == "fp16" and self._run.scaler.get_scale() < _MIN_SCALE:
             self._give_up(finite[-1], self._pending[-1][3])
         sums, now = self._run.progress.sums, time.perf_counter()
@@ -765,9 +771,9 @@ class _Watch:
         ] or indices.tolist()
         names = ", ".join(item_name(self._dataset, i) for i in bad[:4])
         raise NonFiniteError(
-            f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED} steps in a row (epoch "
-            f"{self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, set "
-            "clip, or use bf16 or fp32. The weights of the last finished epoch are as they were",
+            f"the loss or its gradient was NaN or infinite in {self._run.progress.skipped} steps in a row "
+            f"(epoch {self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, set "
+            "clip, or use bf16 or fp32. What was saved before is as it was",
             bad,
         )
 
@@ -779,12 +785,12 @@ class _Writer:
         self,
         folder: Path,
         names: tuple[str, ...],
-        metadata: dict[str, Any],
+        category_ids: list[int],
         config: TrainConfig,
         *,
         tensorboard: bool,
     ) -> None:
-        self._folder, self._names, self._metadata, self._config = folder, names, metadata, config
+        self._folder, self._names, self._category_ids, self._config = folder, names, category_ids, config
         self._board: Any = None
         if tensorboard:
             try:
@@ -812,8 +818,8 @@ class _Writer:
                 self._folder / f"{name}.safetensors",
                 state,
                 self._names,
-                category_ids=self._metadata["category_ids"],
-                config=self._metadata["config"],
+                category_ids=self._category_ids,
+                config=asdict(self._config),
             )
         run.progress.best = max(run.progress.best, row.get("AP", -1.0))
         save_state(self._folder / "state.pt", run, self._config)
@@ -849,12 +855,16 @@ def _line(row: dict[str, float], config: TrainConfig) -> str:
 def _describe(
     config: TrainConfig, train: Dataset[Any], batches: EpochBatches, world: World, progress: Progress
 ) -> str:
-    shown = {field.name: getattr(config, field.name) for field in fields(config)}
+    shown = {each.name: getattr(config, each.name) for each in fields(config)}
     used = batches.steps * config.batch_size * config.accumulate * world.size
     images = len(train)  # type: ignore[arg-type]
     lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
     if used < images:
         lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
+    left_out: dict[str, int] = getattr(train, "left_out", {})
+    if left_out:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in left_out.items())
+        lines.append(f"left out of training ({kinds})")
     lines.append("  ".join(f"{name}={value}" for name, value in shown.items()))
     if progress.step:
         lines.append(f"going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")

@@ -169,16 +169,17 @@ def render(sample: Sample, rng: Rng) -> Sample:
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     across, down = INPUT_SIZE / (right - left), INPUT_SIZE / (bottom - top)
     # Where the image goes, in whole pixels; boxes move with it exactly.
-    u0, v0 = round((x0 - left) * across), round((y0 - top) * down)
-    u1, v1 = max(round((x1 - left) * across), u0 + 1), max(round((y1 - top) * down), v0 + 1)
+    u0, v0, u1, v1 = (
+        round(value)
+        for value in ((x0 - left) * across, (y0 - top) * down, (x1 - left) * across, (y1 - top) * down)
+    )
+    mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8)
+    image = mean.expand(INPUT_SIZE, INPUT_SIZE, 3).contiguous()
+    if u1 <= u0 or v1 <= v0:  # all of it is beyond the window
+        return Sample(image, sample.boxes[:0], sample.labels[:0], (0, 0, INPUT_SIZE, INPUT_SIZE))
     seen = sample.image[y0:y1, x0:x1].permute(2, 0, 1)[None]
-    seen = interpolate(seen, (v1 - v0, u1 - u0), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    if (u0, v0, u1, v1) == (0, 0, INPUT_SIZE, INPUT_SIZE):
-        image = seen.contiguous()
-    else:
-        mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8)
-        image = mean.expand(INPUT_SIZE, INPUT_SIZE, 3).contiguous()
-        image[v0:v1, u0:u1] = seen
+    seen = interpolate(seen, (v1 - v0, u1 - u0), mode="bilinear", antialias=True)[0]
+    image[v0:v1, u0:u1] = seen.permute(1, 2, 0)
     scale = np.array([(u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)] * 2)
     boxes = (sample.boxes - np.array([x0, y0] * 2)) * scale + np.array([u0, v0] * 2)
     boxes = boxes.clip(0, INPUT_SIZE).astype(np.float32)

@@ -76,6 +76,12 @@ def small_model() -> SSD300:
 
 
 @pytest.fixture(scope="session")
+def scene_model() -> SSD300:
+    """A small network for the classes of made-up scenes. Do not change it."""
+    return made_model(num_classes=7)
+
+
+@pytest.fixture(scope="session")
 def detector(small_model: SSD300) -> Detector:
     return Detector(small_model, ("cat", "cup", "person"))
 

@@ -1,6 +1,9 @@
 import csv
+import dataclasses
+import inspect
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -11,8 +14,9 @@ import pytest
 from conftest import PHOTOS
 from PIL import Image
 
-from ssd import __version__, cli
+from ssd import __version__, cli, shapes
 from ssd.detector import Detector
+from ssd.train import TrainConfig
 
 
 @pytest.fixture
@@ -367,3 +371,118 @@ def test_ctrl_c_keeps_what_is_done(photos, tmp_path, server, weights_file):
     assert "2 images" in out
     assert "1 not reached" in out
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2
+
+
+# --- Datasets, training, evaluation -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    shapes.write(folder, 6, 3, seed=1)
+    return folder
+
+
+TINY = ("--backbone", "resnet18", "--epochs", "1", "--batch-size", "2", "--workers", "0")
+
+
+def test_train_then_detect_and_evaluate(run, scenes, tmp_path):
+    status, out, _ = run("train", scenes, *TINY)
+    assert status == 0
+    assert "epoch 1/1  loss" in out
+    assert "AP50" in out
+    assert "runs/train-1/best.safetensors" in out.splitlines()[-1]
+    weights = tmp_path / "runs/train-1/best.safetensors"
+    status, out, _ = run("evaluate", scenes, "--weights", weights, "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["images"] == 3
+    assert set(facts["per_class"]) == set(shapes.CLASSES)
+    folder = tmp_path / "runs/evaluate-1"
+    assert sorted(os.listdir(folder)) == ["detections.json", "metrics.json"]
+    assert json.loads((folder / "metrics.json").read_text()) == facts
+    status, out, _ = run("detect", scenes / "val", "--weights", weights, "--no-images", weights=False)
+    assert status == 0
+
+
+def test_train_goes_on_from_its_folder_alone(run, scenes, tmp_path, monkeypatch):
+    run("train", scenes, *TINY, "--output", "mine")
+    status, out, _ = run("train", "--resume", "mine", "--epochs", "2")
+    assert status == 0
+    assert "going on at epoch 2" in out
+    assert "epoch 2/2" in out
+    saved = json.loads((tmp_path / "mine/config.json").read_text())
+    assert saved["data"]["data"] == str(scenes)
+    status, _, err = run("train", scenes, *TINY, "--output", "mine")
+    assert status == 2
+    assert "holds a run already" in " ".join(err.split())
+
+
+def test_train_usage_errors(run, scenes, tmp_path):
+    for arguments, message in (
+        ((), "give a dataset, or --resume RUN"),
+        ((scenes, "--resume", scenes), "give a dataset, or --resume RUN"),
+        ((scenes, "--batch-size", "1"), "batch_size must be at least 2"),
+        ((scenes, "--batch-size", "100"), "6 images are too few"),
+        ((scenes, "--augmentation", "wild"), "augmentation 'wild' is none of"),
+        ((scenes, "--backbone", "vgg16"), "backbone 'vgg16' is none of"),
+    ):
+        status, _, err = run("train", *arguments)
+        assert status == 2, arguments
+        assert message in " ".join(err.replace("│", " ").split())
+    status, _, err = run("train", tmp_path / "nowhere")
+    assert status == 1
+    assert "no dataset at" in err
+    status, _, err = run("train", "--resume", tmp_path)
+    assert status == 1
+    assert "is no run folder" in err
+
+
+def test_bad_annotations_stop_training_unless_lenient(run, scenes, tmp_path):
+    content = json.loads((scenes / "train.json").read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    arguments = ("train", tmp_path / "bad.json", "--images", scenes / "train", *TINY)
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert "zero area: 1" in err
+    assert "annotation 1: the box at" in err
+    status, out, _ = run(*arguments, "--lenient")
+    assert status == 0
+    assert "left out of training (zero area: 1)" in out
+    status, out, _ = run("check", tmp_path / "bad.json", "--images", scenes / "train")
+    assert status == 1
+    assert "zero area: 1" in out
+    status, out, _ = run("check", tmp_path / "bad.json", "--images", scenes / "train", "--json")
+    assert json.loads(out)["fatal"] == 1
+
+
+def test_every_choice_of_training_is_an_option():
+    given = set(inspect.signature(cli.train).parameters)
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= given
+
+
+def test_shapes_and_check(run, tmp_path):
+    status, out, _ = run("shapes", "s", "--images", "5", "--seed", "2")
+    assert status == 0
+    assert out.startswith("5 scenes to train on and 1 to evaluate on in s; circle, square")
+    status, out, _ = run("check", "s")
+    assert status == 0
+    assert "train: nothing wrong" in out
+
+
+def test_evaluation_with_plots(run, scenes, tmp_path):
+    status, out, _ = run("evaluate", scenes, "--weights", "shapes", "--plots", "--output", "e")
+    assert status == 0
+    assert {"precision_recall.png", "confusion.png", "worst"} <= set(os.listdir(tmp_path / "e"))
+    assert "IoU 0.50:0.95, all sizes" in out
+
+
+def test_demo_shows_detections_without_a_network(run, tmp_path):
+    status, out, _ = run("demo")
+    assert status == 0
+    with Image.open(tmp_path / "runs/demo-1/detections.png") as picture:
+        assert min(picture.size) >= 320
+    drawn, detected = map(int, re.search(r"(\d+) shapes drawn, (\d+) detected", out).groups())
+    assert drawn > 3
+    assert abs(drawn - detected) <= 1

@@ -93,7 +93,9 @@ def test_half_precision_logits_that_would_overflow_a_sum_stay_finite():
 def test_a_bad_image_is_told_apart():
     loc, conf = torch.zeros(3, 4, 8732), torch.zeros(3, 3, 8732)
     loc[1, 0, :] = torch.nan
-    boxes, labels = match(torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), default_boxes())
+    boxes, labels = match(
+        torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), default_boxes()
+    )
     losses = MultiBoxLoss(default_boxes())(loc, conf, boxes, labels)
     assert (losses.loc + losses.conf).isfinite().tolist() == [True, False, True]
 
@@ -102,7 +104,9 @@ def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
     device = torch.device("cuda")
     loss = MultiBoxLoss(default_boxes()).to(device)
     boxes, labels = match(
-        torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]).to(device), torch.ones(1, 1).long().to(device), loss.default_boxes
+        torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]).to(device),
+        torch.ones(1, 1).long().to(device),
+        loss.default_boxes,
     )
     losses = loss(torch.zeros(1, 4, 8732).to(device), torch.zeros(1, 3, 8732).to(device), boxes, labels)
     assert losses.loc.device.type == losses.conf.device.type == "cuda"

@@ -172,6 +172,23 @@ def test_zoom_out_only_makes_smaller_and_keeps_all():
     assert (shown.image == border).all(2).any()
 
 
+@pytest.mark.parametrize(
+    "window", [(700, 0, 900, 200), (-300, -300, 0, 0), (639, 479, 1000, 1000), (-400, 0, 1, 480)]
+)
+def test_a_window_that_shows_nothing_or_next_to_nothing(window):
+    """Of an image without boxes any part may be taken, also one of the canvas around it."""
+    sample = Sample(
+        torch.zeros(480, 640, 3, dtype=torch.uint8),
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int64),
+        window,
+    )
+    shown = render(sample, None)
+    assert shown.image.shape == (300, 300, 3)
+    assert shown.boxes.shape == (0, 4)
+    assert (shown.image == torch.tensor([124, 116, 104], dtype=torch.uint8)).float().mean() > 0.9
+
+
 def test_render_of_the_whole_image_is_the_evaluation_transform(photos):
     image = load_image(photos / "coffee.jpg")
     pixels, _, _ = augment(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), "none", None)

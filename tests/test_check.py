@@ -1,0 +1,90 @@
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from test_data import annotation, coco, plain
+
+from ssd import shapes
+from ssd.check import check
+from ssd.data import load
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    shapes.write(tmp_path, 4, 2, seed=1)
+    return tmp_path
+
+
+def report(folder, *splits):
+    return check({split: load(folder, split) for split in splits or ("train",)})
+
+
+def test_a_clean_dataset(scenes):
+    found = report(scenes, "train", "val")
+    assert found.fatal == 0
+    train = found.splits[0]
+    content = json.loads((scenes / "train.json").read_text())
+    assert train.images == 4
+    assert sum(train.boxes.values()) == len(content["annotations"]) == sum(row[1] for row in train.sizes)
+    assert list(train.boxes) == list(shapes.CLASSES)
+    assert train.background == 4 - len({each["image_id"] for each in content["annotations"]})
+    assert train.matched > 0.9
+    text = str(found)
+    assert "train: nothing wrong" in text
+    table = text[: text.index("train: ")].splitlines()
+    assert len({len(line) for line in table if not line.startswith("boxes")}) == 1
+    json.dumps(found.to_dict())
+
+
+def test_what_default_boxes_can_match(tmp_path):
+    """Of a 300x300 image: one box that is a default box, one too small for all of them, one too thin."""
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.jpg")
+    boxes = [(142 - 10.5, 142 - 10.5, 21, 21), (100, 100, 5, 5), (10, 100, 280, 20)]
+    content = coco(
+        [{"id": 1, "file_name": "a.jpg", "width": 300, "height": 300}],
+        [annotation(id=i, bbox=list(box)) for i, box in enumerate(boxes)],
+    )
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    (split,) = check({"train": load(tmp_path / "x.json")}).splits
+    assert split.matched == pytest.approx(1 / 3)
+    assert dict((name, (count, part)) for name, count, part in split.sizes) == {
+        "under 8 px": (1, 0.0),
+        "8 to 16 px": (0, 0.0),
+        "16 to 32 px": (1, 1.0),
+        "32 to 64 px": (0, 0.0),
+        "64 to 128 px": (1, 0.0),
+        "128 to 300 px": (0, 0.0),
+    }
+
+
+def test_files_that_are_wrong(scenes):
+    (scenes / "train" / "000000.jpg").unlink()
+    path = scenes / "train" / "000001.jpg"
+    path.write_bytes(path.read_bytes()[:1000])
+    Image.new("RGB", (40, 30)).save(scenes / "train" / "000002.jpg")
+    shutil.copy(scenes / "val" / "000000.jpg", scenes / "val" / "000001.jpg")
+    shutil.copy(scenes / "train" / "000003.jpg", scenes / "val" / "000000.jpg")
+    content = json.loads((scenes / "val.json").read_text())
+    for image in content["images"]:
+        del image["width"], image["height"]
+    (scenes / "val.json").write_text(json.dumps(content))
+    found = report(scenes, "train", "val")
+    train = {(problem.kind, problem.file) for problem in found.splits[0].problems}
+    assert train == {
+        ("missing image", "000000.jpg"),
+        ("unreadable image", "000001.jpg"),
+        ("wrong size", "000002.jpg"),
+    }
+    (twin,) = [problem for problem in found.splits[1].problems if problem.kind == "image in two splits"]
+    assert "000003.jpg of train" in twin.message
+    assert found.fatal == 3
+    assert "train: missing image: 1\n  000000.jpg: there is no such file" in str(found)
+
+
+def test_long_lists_are_cut_in_the_text_only(tmp_path):
+    plain(tmp_path, coco(annotations=[annotation(id=i, bbox=[i, 2, 0, 5]) for i in range(9)]))
+    found = report(tmp_path)
+    assert found.fatal == 9
+    assert "and 4 more (--json lists all)" in str(found)
+    assert len(found.to_dict()["splits"][0]["problems"]) == 9

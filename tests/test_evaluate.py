@@ -1,0 +1,269 @@
+import contextlib
+import io
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ssd import evaluate as evaluation
+from ssd import shapes
+from ssd.data import AnnotationError, DetectionDataset, load
+from ssd.detections import Detections
+from ssd.detector import Detector
+from ssd.distributed import World
+from ssd.evaluate import METRICS, coco_results, detect_all, evaluate, measure
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A dataset of twelve scenes, in the COCO format."""
+    folder = tmp_path_factory.mktemp("scenes")
+    shapes.write(folder, 0, 12, seed=1)
+    return folder
+
+
+def perfect(annotations, score=0.9):
+    """Detections that are the boxes."""
+    return {
+        i: Detections(
+            annotations.boxes[part],
+            np.full(part.stop - part.start, score),
+            annotations.labels[part] - 1,
+            annotations.class_names,
+            (480, 480),
+        )
+        for i in range(len(annotations))
+        for part in [annotations.of_image(i)]
+    }
+
+
+def blurred(annotations, seed=0):
+    """Detections as of a mediocre network: moved, missed, mistaken and surplus ones, with scores to match."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for i in range(len(annotations)):
+        part = annotations.of_image(i)
+        boxes, classes = annotations.boxes[part], annotations.labels[part] - 1
+        kept = random.random(len(boxes)) < 0.8
+        boxes, classes = boxes[kept], classes[kept].copy()
+        size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+        boxes = boxes + random.normal(0, 0.06, boxes.shape) * size
+        classes[random.random(len(classes)) < 0.1] = 0
+        extra = random.uniform(0, 200, (3, 2))
+        boxes = np.concatenate([boxes, np.hstack([extra, extra + random.uniform(20, 150, (3, 2))])])
+        classes = np.concatenate([classes, random.integers(0, 6, 3)])
+        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        order = random.permutation(len(boxes))
+        scores = np.sort(random.uniform(0.05, 1, len(boxes)))[::-1].astype(np.float32)
+        found[i] = Detections(boxes[order], scores, classes[order], annotations.class_names, (480, 480))
+    return found
+
+
+def test_equals_pycocotools_on_files(scenes, tmp_path):
+    """The official way: both files, COCO.loadRes, COCOeval."""
+    annotations = load(scenes, "val")
+    found = blurred(annotations)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(coco_results(annotations, found)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(scenes / "val.json"))
+        official = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+        official.evaluate(), official.accumulate(), official.summarize()
+    ours = measure(annotations, found)
+    assert list(ours.metrics) == list(METRICS)
+    np.testing.assert_allclose(list(ours.metrics.values()), official.stats, atol=1e-6)
+    assert 0.2 < ours.metrics["AP"] < 0.9
+    per_class = official.eval["precision"][:, :, :, 0, 2].mean((0, 1))
+    np.testing.assert_allclose([row["AP"] for row in ours.per_class.values()], per_class, atol=1e-6)
+    np.testing.assert_allclose(ours.metrics["AP"], per_class.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("package", ["pycocotools", "faster_coco_eval"])
+def test_both_packages_give_the_same_numbers(scenes, monkeypatch, package):
+    if package == "faster_coco_eval":
+        pytest.importorskip(package, reason="faster-coco-eval is an extra")
+    annotations = load(scenes, "val")
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: package == name)
+    chosen = measure(annotations, blurred(annotations))
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    official = measure(annotations, blurred(annotations))
+    assert chosen.per_class.keys() == official.per_class.keys()
+    np.testing.assert_allclose(list(chosen.metrics.values()), list(official.metrics.values()), atol=1e-9)
+    for name, row in official.per_class.items():
+        assert chosen.per_class[name] == pytest.approx(row, abs=1e-9)
+
+
+def renumber(content):
+    for number, each in enumerate(content["annotations"]):
+        each["id"] = number  # from 0: pycocotools takes a match with 0 for none
+
+
+def same_ids(content):
+    for each in content["annotations"]:
+        each["id"] = 7
+
+
+def bare(content):
+    for each in content["annotations"]:
+        del each["area"], each["iscrowd"], each["id"]
+
+
+def image_ids(name):
+    def change(content):
+        ids = {each["id"]: name(each["id"]) for each in content["images"]}
+        for each in content["images"]:
+            each["id"] = ids[each["id"]]
+        for each in content["annotations"]:
+            each["image_id"] = ids[each["image_id"]]
+
+    return change
+
+
+def sparse_categories(content):
+    for each in content["annotations"]:
+        each["category_id"] = 1000 * each["category_id"]
+    for each in content["categories"]:
+        each["id"] = 1000 * each["id"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renumber,
+        same_ids,
+        bare,
+        image_ids(lambda i: f"photo {i}"),
+        image_ids(lambda i: 2**53 + i),
+        image_ids(lambda i: i - 1),
+        sparse_categories,
+    ],
+    ids=[
+        "ids from 0",
+        "equal ids",
+        "fields missing",
+        "text ids",
+        "huge ids",
+        "image id 0",
+        "sparse categories",
+    ],
+)
+def test_odd_files_do_not_bend_the_result(scenes, tmp_path, change):
+    content = json.loads((scenes / "val.json").read_text())
+    change(content)
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    odd = load(tmp_path / "odd.json", images=scenes / "val")
+    plain = load(scenes, "val")
+    assert measure(odd, perfect(odd)).metrics["AP"] == pytest.approx(1)
+    assert measure(odd, blurred(odd)).metrics == pytest.approx(measure(plain, blurred(plain)).metrics)
+
+
+def test_nothing_detected_is_zero_and_a_warning(scenes, capsys):
+    annotations = load(scenes, "val")
+    with pytest.warns(UserWarning, match="nothing was detected"):
+        result = measure(annotations, {})
+    assert result.metrics["AP"] == result.metrics["AR100"] == 0
+    assert all(row["AP"] == 0 for row in result.per_class.values())
+    assert capsys.readouterr().out == ""
+
+
+def test_images_without_boxes_count(scenes):
+    annotations = load(scenes, "val")
+    found = perfect(annotations)
+    empty = next(i for i in range(len(annotations)) if annotations.starts[i] == annotations.starts[i + 1])
+    box = Detections([[10, 10, 60, 60]], [0.95], [0], annotations.class_names, (480, 480))
+    assert (
+        measure(annotations, found | {empty: box}).metrics["AP"] < measure(annotations, found).metrics["AP"]
+    )
+
+
+def test_crowd_is_ignored(scenes):
+    annotations = load(scenes, "val")
+    crowd = replace(annotations, crowd=np.arange(len(annotations.labels)) == 0)
+    image = int(np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))[0])
+    found = perfect(crowd)
+    without = found | {image: found[image][1:]}
+    assert measure(crowd, found).metrics["AP"] == pytest.approx(1)
+    assert measure(crowd, without).metrics["AP"] == pytest.approx(1)
+    assert measure(crowd, found).boxes == len(annotations.labels) - 1
+
+
+def test_without_any_box_there_is_nothing_to_measure(scenes):
+    annotations = load(scenes, "val")
+    empty = replace(
+        annotations,
+        starts=np.zeros_like(annotations.starts),
+        **{name: getattr(annotations, name)[:0] for name in ("boxes", "labels", "crowd", "areas", "usable")},
+    )
+    result = measure(empty, perfect(annotations))
+    assert result.metrics["AP"] == -1
+    assert "-" in str(result)
+
+
+class Items(torch.utils.data.Dataset):
+    """Any torch Dataset, as torchvision's references have them."""
+
+    def __init__(self, folder):
+        self._dataset = DetectionDataset(load(folder, "val"))
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        image, target = self._dataset[index]
+        return image, {name: torch.from_numpy(value) for name, value in target.items()}
+
+
+def test_any_dataset_gives_what_the_folder_gives(scenes, scene_model):
+    detector = Detector(scene_model, shapes.CLASSES)
+    expected = evaluate(detector, load(scenes, "val"), ALONE)
+    assert expected.detections > 20
+    assert evaluate(detector, Items(scenes), ALONE) == expected
+    assert evaluate(detector, DetectionDataset(load(scenes, "val")), ALONE) == expected
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_shares_are_whole_and_without_overlap(scenes, scene_model, size, monkeypatch):
+    detector = Detector(scene_model, shapes.CLASSES)
+    annotations = load(scenes, "val")
+    _, expected = detect_all(detector, annotations, ALONE)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(World, "gather", lambda self, value: shares.append(value) or [value])
+        detect_all(detector, annotations, World(rank, size, torch.device("cpu")))
+    assert sorted(i for found, _ in shares for i in found) == list(range(len(annotations)))
+    monkeypatch.setattr(World, "gather", lambda self, value: shares)
+    _, merged = detect_all(detector, annotations, World(0, size, torch.device("cpu")))
+    assert list(merged) == list(expected)
+    for i, each in expected.items():
+        np.testing.assert_allclose(merged[i].boxes, each.boxes, atol=1e-3)
+        assert merged[i].class_ids.tolist() == each.class_ids.tolist()
+
+
+def test_other_classes_are_refused(scenes, detector):
+    with pytest.raises(AnnotationError, match="class_names=detector"):
+        detect_all(detector, load(scenes, "val"), ALONE)
+
+
+def test_an_image_of_another_size_is_refused(scenes, tmp_path, scene_model):
+    shapes.write(tmp_path, 0, 1, seed=9)
+    Image.new("RGB", (100, 50)).save(tmp_path / "val" / "000000.jpg")
+    with pytest.raises(AnnotationError, match="is 100x50, but"):
+        detect_all(Detector(scene_model, shapes.CLASSES), load(tmp_path, "val"), ALONE)
+
+
+def test_the_table_lines_up(scenes):
+    annotations = load(scenes, "val")
+    with warnings.catch_warnings():
+        lines = str(measure(annotations, blurred(annotations))).splitlines()
+    numbers = [line for line in lines if line.startswith(("AP", "AR"))]
+    assert len({line.index(".") for line in numbers}) == 1
+    table = lines[lines.index("") :][-7:]
+    assert len({len(line) for line in table}) == 1

@@ -1,0 +1,68 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluate import blurred, perfect
+
+from ssd import shapes
+from ssd.data import load
+from ssd.detections import Detections
+from ssd.plots import compare, draw_plots
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    shapes.write(folder, 0, 8, seed=1)
+    return load(folder, "val")
+
+
+def test_pictures_are_written(scenes, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    written = draw_plots(scenes, blurred(scenes), tmp_path)
+    assert {path.name for path in written[:2]} == {"precision_recall.png", "confusion.png"}
+    assert len(written) > 4
+    for path in written:
+        with Image.open(path) as picture:
+            assert min(picture.size) >= 300
+
+
+def test_of_perfect_detections_there_are_no_worst_images(scenes, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    assert len(draw_plots(scenes, perfect(scenes), tmp_path)) == 2
+
+
+def test_pairs_by_hand(scenes):
+    """Two boxes of one image: one found twice, one taken for another class; and something out of nothing."""
+    i = int(np.diff(scenes.starts).argmax())
+    part = scenes.of_image(i)
+    boxes, labels = scenes.boxes[part], scenes.labels[part] - 1
+    other = int((labels[1] + 1) % 6)
+    found = Detections(
+        [boxes[0], boxes[0], boxes[1], [0, 0, 3, 3]],
+        [0.9, 0.8, 0.7, 0.6],
+        [labels[0], labels[0], other, 2],
+        scenes.class_names,
+        (480, 480),
+    )
+    mistakes = compare(scenes, i, found)
+    expected = [(labels[0], labels[0]), (6, labels[0]), (labels[1], other), (6, 2)]
+    expected += [(label, 6) for label in labels[2:]]
+    assert mistakes.pairs == expected
+    assert mistakes.number() == len(expected) - 1
+    np.testing.assert_array_equal(mistakes.missed, boxes[2:])
+
+
+def test_low_scores_and_crowd_are_left_aside(scenes):
+    i = int(np.diff(scenes.starts).argmax())
+    part = scenes.of_image(i)
+    box, label = scenes.boxes[part][0], int(scenes.labels[part][0]) - 1
+    low = Detections([box], [0.3], [label], scenes.class_names, (480, 480))
+    assert all(detected == 6 for _, detected in compare(scenes, i, low).pairs)
+
+
+def test_without_matplotlib_the_command_is_named(scenes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'ssd300\[plots\]'"):
+        draw_plots(scenes, {}, tmp_path)

@@ -590,7 +590,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Another one, another scene.")] = 7,
     output: Annotated[Path | None, typer.Option(help="By default a new folder runs/demo-N.")] = None,
 ) -> None:
-    """Draw a scene of shapes, detect them with the weights that come with the package, and show the result."""
+    """Draw a scene of shapes, and detect them with the weights that come with the package."""
     import numpy as np  # noqa: PLC0415
 
     from ssd.detector import Detector  # noqa: PLC0415
@@ -600,10 +600,10 @@ def demo(
     found = Detector.load("shapes")(image)
     folder = output or _new_folder("demo")
     folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / "scene.png")
-    found.save(folder / "detections.png")
+    image.save(folder / "scene.jpg", quality=95)
     typer.echo(found)
-    picture = folder / "detections.png"
+    picture = folder / "detections.jpg"
+    found.save(picture)
     typer.echo(f"\n{len(boxes)} shapes drawn, {len(found)} detected; picture in {picture}")
 
 

@@ -141,6 +141,7 @@ PRESETS = {
         schedule="multistep",
         augmentation="published",
         ema=0.0,
+        head_norm=False,
         crowd=True,
     ),
 }
@@ -772,8 +773,8 @@ class _Watch:
         names = ", ".join(item_name(self._dataset, i) for i in bad[:4])
         raise NonFiniteError(
             f"the loss or its gradient was NaN or infinite in {self._run.progress.skipped} steps in a row "
-            f"(epoch {self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, set "
-            "clip, or use bf16 or fp32. What was saved before is as it was",
+            f"(epoch {self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, "
+            "set clip, or use bf16 or fp32. What was saved before is as it was",
             bad,
         )
 

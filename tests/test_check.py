@@ -48,7 +48,7 @@ def test_what_default_boxes_can_match(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(content))
     (split,) = check({"train": load(tmp_path / "x.json")}).splits
     assert split.matched == pytest.approx(1 / 3)
-    assert dict((name, (count, part)) for name, count, part in split.sizes) == {
+    assert {name: (count, part) for name, count, part in split.sizes} == {
         "under 8 px": (1, 0.0),
         "8 to 16 px": (0, 0.0),
         "16 to 32 px": (1, 1.0),

@@ -481,7 +481,7 @@ def test_evaluation_with_plots(run, scenes, tmp_path):
 def test_demo_shows_detections_without_a_network(run, tmp_path):
     status, out, _ = run("demo")
     assert status == 0
-    with Image.open(tmp_path / "runs/demo-1/detections.png") as picture:
+    with Image.open(tmp_path / "runs/demo-1/detections.jpg") as picture:
         assert min(picture.size) >= 320
     drawn, detected = map(int, re.search(r"(\d+) shapes drawn, (\d+) detected", out).groups())
     assert drawn > 3

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from conftest import made_model
 
-from ssd import checkpoint, cli
+from ssd import checkpoint, cli, shapes
 from ssd.labels import COCO_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -31,28 +33,52 @@ def folder(tmp_path, photos, monkeypatch):
     path = checkpoint.cached_path("coco")
     path.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "my-model.pt", path)
+    shapes.write(tmp_path / "data", 4, 2)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_python_snippets_run(folder, snippet):
-    exec(compile(snippet.replace('"."', repr(str(ROOT))), "README.md", "exec"), {})
+    snippet = snippet.replace('"."', repr(str(ROOT)))
+    snippet = snippet.replace("epochs=20,", "epochs=1, batch_size=2, workers=0,")
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 
 
-def commands():
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line[line.index("ssd ") :] for line in lines if re.search(r"(^|&& )ssd ", line)]
+def blocks_of_commands():
+    """The commands of each block, which may build on each other."""
+    found = []
+    for block in blocks("sh"):
+        lines = block.splitlines()
+        commands = [
+            line[re.search(r"(^|&& |-m )ssd ", line).end() - 4 :] for line in lines if " ssd " in f" {line}"
+        ]
+        found += [commands] if commands else []
+    return found
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_run(folder, server, photos, command, monkeypatch):
+@pytest.mark.parametrize("commands", blocks_of_commands(), ids=lambda commands: commands[0])
+def test_commands_run(folder, server, photos, commands, monkeypatch):
     url = server.serve("/000000397133.jpg", (photos / "coffee.jpg").read_bytes(), kind="image/jpeg")
-    command = re.sub(r"http://\S+", url, command)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert not exit.value.code
+    for command in commands:
+        words = shlex.split(re.sub(r"http://\S+", url, command))
+        if words[1] == "shapes":
+            words[words.index("--images") + 1] = "4"
+        if words[1] == "train":
+            if "--epochs" in words:
+                words[words.index("--epochs") + 1] = "1"
+            elif "--resume" not in words:
+                words += ["--epochs", "1"]
+            if "--backbone" not in words and "--weights" not in words and "--resume" not in words:
+                words += ["--backbone", "resnet18"]
+            words += ["--workers", "0", "--batch-size", "2"]
+            if "imagenet" in words:
+                words[words.index("imagenet")] = str(folder / "resnet18.pth")
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert not exit.value.code, command
 
 
 def test_the_list_of_files_is_complete():

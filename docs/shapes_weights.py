@@ -3,7 +3,8 @@
 python docs/shapes_weights.py WORK_FOLDER
 
 Draws the data, trains with the project's own command (about 45 minutes on 2 cores; interrupt and start
-again as you like), stores the best weights in half precision, and evaluates the stored file on the held-out scenes.
+again as you like), stores the best weights in half precision, and evaluates the stored file on the
+held-out scenes.
 """
 
 import subprocess

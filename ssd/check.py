@@ -108,9 +108,10 @@ def check(splits: dict[str, Annotations], on_done: Callable[[], object] = lambda
     reports = []
     for name, annotations in splits.items():
         problems = list(annotations.problems)
+        known = {(each.kind, each.file) for each in problems}
         for i, (digest, problem) in enumerate(_read_images(annotations)):
             on_done()
-            problems += [problem] if problem else []
+            problems += [problem] if problem and (problem.kind, problem.file) not in known else []
             if digest:
                 file = str(annotations.file_names[i])
                 split, other = contents.setdefault(digest, (name, file))

@@ -233,7 +233,7 @@ def _download_lock(path: Path, url: str) -> Iterator[None]:
 
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, progress: bool) -> None:
-    if progress and not _is_watched():
+    if progress and not is_watched():
         print(f"downloading {url}", file=sys.stderr)
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -257,7 +257,7 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
     ) from problem
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a person sees a progress bar: in a terminal or a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
@@ -285,7 +285,7 @@ def _download_once(
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            disable=not (progress and _is_watched()),
+            disable=not (progress and is_watched()),
         ) as bar:
             for chunk in web.chunks(response):
                 file.write(chunk)
@@ -323,7 +323,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     tensors, notes = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     state_dict = {_without_wrapper(key): value for key, value in tensors.items()}
-    return _describe(path, state_dict, notes)
+    return describe(path, state_dict, notes)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -439,7 +439,13 @@ def _without_wrapper(key: str) -> str:
     return re.sub(r"^(module\.1\.|module\.)", "", key)
 
 
-def _describe(path: Path, state_dict: dict[str, Tensor], notes: dict[str, Any]) -> Checkpoint:
+def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any] | None = None) -> Checkpoint:
+    """What network a state dict is for; `path` is what messages call it.
+
+    Raises:
+        CheckpointError: it is no SSD300's.
+    """
+    notes = notes or {}
     trunk = "feature_extractor.feature_extractor."
     blocks = "-".join(
         str(len({key.split(".")[3] for key in state_dict if key.startswith(f"{trunk}{stage}.")}))

@@ -6,8 +6,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssd.data import Annotations, DetectionDataset
     from ssd.detections import Detections
     from ssd.distributed import World
+    from ssd.train import TrainConfig
 
 Format = Literal["json", "csv", "coco", "yolo"]
 
@@ -138,11 +139,11 @@ def detect(
         tqdm.write(f"ssd: left out {name}: {reason}", file=sys.stderr)
 
     wanted = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
-    with world(device) as place:
+    with world(_device(device)) as place:
         try:
-            detector = Detector.load(weights, device and place.device, precision)
+            detector = Detector.load(weights, place.device, precision)
             results = detector.stream(
-                names[place.rank :: place.size],
+                [names[i] for i in place.share(len(names), batch_size)],
                 batch_size=batch_size,
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
@@ -156,7 +157,7 @@ def detect(
         out = _Results(folder, format, names, detector.class_names, pictures=images)
         if place.size > 1:
             # Each process writes its pictures; the main one all results, in their order.
-            results, failures[:] = _gather_results(results, names, out, failures, place)
+            results, failures[:] = _gather_results(results, names, out, failures, place, report)
             if not place.is_main:
                 return
 
@@ -204,13 +205,22 @@ def _folder_of_all(output: Path | None, verb: str, place: "World") -> Path:
 
 
 def _gather_results(
-    results: "Iterable[Detections]", names: list[str], out: "_Results", failures: list[str], place: "World"
+    results: "Iterable[Detections]",
+    names: list[str],
+    out: "_Results",
+    failures: list[str],
+    place: "World",
+    report: "Callable[[str, Exception], None]",
 ) -> "tuple[Iterator[Detections], list[str]]":
     """The results of all processes in the order of `names`, and all failures; pictures are written."""
     mine = []
     for found in results:
-        out.picture(found)
-        mine.append(replace(found, image=None))
+        try:
+            out.picture(found)
+        except (OSError, ValueError) as error:
+            report(found.source, error)
+        else:
+            mine.append(replace(found, image=None))
     by_source: dict[str, Detections] = {}
     failed: list[str] = []
     for share, lost in place.gather((mine, failures)):
@@ -355,8 +365,9 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Run folder; by default runs/train-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs nothing else.")] = None,
     preset: Annotated[
-        Literal["default", "published"], typer.Option(help="What the options below start from.")
-    ] = "default",
+        Literal["default", "published"] | None,
+        typer.Option(help="What the options below start from.", show_default="default"),
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="To start from: coco, shapes, a file or a URL.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet18, 34, 50 (default), 101 or 152.")] = None,
     backbone_weights: Annotated[
@@ -398,36 +409,31 @@ def train(
     given = locals()
     choices = {key: given[key] for key in _config_fields() if given[key] is not None}
     if milestones is not None:
-        choices["milestones"] = tuple(float(each) for each in milestones.split(","))
-    if (data is None) == (resume is None):
+        try:
+            choices["milestones"] = tuple(float(each) for each in milestones.split(","))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{error}; give numbers, as 0.66,0.83", param_hint="--milestones"
+            ) from error
+    if data is None and resume is None:
         raise typer.BadParameter("give a dataset, or --resume RUN")
+    if resume is not None and (output or preset):
+        raise typer.BadParameter(
+            "a run that goes on keeps its folder and preset; leave out --output, --preset"
+        )
     from ssd.distributed import world  # noqa: PLC0415
-    from ssd.train import PRESETS, TrainConfig, fit  # noqa: PLC0415
+    from ssd.train import fit  # noqa: PLC0415
 
-    if resume is not None:
-        saved = _read_run(resume)
-        source, config = saved["data"], saved["config"] | choices
-        config["milestones"] = tuple(config["milestones"])
-    else:
-        source = {
-            "data": data,
-            "images": images,
-            "val": val,
-            "val_images": val_images,
-            "lenient": lenient,
-        }
-        for key in ("data", "images", "val", "val_images"):  # resuming may start in another folder
-            source[key] = str(source[key].absolute()) if source[key] else None
-        config = asdict(PRESETS[preset]) | choices
-    try:
-        settled = TrainConfig(**config)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from error
+    source: dict[str, Any] = {"data": data, "images": images, "val": val, "val_images": val_images}
+    # Resuming may start in another folder.
+    source = {key: str(path.absolute()) for key, path in source.items() if path is not None}
+    source |= {"lenient": True} if lenient else {}
+    if weights and os.path.isfile(weights):
+        choices["weights"] = os.path.abspath(weights)
+    settled, source = _settle(preset or "default", resume, choices, source)
     train_set, val_set = _datasets(source, crowd=settled.crowd)
-    with world(device) as place:
+    with world(_device(device)) as place:
         folder = resume or _folder_of_all(output, "train", place)
-        if output and not resume and (folder / "state.pt").exists():
-            raise typer.BadParameter(f"{folder} holds a run already; go on with --resume {folder}")
         try:
             result = fit(
                 train_set,
@@ -441,17 +447,46 @@ def train(
                 source=source,
                 tensorboard=tensorboard,
             )
-        except ValueError as error:
-            if _is_users(error):
-                raise
-            raise typer.BadParameter(str(error)) from error
+        except Exception as error:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written
+            if isinstance(error, ValueError) and not _is_users(error):
+                raise typer.BadParameter(str(error)) from error
+            raise
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
     if place.is_main:
         if result.evaluation:
             typer.echo(f"\n{result.evaluation}")
-        best = folder / ("best" if result.evaluation else "last")
-        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {best}.safetensors")
+        best = next(name for name in ("best", "last") if (folder / f"{name}.safetensors").exists())
+        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors")
+
+
+def _settle(
+    preset: str, resume: Path | None, choices: dict[str, Any], source: dict[str, Any]
+) -> "tuple[TrainConfig, dict[str, Any]]":
+    """The config, and where the data is: what is given, over what the run or the preset says."""
+    from ssd.train import PRESETS, TrainConfig  # noqa: PLC0415
+
+    if resume is not None:
+        saved = _read_run(resume)
+        source, config = saved["data"] | source, saved["config"] | choices
+        config["milestones"] = tuple(config["milestones"])
+    else:
+        config = asdict(PRESETS[preset]) | choices
+    try:
+        return TrainConfig(**config), source
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _device(name: str | None) -> "torch.device":
+    from ssd.distributed import usable_device  # noqa: PLC0415
+
+    try:
+        return usable_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
 def _config_fields() -> set[str]:
@@ -475,13 +510,14 @@ def _datasets(source: dict[str, Any], *, crowd: bool) -> "tuple[DetectionDataset
     """The dataset to train on, and the annotations to evaluate with, if there are any."""
     from ssd.data import DetectionDataset, find_split, load, usable_for_evaluation  # noqa: PLC0415
 
-    annotations = load(source["data"], "train", images=source["images"])
-    train_set = DetectionDataset(annotations, lenient=source["lenient"], crowd=crowd)
-    path, names = source["val"] or source["data"], annotations.class_names
-    if source["val"] is None and not find_split(path, "val"):
+    lenient = source.get("lenient", False)
+    annotations = load(source["data"], "train", images=source.get("images"))
+    train_set = DetectionDataset(annotations, lenient=lenient, crowd=crowd)
+    path, names = source.get("val", source["data"]), annotations.class_names
+    if "val" not in source and not find_split(path, "val"):
         return train_set, None
-    val_set = load(path, "val", images=source["val_images"], class_names=names)
-    return train_set, usable_for_evaluation(val_set, lenient=source["lenient"])
+    val_set = load(path, "val", images=source.get("val_images"), class_names=names)
+    return train_set, usable_for_evaluation(val_set, lenient=lenient)
 
 
 @app.command()
@@ -514,14 +550,15 @@ def evaluate(
     from ssd.distributed import world  # noqa: PLC0415
     from ssd.evaluate import coco_results, detect_all, measure  # noqa: PLC0415
 
-    with world(device) as place:
-        try:
-            detector = Detector.load(weights, place.device, precision)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+    if plots:
+        from ssd.plots import draw_plots, require_matplotlib  # noqa: PLC0415
+
+        require_matplotlib()  # before all the work, not after it
+    with world(_device(device)) as place:
+        detector = Detector.load(weights, place.device, precision)
         annotations = load(data, split, images=images, class_names=detector.class_names)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
-        share = len(range(place.rank, len(annotations), place.size))
+        share = len(place.share(len(annotations), batch_size))
         hidden = True if not place.is_main or as_json else None
         with tqdm(total=share, unit="image", disable=hidden) as bar:
             truth, found = detect_all(detector, annotations, place, batch_size=batch_size, on_done=bar.update)
@@ -535,8 +572,6 @@ def evaluate(
             with atomic_file(folder / f"{name}.json") as file:
                 file.write(json.dumps(content).encode())
         if plots:
-            from ssd.plots import draw_plots  # noqa: PLC0415
-
             draw_plots(truth, found, folder)
     typer.echo(json.dumps(facts, indent=2) if as_json else result)
     typer.echo(f"\nmetrics.json and detections.json in {folder}", err=as_json)
@@ -558,7 +593,10 @@ def check(
     from ssd.data import SPLITS, find_split, load  # noqa: PLC0415
 
     splits = [split for split in SPLITS if find_split(data, split)] or ["train"]
-    read = {split: load(data, split, images=images) for split in splits}
+    read: dict[str, Annotations] = {}
+    for split in splits:
+        names = read[splits[0]].class_names if read else None
+        read[split] = load(data, split, images=images, class_names=names)
     with tqdm(
         total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
     ) as bar:

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,10 +22,13 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd.images import FORMATS, is_image_name, load_image
+from ssd.images import FORMATS, SUFFIXES, is_image_name, load_image
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names under which folders keep each split."""
+
+LOST = ("missing image", "unreadable image")
+"""Problems that leave an image out, where that is allowed."""
 
 Format = Literal["coco", "yolo", "voc"]
 
@@ -131,7 +135,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
 
     Args:
         annotations: see `load`.
-        lenient: leave out annotations and images that cannot be used, instead of refusing them.
+        lenient: leave out annotations that cannot be used and images that are missing, instead of refusing
+            them. An image that turns out to be damaged stops training in any case; `ssd check` finds it.
         crowd: keep crowd boxes, as NVIDIA's training code does.
 
     Raises:
@@ -142,7 +147,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         refuse(annotations, lenient=lenient)
         self.left_out = dict(Counter(each.kind for each in annotations.problems if each.fatal))
         """How many images and annotations are not used, by what is wrong with them."""
-        lost = {problem.file for problem in annotations.problems if problem.kind == "missing image"}
+        lost = {problem.file for problem in annotations.problems if problem.kind in LOST}
         annotations = annotations.without(lost) if lost else annotations
         self.annotations = annotations
         self.class_names = annotations.class_names
@@ -162,7 +167,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         kept = self._kept[part]
         boxes = self.annotations.boxes[part][kept]
         boxes = boxes.clip(0, [*image.size, *image.size]).astype(np.float32)
-        return image, {"boxes": boxes, "labels": self.annotations.labels[part][kept]}
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(1)  # files that give no image size may have boxes outside
+        return image, {"boxes": boxes[seen], "labels": self.annotations.labels[part][kept][seen]}
 
 
 def check_size(annotations: Annotations, i: int, size: tuple[int, int]) -> None:
@@ -186,6 +192,12 @@ def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
     Raises:
         AnnotationError: with the first ten problems and their number.
     """
+    missing = sum(problem.kind in LOST for problem in annotations.problems)
+    if len(annotations) - missing <= 0:
+        raise AnnotationError(
+            f"{annotations.source}: no images that can be read in {annotations.root}; if they are elsewhere, "
+            "give their folder with --images (images=...)"
+        )
     fatal = [problem for problem in annotations.problems if problem.fatal]
     if fatal and not lenient:
         kinds = ", ".join(f"{kind}: {n}" for kind, n in Counter(each.kind for each in fatal).items())
@@ -194,9 +206,24 @@ def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
             f"{annotations.source} has annotations that cannot be used ({kinds}); correct them, or leave "
             "them out with --lenient (lenient=True):\n  " + "\n  ".join(map(str, fatal[:10])) + more
         )
-    missing = sum(problem.kind == "missing image" for problem in annotations.problems)
-    if len(annotations) - missing <= 0:
-        raise AnnotationError(f"{annotations.source}: no images that can be read")
+
+
+def require_boxes(annotations: Annotations) -> None:
+    """Require something to train on.
+
+    Raises:
+        AnnotationError: no image has a box that can be used.
+    """
+    if not annotations.usable.any():
+        hint = ""
+        if annotations.format == "yolo" and len(annotations):
+            first = annotations.root / str(annotations.file_names[0])
+            hint = (
+                f"; those of {first.name} were looked for in {_yolo_labels(first, annotations.source.parent)}"
+            )
+        raise AnnotationError(
+            f"{annotations.source}: no boxes to train on in {len(annotations)} images{hint}"
+        )
 
 
 # --- Finding ----------------------------------------------------------------------------------------------
@@ -241,7 +268,7 @@ def load(
     config = _yolo_config(root)
     if config:
         return read_yolo(config, split, class_names)
-    if (root / "Annotations").is_dir() or any(root.glob("*/*.xml")):
+    if _voc_folder(root) or any(root.glob("*/*.xml")):
         return read_voc(root, split, class_names, Path(images) if images else None)
     known = "COCO (train.json + train/), Roboflow COCO, YOLO (data.yaml) or VOC (Annotations/*.xml)"
     if any(find_coco(root, other) for other in SPLITS):
@@ -259,7 +286,11 @@ def find_split(path: str | os.PathLike[str], split: str) -> bool:
     if not root.is_file() and find_coco(root, split):
         return True
     if config:
-        return _yolo_folders(_read_yaml(config), split) is not None
+        settings = _read_yaml(config)
+        try:
+            return bool(_yolo_paths(config, settings, split))
+        except AnnotationError:  # Roboflow's files name splits that were not exported
+            return False
     try:
         return bool(_voc_files(root, split))
     except AnnotationError:
@@ -276,33 +307,46 @@ def usable_for_evaluation(annotations: Annotations, *, lenient: bool = False) ->
     shapes = ("inverted box", "zero area", "box outside")
     problems = tuple(each for each in annotations.problems if each.kind not in shapes)
     refuse(replace(annotations, problems=problems), lenient=lenient)
-    lost = {each.file for each in problems if each.kind == "missing image"}
-    return annotations.without(lost) if lost else annotations
+    lost = {each.file for each in problems if each.kind in LOST}
+    rest = tuple(each for each in annotations.problems if each.kind in shapes)
+    return replace(annotations.without(lost) if lost else annotations, problems=rest)
 
 
 def find_coco(root: Path, split: str) -> tuple[Path, Path] | None:
     """The JSON file of a split and its image folder, if a folder holds COCO annotations for it."""
+    files = _coco_files(root, split)
+    for file in files:
+        stem = file.stem.removeprefix("instances_")
+        base = root if file.parent.name == "annotations" else file.parent
+        if file.name == "_annotations.coco.json":
+            return file, file.parent
+        names = (stem, *SPLITS.get(split, (split,)))
+        folders = [base / place / name for name in names for place in ("", "images")] + [base / "images"]
+        for folder in folders:
+            if folder.is_dir():
+                return file, folder
+    return (files[0], root / split) if files else None  # all of its images are missing, then
+
+
+def _coco_files(root: Path, split: str) -> list[Path]:
+    """The files that may be a split's, most telling first."""
+    found = []
     for name in SPLITS.get(split, (split,)):
-        for file, folder in (
-            (root / f"{name}.json", root / name),
-            (root / name / "_annotations.coco.json", root / name),
-        ):
-            if file.is_file():
-                return file, folder if folder.is_dir() else _images_beside(file)
-        for file in sorted((root / "annotations").glob(f"instances_{name}*.json")):
-            stem = file.stem.removeprefix("instances_")
-            for folder in (root / stem, root / "images" / stem, root / name, root / "images" / name):
-                if folder.is_dir():
-                    return file, folder
-            return file, root / stem
-    return None
+        found += [root / f"{name}.json", root / name / "_annotations.coco.json"]
+        found += [root / "annotations" / f"{name}.json"]
+        # Of several years, the last one whose images are there.
+        found += sorted((root / "annotations").glob(f"instances_{name}*.json"), reverse=True)
+    if split == "train":
+        found.append(root / "annotations" / "instances_default.json")  # CVAT's only one
+    return [file for file in found if file.is_file()]
 
 
 def _images_beside(file: Path) -> Path:
     """The image folder of a COCO file that is given by itself."""
     stem = file.stem.removeprefix("instances_")
-    for folder in (file.parent / stem, file.parent / "images", file.parent.parent / stem):
-        if folder.is_dir():
+    above = file.parent.parent
+    for folder in (file.parent / stem, file.parent / "images", above / stem, above / "images"):
+        if folder.is_dir() and file.name != "_annotations.coco.json":
             return folder
     return file.parent
 
@@ -322,7 +366,8 @@ def read_coco(file: Path, folder: Path, class_names: Sequence[str] | None = None
         raise AnnotationError(f'{file}: a COCO file has the lists "images", "annotations" and "categories"')
 
     builder = _Builder(file, folder, "coco")
-    labels = _coco_classes(content["categories"], builder, class_names)
+    used = {str(entry.get("category_id")) for entry in content["annotations"] if isinstance(entry, dict)}
+    labels = _coco_classes(content["categories"], used, builder, class_names)
     places = _coco_images(content["images"], builder)
     seen: Counter[str] = Counter()
     for number, entry in enumerate(content["annotations"]):
@@ -340,14 +385,18 @@ def read_coco(file: Path, folder: Path, class_names: Sequence[str] | None = None
 
 
 def _coco_classes(
-    categories: list[Any], builder: "_Builder", class_names: Sequence[str] | None
+    categories: list[Any], used: set[str], builder: "_Builder", class_names: Sequence[str] | None
 ) -> dict[str, int]:
     """The label of each category id, as text: files mix "1" and 1."""
     names: dict[str, str] = {}
+    groups = {str(each.get("supercategory")) for each in categories if isinstance(each, dict)}
     for category in categories:
         if not isinstance(category, dict) or "id" not in category:
             raise AnnotationError(f"{builder.source}: a category without an id: {str(category)[:100]}")
-        names[str(category["id"])] = str(category.get("name", category["id"]))
+        key, name = str(category["id"]), str(category.get("name", category["id"]))
+        # Roboflow lists the group of its classes as category 0, often under the name of one of them.
+        if key in used or name not in groups or str(category.get("supercategory")) == name:
+            names[key] = name
     if all(map(_is_whole, names)):
         names = dict(sorted(names.items(), key=lambda item: int(item[0])))
         category_ids = tuple(map(int, names))
@@ -400,7 +449,7 @@ def _coco_annotation(
             tag,
             (left, top, left + width, top + height),
             label,
-            crowd=bool(entry.get("iscrowd", 0)),
+            crowd=entry.get("iscrowd") in (1, "1"),
             area=area[0] if area else None,
         )
 
@@ -427,8 +476,8 @@ def _numbers(values: object, count: int) -> tuple[float, ...] | None:
         return None
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return None
-    numbers = tuple(float(value) for value in values)
-    return numbers if all(map(math.isfinite, numbers)) else None
+    # Far beyond any image, and float32 squares it; JSON's integers have no limit at all.
+    return tuple(map(float, values)) if all(abs(value) < 1e9 for value in values) else None
 
 
 # --- YOLO -------------------------------------------------------------------------------------------------
@@ -445,32 +494,40 @@ def read_yolo(file: Path, split: str, class_names: Sequence[str] | None = None) 
         raise AnnotationError(
             f'{file}: "names" has to number the classes from 0 on; it has {list(numbered)[:20]}'
         )
-    folders = _yolo_folders(config, split)
-    if folders is None:
-        raise AnnotationError(f"{file}: there is no {split} split")
-    base = file.parent / str(config.get("path") or "")
-    base = base if base.is_dir() else file.parent
-    paths = [path for entry in _as_list(folders) for path in _yolo_images(file, base, str(entry))]
+    paths = _yolo_paths(file, config, split)
+    base = file.parent
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else base
 
     builder = _Builder(file, root, "yolo")
     ordered = [str(numbered[i]) for i in range(len(numbered))]
     labels = builder.set_classes(ordered, tuple(range(len(ordered))), class_names)
     for path, size in zip(paths, _upright_sizes(paths), strict=True):
-        place = builder.add_image(str(path.relative_to(root)), path.stem, *(size or (None, None)))
-        label_file = _yolo_labels(path)
-        if not label_file.is_file():
+        name = path.relative_to(root)
+        place = builder.add_image(str(name), name.with_suffix("").as_posix(), *(size or (None, None)))
+        if size is None and path.is_file():
+            builder.problem(
+                "unreadable image", str(name), "", "its size, which its boxes need, cannot be read"
+            )
+        label_file = _yolo_labels(path, file.parent)
+        if size is None or not label_file.is_file():
             continue  # a background image
-        for number, line in enumerate(label_file.read_text(errors="replace").splitlines(), start=1):
-            if line.strip():
-                _yolo_line(line, f"{label_file.name}:{number}", place, size or (1, 1), labels, builder)
+        for number, line in enumerate(_text(label_file).splitlines(), start=1):
+            values = [_number(field) for field in line.split()]
+            if "kpt_shape" in config:  # what follows the box are key points, not a polygon
+                values = values[:5]
+            if values:
+                _yolo_line(values, f"{label_file.name}:{number}", place, size, labels, builder)
     return builder.build()
 
 
 def _yolo_line(
-    line: str, tag: str, place: int, size: tuple[int, int], labels: list[int], builder: "_Builder"
+    values: list[float],
+    tag: str,
+    place: int,
+    size: tuple[int, int],
+    labels: list[int],
+    builder: "_Builder",
 ) -> None:
-    values = [_number(field) for field in line.split()]
     if len(values) > 6 and len(values) % 2:  # a polygon: its box
         xs, ys = values[1::2], values[2::2]
         corners = (min(xs), min(ys), max(xs), max(ys))
@@ -481,7 +538,7 @@ def _yolo_line(
         corners = (math.nan,) * 4
     box = _numbers([value * side for value, side in zip(corners, size * 2, strict=True)], 4)
     if box is None:
-        message = f"not a class and the four numbers of a box: {line.strip()[:60]!r}"
+        message = f"not a class and the four numbers of a box: {values[:8]}"
         builder.problem("not a box", builder.names[place], tag, message)
     elif values[0] not in range(len(labels)):
         message = f"its class {values[0]:g} is none of 0 to {len(labels) - 1}"
@@ -498,7 +555,7 @@ def _yolo_config(root: Path) -> Path | None:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_text())
+        config = yaml.safe_load(_text(file))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AnnotationError(f"{file}: not a YAML file ({error})") from error
     if not isinstance(config, dict):
@@ -506,8 +563,13 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return config
 
 
-def _yolo_folders(config: dict[str, Any], split: str) -> object:
-    return next((config[key] for key in SPLITS.get(split, (split,)) if config.get(key)), None)
+def _yolo_paths(file: Path, config: dict[str, Any], split: str) -> list[Path]:
+    folders = next((config[key] for key in SPLITS.get(split, (split,)) if config.get(key)), None)
+    if folders is None:
+        raise AnnotationError(f"{file}: there is no {split} split")
+    base = file.parent / str(config.get("path") or "")
+    base = base if base.is_dir() else file.parent
+    return [path for entry in _as_list(folders) for path in _yolo_images(file, base, str(entry))]
 
 
 def _as_list(value: object) -> list[object]:
@@ -521,18 +583,25 @@ def _yolo_images(file: Path, base: Path, entry: str) -> list[Path]:
             found = sorted(path for path in candidate.rglob("*") if is_image_name(path.name))
             return [Path(os.path.abspath(path)) for path in found]
         if candidate.is_file():
-            lines = candidate.read_text().split("\n")
+            lines = _text(candidate).split("\n")
             return [Path(os.path.abspath(candidate.parent / line.strip())) for line in lines if line.strip()]
     raise AnnotationError(f"{file}: there is no folder {entry}")
 
 
-def _yolo_labels(image: Path) -> Path:
+def _yolo_labels(image: Path, dataset: Path) -> Path:
+    """Where an image's labels are: in labels/ for images/ (of the dataset, not above), else beside it."""
     parts = list(image.parts)
-    for place in range(len(parts) - 2, -1, -1):
+    above = len(dataset.absolute().parts) if image.is_relative_to(dataset.absolute()) else 0
+    for place in range(len(parts) - 2, above - 1, -1):
         if parts[place] == "images":
             parts[place] = "labels"
             return Path(*parts).with_suffix(".txt")
-    return image.with_suffix(".txt")
+    within = image.parent / "labels" / f"{image.stem}.txt"
+    return within if within.is_file() else image.with_suffix(".txt")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
@@ -544,9 +613,11 @@ def _upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
 def _upright_size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
-    except Exception:  # decoders raise anything; that the image cannot be read is found out later
+            orientation = 1
+            with suppress(Exception):  # as in ssd.images: a block that cannot be read says nothing
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    except Exception:  # decoders raise anything
         return None
 
 
@@ -561,7 +632,9 @@ def read_voc(
     Corners count from 1 and are part of the box, as in VOC's own files.
     """
     folder, files, every = _voc_files(root, split)
-    images = images or (root / "JPEGImages" if folder.name == "Annotations" else folder)
+    if images is None:
+        beside = [folder.parent / name for name in ("JPEGImages", "images", "Images")]
+        images = next((each for each in beside if each.is_dir()), folder)
     trees = {path: _xml(path) for path in {*every, *files}}
     found = {(each.findtext("name") or "").strip() for tree in trees.values() for each in tree.iter("object")}
     builder = _Builder(folder, images, "voc")
@@ -573,11 +646,7 @@ def read_voc(
     )
     for path in files:
         tree = trees[path]
-        name = (tree.findtext("filename") or f"{path.stem}.jpg").strip()
-        if not _stays_inside(name):
-            raise AnnotationError(f"{path}: the file name {name!r} leads out of {images}")
-        if not (images / name).is_file() and (images / f"{path.stem}.jpg").is_file():
-            name = f"{path.stem}.jpg"  # files that were renamed together with their annotations
+        name = _voc_image(images, path.stem, tree.findtext("filename") or "")
         size = [_number(tree.findtext(f"size/{side}")) for side in ("width", "height")]
         place = builder.add_image(name, path.stem, *size)
         for number, entry in enumerate(tree.iter("object"), start=1):
@@ -585,22 +654,47 @@ def read_voc(
     return builder.build()
 
 
+def _voc_image(images: Path, stem: str, written: str) -> str:
+    """The image of an annotation file: the one it names, wherever that was, or one that is called like it."""
+    last = written.strip().replace("\\", "/").rsplit("/", 1)[-1].replace("\0", "")
+    if last and (images / last).is_file():
+        return last
+    for suffix in sorted(SUFFIXES):
+        for candidate in (f"{stem}{suffix}", f"{stem}{suffix.upper()}"):
+            if (images / candidate).is_file():
+                return candidate
+    return last or f"{stem}.jpg"
+
+
+def _voc_folder(root: Path) -> Path | None:
+    """The folder of annotations; of a devkit, that of its only year."""
+    for pattern in ("Annotations", "annotations", "*/Annotations"):
+        found = [folder for folder in root.glob(pattern) if any(folder.glob("*.xml"))]
+        if len(found) > 1:
+            years = ", ".join(str(folder.parent) for folder in found)
+            raise AnnotationError(f"{root}: holds several datasets; give one of {years}")
+        if found:
+            return found[0]
+    return root if any(root.glob("*.xml")) else None
+
+
 def _voc_files(root: Path, split: str) -> tuple[Path, list[Path], list[Path]]:
     """The folder of annotations, the files of a split, and all files, which tell the classes."""
     names = SPLITS.get(split, (split,))
-    folder = root / "Annotations"
-    if not folder.is_dir():
+    folder = _voc_folder(root)
+    if folder is None:
         folder = next((root / name for name in names if (root / name).is_dir()), root / split)
         files, every = sorted(folder.glob("*.xml")), sorted(root.glob("*/*.xml"))
     else:
         every = sorted(folder.glob("*.xml"))
-        lists = [root / "ImageSets" / "Main" / f"{name}.txt" for name in names]
-        chosen = next((each for each in lists if each.is_file()), None)
+        lists = folder.parent / "ImageSets" / "Main"
+        wanted = (*names, "trainval") if split == "train" else names
+        chosen = next((lists / f"{name}.txt" for name in wanted if (lists / f"{name}.txt").is_file()), None)
         if chosen is not None:
-            stems = [line.split()[0] for line in chosen.read_text().splitlines() if line.split()]
+            stems = [line.split()[0] for line in _text(chosen).splitlines() if line.split()]
             files = [folder / f"{stem}.xml" for stem in stems if _stays_inside(stem)]
         else:
-            files = every if split == "train" and not (root / "ImageSets" / "Main").is_dir() else []
+            files = every if split == "train" and not lists.is_dir() else []
     if not files:
         raise AnnotationError(f"{root}: there is no {split} split")
     return folder, files, every
@@ -626,7 +720,7 @@ def _xml(path: Path) -> ET.Element:
         return ET.parse(path).getroot()
     except FileNotFoundError:
         raise AnnotationError(f"{path}: listed in ImageSets, but there is no such file") from None
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # the latter of unknown encodings
         raise AnnotationError(f"{path}: not an XML file ({error})") from error
 
 
@@ -752,7 +846,8 @@ class _Builder:
     ) -> npt.NDArray[np.bool_]:
         size = np.array(self._sizes, np.float64).reshape(-1, 2)[image]
         size[size == 0] = np.inf
-        extent = boxes[:, 2:] - boxes[:, :2]
+        narrow = boxes.astype(np.float32)  # what training computes with
+        extent = (narrow[:, 2:] - narrow[:, :2]).astype(np.float64)
         inverted = (extent < 0).any(1)
         zero = ~inverted & (extent == 0).any(1)
         visible = np.minimum(boxes[:, 2:], size) - np.maximum(boxes[:, :2], 0)

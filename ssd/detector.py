@@ -18,6 +18,7 @@ from torch import Tensor
 from ssd import images
 from ssd.boxes import default_boxes
 from ssd.detections import Detections
+from ssd.distributed import usable_device
 from ssd.images import ImageError, ImageSource, load_image
 from ssd.model import DTYPES, SSD300, Precision, load_model
 from ssd.postprocess import NonFiniteError, postprocess
@@ -94,7 +95,7 @@ class Detector:
             DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`.
             ValueError: there is no such device here.
         """
-        target = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = usable_device(device)
         model, found = load_model(weights, precision=precision or "fp32", progress=progress)
         return cls(model.to(target), found.class_names, found.category_ids)
 
@@ -284,17 +285,6 @@ def _read(source: ImageSource, nameless: str = "image") -> _Input:
     path = images.source_path(source)
     image = load_image(source, name=path or nameless)
     return _Input(path, image, resize(image))
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {str(device)!r} cannot be used here; choose 'cpu' or, where there is a GPU, 'cuda'"
-        ) from error
-    return device
 
 
 def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[str, _Input | BaseException]]:

@@ -34,6 +34,16 @@ class World:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
+    def share(self, count: int, batch_size: int) -> list[int]:
+        """The places, of `count`, that are this process's: every so many-th batch, without overlap.
+
+        Batches are those of a single process, so that results do not depend on the number of processes.
+
+        >>> World(1, 2, torch.device("cpu")).share(7, 2)
+        [2, 3, 6]
+        """
+        return [i for i in range(count) if i // batch_size % self.size == self.rank]
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, on every one of them; any plain data."""
         if self.size == 1:
@@ -80,6 +90,25 @@ def _is_about_contact(error: Exception) -> bool:
     return any(word in str(error).lower() for word in words)
 
 
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that works here: by default CUDA where there is one (under torchrun, one for each process).
+
+    Raises:
+        ValueError: there is no such device; the message says what to choose.
+    """
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here; choose 'cpu' or, where there is a GPU, 'cuda'"
+        ) from error
+    return chosen
+
+
 @contextlib.contextmanager
 def world(device: torch.device | str | None = None, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, a world of one.
@@ -87,18 +116,20 @@ def world(device: torch.device | str | None = None, timeout: datetime.timedelta 
     Args:
         device: by default CUDA where there is one (each process its own), else the CPU.
         timeout: how long to wait for another process.
+
+    Raises:
+        ValueError: there is no such device here.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    chosen = torch.device(name)
+    chosen = usable_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
         yield World(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    # Plain data goes through gloo, also between GPUs.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
     try:
         yield World(rank, size, chosen)
     finally:

@@ -111,7 +111,7 @@ def detect_all(
             )
     else:
         count = len(dataset)  # type: ignore[arg-type]
-    mine = range(world.rank, count, world.size)
+    mine = world.share(count, batch_size)
     targets: dict[int, Target] = {}
 
     def sources() -> Iterator[ImageSource]:

@@ -142,7 +142,8 @@ def find_images(source: str | os.PathLike[str]) -> Iterator[str]:
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image when a folder is read."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    hidden = os.path.basename(name).startswith(".")  # macOS leaves "._photo.jpg" beside photos
+    return not hidden and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _decode(file: IO[bytes], name: str) -> Image.Image:

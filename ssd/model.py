@@ -182,7 +182,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
         raise ValueError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
     model.to(DTYPES[precision])
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
             module.float()
 
 

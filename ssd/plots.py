@@ -44,10 +44,7 @@ def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder
     Raises:
         ImportError: matplotlib, an extra, is not installed; the message names the command.
     """
-    try:
-        import matplotlib.figure  # noqa: PLC0415, F401
-    except ImportError as error:
-        raise ImportError("plots need an extra: pip install 'ssd300[plots]'") from error
+    require_matplotlib()
     mistakes = {i: compare(annotations, i, each) for i, each in found.items()}
     written = []
     for name, figure in (
@@ -64,6 +61,14 @@ def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder
             written.append(folder / "worst" / f"{rank}-{Path(str(annotations.file_names[i])).stem}.jpg")
             _draw_mistakes(annotations, i, found[i], mistakes[i], written[-1])
     return written
+
+
+def require_matplotlib() -> None:
+    """Raise an ImportError that names the command to install it, if it is not there."""
+    try:
+        import matplotlib.figure  # noqa: PLC0415, F401
+    except ImportError as error:
+        raise ImportError("plots need an extra: pip install 'ssd300[plots]'") from error
 
 
 def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:

@@ -97,11 +97,17 @@ def write(
     The same numbers and seed give the same scenes.
 
     Args:
-        folder: made where it is not there; earlier files of these names are replaced.
+        folder: made where it is not there.
         train, val: images of each split; a split of none is left out.
         seed: of all scenes.
         on_done: called after each image.
+
+    Raises:
+        FileExistsError: the folder has one of these already.
     """
+    for name in ("train.json", "train", "val.json", "val"):
+        if (Path(folder) / name).exists():
+            raise FileExistsError(f"{Path(folder) / name} exists already; choose another folder")
     for number, (split, images) in enumerate((("train", train), ("val", val))):
         if images:
             (Path(folder) / split).mkdir(parents=True, exist_ok=True)

@@ -3,17 +3,19 @@
 import contextlib
 import copy
 import csv
+import datetime
 import io
 import json
 import math
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,8 +26,15 @@ from tqdm import tqdm
 
 from ssd import __version__, checkpoint
 from ssd.boxes import default_boxes, match
-from ssd.checkpoint import CheckpointError, atomic_file
-from ssd.data import AnnotationError, Annotations, DetectionDataset, as_targets
+from ssd.checkpoint import CheckpointError, atomic_file, is_watched
+from ssd.data import (
+    AnnotationError,
+    Annotations,
+    DetectionDataset,
+    as_targets,
+    require_boxes,
+    usable_for_evaluation,
+)
 from ssd.detector import Detector
 from ssd.distributed import World
 from ssd.evaluate import Evaluation, evaluate
@@ -38,6 +47,9 @@ from ssd.transforms import RECIPES, augment, normalize
 MAX_SKIPPED = 10
 """After so many steps in a row with a loss that is not finite, training gives up."""
 
+Say = Callable[[str], object]
+
+_LINE_SECONDS = 60  # between lines of progress where there is no bar
 _CHECK_EVERY = 10  # steps between looks at the device's numbers, each of which waits for it
 _MIN_SCALE = 2.0**-10  # of the loss in fp16; below this everything has overflowed for long
 
@@ -118,6 +130,10 @@ class TrainConfig:
             raise ValueError("ema and momentum must be below 1")
         if self.freeze > 4:
             raise ValueError(f"freeze is at most 4, the whole trunk; got {self.freeze}")
+        if not 0 <= self.iou_threshold <= 1:
+            raise ValueError(f"iou_threshold must be in [0, 1]; got {self.iou_threshold}")
+        if not all(0 < each < 1 for each in self.milestones):
+            raise ValueError(f"milestones are parts of the run, between 0 and 1; got {self.milestones}")
         choices: dict[str, Sequence[str]] = {
             "augmentation": list(RECIPES),
             "schedule": ("cosine", "multistep"),
@@ -126,6 +142,10 @@ class TrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+
+    def images_per_step(self, world: World) -> int:
+        """Images, of all processes, that a step of the optimiser sees."""
+        return self.batch_size * self.accumulate * world.size
 
     def peak_lr(self) -> float:
         """The highest learning rate for 32 images a step."""
@@ -221,8 +241,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, images: int, config: TrainConfig, world: World) -> None:
         self._images, self._config, self._world = images, config, world
         self.epoch = self.start = 0
-        per_step = config.batch_size * config.accumulate * world.size
-        self.steps = images // per_step
+        self.steps = images // config.images_per_step(world)
 
     def __len__(self) -> int:
         return self.steps * self._config.accumulate - self.start
@@ -292,9 +311,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
             return FusedSGD(groups, lr=config.peak_lr(), momentum=config.momentum)  # type: ignore[no-any-return]
         except ImportError:
             pass
-    return torch.optim.SGD(
-        groups, lr=config.peak_lr(), momentum=config.momentum, fused=device.type in ("cuda", "cpu")
-    )
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.SGD(groups, lr=config.peak_lr(), momentum=config.momentum, fused=fused)
+    for group in groups:
+        for parameter in group["params"]:
+            # torch leaves this memory as it finds it if the very first step is left out.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # --- State ------------------------------------------------------------------------------------------------
@@ -329,6 +352,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    data: dict[str, Any]
+    """What an epoch under way depends on: class names, images, and how they make batches."""
 
     def evaluated(self) -> SSD300:
         """The model that is evaluated and saved."""
@@ -340,43 +365,67 @@ def save_state(path: Path, run: Run, config: TrainConfig) -> None:
     state = {
         "version": __version__,
         "config": asdict(config),
+        "data": run.data,
         "progress": asdict(run.progress),
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "random": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
+        "random": torch.get_rng_state(),
     }
     with atomic_file(path) as file:
         file.write(checkpoint.torch_bytes(state))
 
 
-def load_state(path: Path, run: Run) -> None:
-    """Put a run where `save_state` left it.
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote.
 
     Raises:
-        CheckpointError: the file is damaged, or of another model.
+        CheckpointError: the file is damaged, or something else.
         FileNotFoundError: there is none.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint.check(path, state["model"], run.model.state_dict())
+        missing = {"data", "progress", "model", "average", "optimizer", "scaler", "random"} - set(state)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"nothing to resume: there is no {path}") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: not the state of a run, or damaged ({error})") from None
+    if missing:
+        raise CheckpointError(f"{path}: not the state of a run; it has no {', '.join(sorted(missing))}")
+    return cast("dict[str, Any]", state)
+
+
+def restore(path: Path, state: dict[str, Any], run: Run) -> None:
+    """Put a run where `save_state` left it.
+
+    Raises:
+        CheckpointError: the state is another network's, or of choices that do not fit.
+    """
+    saved, now = state["data"], run.data
+    if saved["class_names"] != now["class_names"]:
+        raise CheckpointError(f"{path} is of other classes: {', '.join(saved['class_names'][:10])}")
+    if state["progress"]["batch"] and saved != now:
+        changed = ", ".join(f"{key} {saved[key]} (now {now[key]})" for key in saved if saved[key] != now[key])
+        raise CheckpointError(f"{path} is from the middle of an epoch, which has to go on with {changed}")
+    checkpoint.check(path, state["model"], run.model.state_dict())
+    if (state["average"] is None) != (run.average is None):
+        raise CheckpointError(f"{path}: ema cannot be switched on or off in a run that has begun")
+    try:
         run.model.load_state_dict(state["model"])
         if run.average:
             run.average.load_state_dict(state["average"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"]["torch"])
-        if state["random"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    except (FileNotFoundError, CheckpointError):
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: not the state of such a run, or damaged ({error})") from None
+        torch.set_rng_state(state["random"])
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit these choices ({error}); freeze, for one, has to stay as it was"
+        ) from None
+    for parameter, values in run.optimizer.state.items():
+        # The fused optimiser walks through memory, so the layout has to be the parameter's.
+        values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
 
 
 class Stop:
@@ -433,7 +482,7 @@ def fit(
     category_ids: Sequence[int] | None = None,
     world: World | None = None,
     resume: bool = False,
-    say: Callable[[str], object] | None = print,
+    say: Say | None = print,
     source: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
 ) -> Result:
@@ -462,71 +511,105 @@ def fit(
         AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
         CheckpointError, DownloadError: starting weights or the state cannot be used.
     """
-    if isinstance(val, DetectionDataset):
-        val = val.annotations
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder)
-    names = tuple(class_names or train.class_names)  # type: ignore[attr-defined]
-    ids = [int(each) for each in category_ids or ()]
+    names, ids = _classes(train, class_names, category_ids)
+    val = _checked(val, names)
     say = say if world.is_main and say else _quiet
     config = settle(config, world.device)
     batches = _plan(train, config, world)
     total = batches.steps * config.epochs
     torch.manual_seed(config.seed)
 
-    model, origin = build(config, names)
-    run = _start(model.to(world.device), config, world)
-    if resume:
-        load_state(folder / "state.pt", run)
-    elif world.is_main:
-        notes = {"config": asdict(config), "class_names": names, "category_ids": ids, "data": source}
-        _write_json(folder / "config.json", notes)
+    run, origin = _begin(train, names, config, folder / "state.pt", world, resume=resume)
+    writer = _Writer(folder, names, ids, config, is_main=world.is_main, tensorboard=tensorboard)
+    writer.config(source)
     for line in (origin, _describe(config, train, batches, world, run.progress)):
         say(line)
 
-    writer = _Writer(folder, names, ids, config, tensorboard=tensorboard and world.is_main)
-    loader = _loader(
-        Examples(train, len(names) + 1, config.augmentation, config.seed), batches, config, world
-    )
+    examples = Examples(train, len(names) + 1, config.augmentation, config.seed)
+    loader = _loader(examples, batches, config, world)
     forward = _wrap(run.model, config, world)
     measured: Evaluation | None = None
     stop = Stop()
     with stop.listening():
         while run.progress.epoch < config.epochs:
             batches.epoch, batches.start = run.progress.epoch, run.progress.batch
-            train_epoch(run, forward, loader, config, world, total, stop)
+            train_epoch(run, forward, loader, config, world, total, stop, say)
             stop.asked = world.any(stop.asked)
             if stop.asked:
                 break
-            row = _close_epoch(run, config, total, batches, world)
-            if val is not None and _is_evaluated(run.progress.epoch, config):
+            due = _is_evaluated(run.progress.epoch + 1, config)
+            if val is not None and due:
+                writer.state(run)  # an evaluation may take long, or fail
+            row = _close_epoch(run, config, total, world)
+            if val is not None and due:
                 world.share_weights(run.evaluated())
                 detector = _detector(run.evaluated(), names, config, world.device)
                 measured = evaluate(detector, val, world, batch_size=config.batch_size)
                 row |= measured.metrics
-                if world.is_main:
-                    writer.samples(detector, val, run.progress.epoch)
-            if world.is_main:
-                writer.save(run, row)
-            run.progress.best = max(run.progress.best, row.get("AP", -1.0))
+                writer.samples(detector, val, run.progress.epoch)
+            writer.epoch(run, row)
             say(_line(row, config))
-        if stop.asked and world.is_main and is_finite(run.model):
-            save_state(folder / "state.pt", run, config)
+        if stop.asked:
+            saved = writer.state(run)
+            what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
+            say(f"stopped; {what}. Go on with: ssd train --resume {folder}")
     finished = run.progress.epoch >= config.epochs
-    if not finished:
-        say(f"stopped; everything is saved. Go on with: ssd train --resume {folder}")
     detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ids)
     return Result(finished, measured, run.progress.best, folder, detector)
 
 
+def _classes(
+    train: Dataset[Any], class_names: Sequence[str] | None, category_ids: Sequence[int] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names and category ids, the dataset's own where none are given."""
+    names = class_names or getattr(train, "class_names", None)
+    if not names:
+        raise ValueError("pass class_names=..., one for each class but the background: the dataset has none")
+    annotations = getattr(train, "annotations", None)
+    if isinstance(annotations, Annotations):
+        require_boxes(annotations)
+        category_ids = category_ids or annotations.category_ids
+    return tuple(names), [int(each) for each in category_ids or ()]
+
+
+def _begin(
+    train: Dataset[Any],
+    names: tuple[str, ...],
+    config: TrainConfig,
+    file: Path,
+    world: World,
+    *,
+    resume: bool,
+) -> tuple[Run, str]:
+    """A run at its start, or where its state file left it; and a line on where its weights come from."""
+    if file.exists() and not resume:
+        raise FileExistsError(f"{file.parent} holds a run already; resume it, or choose another folder")
+    state = read_state(file) if resume else None
+    model, origin = rebuild(file, state) if state else build(config, names)
+    run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
+    if state:
+        restore(file, state, run)
+    return run, origin
+
+
+def _checked(
+    val: Annotations | Dataset[Any] | None, names: tuple[str, ...]
+) -> Annotations | Dataset[Any] | None:
+    """What to evaluate on; that it cannot be used should not show after hours of training."""
+    annotations = val.annotations if isinstance(val, DetectionDataset) else val
+    if not isinstance(annotations, Annotations):
+        return val
+    if annotations.class_names != names:
+        raise AnnotationError(
+            f"{annotations.source}: its classes are not those of training; read it with class_names=..."
+        )
+    return usable_for_evaluation(annotations, lenient=isinstance(val, DetectionDataset))
+
+
 def _is_evaluated(epoch: int, config: TrainConfig) -> bool:
     return epoch % config.evaluate_every == 0 or epoch == config.epochs
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
 
 
 def train_epoch(
@@ -537,6 +620,7 @@ def train_epoch(
     world: World,
     total: int,
     stop: Stop,
+    say: Say,
 ) -> None:
     """The rest of an epoch, until its end or until asked to stop. Nothing in a step waits for the device."""
     device, progress, optimizer, scaler = world.device, run.progress, run.optimizer, run.scaler
@@ -545,8 +629,8 @@ def train_epoch(
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     run.model.train()
     freeze(run.model, config.freeze)
-    watch = _Watch(run, loader, config, world)
-    for batch in watch.bar(loader):
+    watch = _Watch(run, loader, config, world, say)
+    for batch in watch:
         # Equal for all processes: each has as many batches, and an empty image still has a loss, of 0.
         last = (progress.batch + 1) % config.accumulate == 0
         images = normalize(batch.images.to(device, non_blocking=True))
@@ -558,25 +642,24 @@ def train_epoch(
             losses = loss_of(loc, conf, matched, classes)
             loss = (losses.loc + losses.conf).mean() / config.accumulate
             scaler.scale(loss).backward()
-        norm = loss.new_zeros(())
-        if last:
-            rate = learning_rate(
-                config, progress.step, total, config.batch_size * config.accumulate * world.size
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-            if config.clip:
-                nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
-            scaler.step(optimizer)  # leaves a step out where a gradient is not finite
-            scaler.update(None if config.precision == "fp16" else 1.0)
-            optimizer.zero_grad()
-            if run.average:
-                update_average(run.average, run.model, config.ema, progress.step)
-            progress.step += 1
         progress.batch += 1
-        watch.add(losses.loc.detach(), losses.conf.detach(), norm, batch.indices)
+        watch.add(losses.loc.detach(), losses.conf.detach(), batch.indices)
+        if not last:
+            continue
+        rate = learning_rate(config, progress.step, total, config.images_per_step(world))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if config.clip:
+            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+        scaler.step(optimizer)  # leaves a step out where a gradient is not finite
+        scaler.update(None if config.precision == "fp16" else 1.0)
+        optimizer.zero_grad()
+        if run.average:
+            update_average(run.average, run.model, config.ema, progress.step)
+        progress.step += 1
+        watch.step(norm)
         if watch.is_due() and world.any(stop.asked):
             break
     watch.close()
@@ -610,6 +693,13 @@ def build(config: TrainConfig, class_names: tuple[str, ...]) -> tuple[SSD300, st
     return model, f"SSD300 {backbone}, {len(class_names)} classes; {origin} from random values"
 
 
+def rebuild(path: Path, state: dict[str, Any]) -> tuple[SSD300, str]:
+    """The network of a saved state; what it started from need not be there any more."""
+    found = checkpoint.describe(path, state["model"])
+    model = SSD300(found.num_classes, cast(Backbone, found.backbone), found.head_norm)
+    return model, f"SSD300 {found.backbone}, {found.num_classes - 1} classes; all of it from {path}"
+
+
 def _plan(train: Dataset[Any], config: TrainConfig, world: World) -> EpochBatches:
     images = len(train)  # type: ignore[arg-type]
     batches = EpochBatches(images, config, world)
@@ -624,7 +714,7 @@ def _plan(train: Dataset[Any], config: TrainConfig, world: World) -> EpochBatche
     return batches
 
 
-def _start(model: SSD300, config: TrainConfig, world: World) -> Run:
+def _start(model: SSD300, config: TrainConfig, world: World, names: tuple[str, ...], images: int) -> Run:
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if config.channels_last:
@@ -634,7 +724,9 @@ def _start(model: SSD300, config: TrainConfig, world: World) -> Run:
     # Also without fp16, with a scale of 1: it leaves out steps that are not finite, on the device.
     scale = 2.0**16 if config.precision == "fp16" else 1.0
     scaler = torch.amp.GradScaler(world.device.type, init_scale=scale)
-    return Run(model, average, make_optimizer(model, config, world.device), scaler, Progress())
+    data = {"class_names": list(names), "images": images, "processes": world.size}
+    data |= {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed}
+    return Run(model, average, make_optimizer(model, config, world.device), scaler, Progress(), data)
 
 
 def _wrap(model: SSD300, config: TrainConfig, world: World) -> Any:
@@ -662,8 +754,10 @@ def _loader(examples: Examples, batches: EpochBatches, config: TrainConfig, worl
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # A terminal's Ctrl-C reaches all processes; the main one decides when to stop.
+    # A terminal's Ctrl-C, and torchrun's or a scheduler's SIGTERM, reach all processes of the group; the main
+    # one decides when to stop, and without it these end by themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _detector(model: SSD300, names: tuple[str, ...], config: TrainConfig, device: torch.device) -> Detector:
@@ -674,16 +768,18 @@ def _detector(model: SSD300, names: tuple[str, ...], config: TrainConfig, device
 
 
 def _close_epoch(
-    run: Run, config: TrainConfig, total: int, batches: EpochBatches, world: World
+    run: Run,
+    config: TrainConfig,
+    total: int,
+    world: World,
 ) -> dict[str, float]:
+    """The row of an epoch that is done, which is added to the history."""
     progress = run.progress
-    loc, conf, images, seconds = world.sum(torch.tensor(progress.sums, dtype=torch.float64)).tolist()
+    loc, conf, images, seconds = world.sum(torch.tensor(progress.sums, device=world.device)).tolist()
     progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, [0.0] * 4
     row = {
         "epoch": float(progress.epoch),
-        "lr": learning_rate(
-            config, progress.step - 1, total, config.batch_size * config.accumulate * world.size
-        ),
+        "lr": learning_rate(config, progress.step - 1, total, config.images_per_step(world)),
         "loss": (loc + conf) / max(images, 1),
         "loc_loss": loc / max(images, 1),
         "conf_loss": conf / max(images, 1),
@@ -699,30 +795,40 @@ def _close_epoch(
 class _Watch:
     """Looks at the numbers of the steps now and then: progress to see, and losses that are not finite."""
 
-    def __init__(self, run: Run, loader: DataLoader[Any], config: TrainConfig, world: World) -> None:
+    def __init__(
+        self, run: Run, loader: DataLoader[Any], config: TrainConfig, world: World, say: Say
+    ) -> None:
         self._run, self._config, self._dataset = run, config, loader.dataset.dataset  # type: ignore[attr-defined]
         self._every = 1 if world.device.type == "cpu" and world.size == 1 else _CHECK_EVERY
-        self._is_main = world.is_main
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # batches of the step under way
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._since = time.perf_counter()
-        self._bar: Any = None
-
-    def bar(self, loader: DataLoader[Any]) -> Any:
-        """The loader, with a progress bar where a person sees one."""
-        progress, config = self._run.progress, self._config
+        self._any_bad = False
+        self._last_bad = torch.tensor([]), torch.tensor([])
+        self._first, self._batches = run.progress.batch, run.progress.batch + len(loader)
+        self._start = self._since = self._said = time.perf_counter()
+        self._say = None if is_watched() else say
         self._bar = tqdm(
             loader,
-            desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+            desc=f"epoch {run.progress.epoch + 1}/{config.epochs}",
             unit="batch",
-            total=progress.batch + len(loader),
-            initial=progress.batch,
+            total=self._batches,
+            initial=self._first,
             leave=False,
-            disable=None if self._is_main else True,
+            disable=not (world.is_main and is_watched()),
         )
-        return self._bar
 
-    def add(self, loc: Tensor, conf: Tensor, norm: Tensor, indices: Tensor) -> None:
-        """Take note of a step; now and then, look."""
+    def __iter__(self) -> Iterator[Batch]:
+        """The loader's batches, with a progress bar where a person sees one."""
+        return iter(self._bar)
+
+    def add(self, loc: Tensor, conf: Tensor, indices: Tensor) -> None:
+        """Take note of a batch."""
+        self._parts.append((loc, conf, indices))
+
+    def step(self, norm: Tensor) -> None:
+        """Take note of a step, made of the batches since the last one; now and then, look."""
+        loc, conf, indices = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        self._parts.clear()
         self._pending.append((loc, conf, norm, indices))
         if len(self._pending) >= self._every:
             self._look()
@@ -734,7 +840,8 @@ class _Watch:
     def close(self) -> None:
         """Look at the rest; weights or statistics that are not finite stay so, and must not be saved."""
         self._look()
-        if self._run.progress.skipped and not is_finite(self._run.model):
+        self._bar.close()
+        if self._any_bad and not is_finite(self._run.model):
             self._give_up(*self._last_bad)
 
     def _look(self) -> None:
@@ -748,6 +855,7 @@ class _Watch:
         for number, good in enumerate(healthy.tolist()):
             self._run.progress.skipped = 0 if good else self._run.progress.skipped + 1
             if not good:
+                self._any_bad = True
                 self._last_bad = finite[number], self._pending[number][3]
             if self._run.progress.skipped >= MAX_SKIPPED:
                 self._give_up(*self._last_bad)
@@ -759,12 +867,25 @@ class _Watch:
             sums[place] += value
         self._since = now
         self._pending.clear()
-        mean_loc, mean_conf = (each / max(sums[2], 1.0) for each in sums[:2])
-        self._bar.set_postfix_str(
-            f"loss {mean_loc + mean_conf:.3f} (loc {mean_loc:.3f}, conf {mean_conf:.3f}), "
-            f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}",
-            refresh=False,
+        self._show(now)
+
+    def _show(self, now: float) -> None:
+        """Losses, rate and the time that the whole run will still take: in the bar, or in a line a minute."""
+        progress, config = self._run.progress, self._config
+        loc, conf = (each / max(progress.sums[2], 1.0) for each in progress.sums[:2])
+        left = (config.epochs - progress.epoch) * self._batches - progress.batch
+        seconds = left * (now - self._start) / max(progress.batch - self._first, 1)
+        text = (
+            f"loss {loc + conf:.3f} (loc {loc:.3f}, conf {conf:.3f})  "
+            f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}  "
+            f"all done in {datetime.timedelta(seconds=round(seconds))}"
         )
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._say and now - self._said >= _LINE_SECONDS and progress.batch < self._batches:
+            self._said = now
+            self._say(
+                f"epoch {progress.epoch + 1}/{config.epochs}  batch {progress.batch}/{self._batches}  {text}"
+            )
 
     def _give_up(self, finite: Tensor, indices: Tensor) -> None:
         bad = [
@@ -772,15 +893,15 @@ class _Watch:
         ] or indices.tolist()
         names = ", ".join(item_name(self._dataset, i) for i in bad[:4])
         raise NonFiniteError(
-            f"the loss or its gradient was NaN or infinite in {self._run.progress.skipped} steps in a row "
-            f"(epoch {self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, "
+            f"the loss or its gradient was NaN or infinite (in {self._run.progress.skipped} steps in a row, "
+            f"epoch {self._run.progress.epoch + 1}), the last time with {names}. Lower the learning rate, "
             "set clip, or use bf16 or fp32. What was saved before is as it was",
             bad,
         )
 
 
 class _Writer:
-    """Writes the run folder."""
+    """Writes the run folder, in the main process."""
 
     def __init__(
         self,
@@ -789,19 +910,46 @@ class _Writer:
         category_ids: list[int],
         config: TrainConfig,
         *,
+        is_main: bool,
         tensorboard: bool,
     ) -> None:
+        self._is_main = is_main
         self._folder, self._names, self._category_ids, self._config = folder, names, category_ids, config
         self._board: Any = None
-        if tensorboard:
+        if tensorboard and is_main:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
             except ImportError as error:
                 raise ImportError("TensorBoard is an extra: pip install 'ssd300[tensorboard]'") from error
             self._board = SummaryWriter(str(folder))
 
-    def save(self, run: Run, row: dict[str, float]) -> None:
+    def config(self, source: Mapping[str, Any] | None) -> None:
+        """Write down what the run is."""
+        if not self._is_main:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        notes = {
+            "config": asdict(self._config),
+            "class_names": self._names,
+            "category_ids": self._category_ids,
+            "data": source,
+        }
+        with atomic_file(self._folder / "config.json") as file:
+            file.write(json.dumps(notes, indent=2).encode())
+
+    def state(self, run: Run) -> bool:
+        """Write what resuming starts from; False if it holds NaN, and is better not kept."""
+        if self._is_main and is_finite(run.model):
+            save_state(self._folder / "state.pt", run, self._config)
+            return True
+        return not self._is_main
+
+    def epoch(self, run: Run, row: dict[str, float]) -> None:
         """Metrics, weights, and last the state: what resuming starts from is never ahead of the rest."""
+        best = row.get("AP", -1.0) > run.progress.best
+        run.progress.best = max(run.progress.best, row.get("AP", -1.0))
+        if not self._is_main:
+            return
         if self._board:
             for key, value in row.items():
                 self._board.add_scalar(key, value, int(row["epoch"]))
@@ -813,20 +961,20 @@ class _Writer:
         rows.writerows({key: f"{value:.6g}" for key, value in each.items()} for each in run.progress.history)
         with atomic_file(self._folder / "metrics.csv") as file:
             file.write(table.getvalue().encode())
-        state = run.evaluated().state_dict()
-        for name in ("last", *(["best"] if row.get("AP", -1.0) > run.progress.best else [])):
+        for name in ("last", "best") if best else ("last",):
             checkpoint.save(
                 self._folder / f"{name}.safetensors",
-                state,
+                run.evaluated().state_dict(),
                 self._names,
                 category_ids=self._category_ids,
                 config=asdict(self._config),
             )
-        run.progress.best = max(run.progress.best, row.get("AP", -1.0))
-        save_state(self._folder / "state.pt", run, self._config)
+        self.state(run)
 
     def samples(self, detector: Detector, val: Annotations | Dataset[Any], epoch: int) -> None:
         """Draw the detections on four validation images, side by side."""
+        if not self._is_main:
+            return
         count = len(val)  # type: ignore[arg-type]
         places = sorted({count * k // 4 for k in range(4)})
         sources = [val.path(i) if isinstance(val, Annotations) else val[i][0] for i in places]
@@ -857,7 +1005,7 @@ def _describe(
     config: TrainConfig, train: Dataset[Any], batches: EpochBatches, world: World, progress: Progress
 ) -> str:
     shown = {each.name: getattr(config, each.name) for each in fields(config)}
-    used = batches.steps * config.batch_size * config.accumulate * world.size
+    used = batches.steps * config.images_per_step(world)
     images = len(train)  # type: ignore[arg-type]
     lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
     if used < images:
@@ -866,8 +1014,10 @@ def _describe(
     if left_out:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in left_out.items())
         lines.append(f"left out of training ({kinds})")
-    lines.append("  ".join(f"{name}={value}" for name, value in shown.items()))
-    if progress.step:
+    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
+    if progress.epoch >= config.epochs:
+        lines.append(f"all {config.epochs} epochs are done already; --epochs asks for more")
+    elif progress.step:
         lines.append(f"going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
     return "\n".join(lines)
 

@@ -414,14 +414,19 @@ def test_train_goes_on_from_its_folder_alone(run, scenes, tmp_path, monkeypatch)
     saved = json.loads((tmp_path / "mine/config.json").read_text())
     assert saved["data"]["data"] == str(scenes)
     status, _, err = run("train", scenes, *TINY, "--output", "mine")
-    assert status == 2
-    assert "holds a run already" in " ".join(err.split())
+    assert status == 1
+    assert "mine holds a run already" in err
+    saved = json.loads((tmp_path / "mine/config.json").read_text())
+    assert saved["config"]["epochs"] == 2
 
 
 def test_train_usage_errors(run, scenes, tmp_path):
     for arguments, message in (
         ((), "give a dataset, or --resume RUN"),
-        ((scenes, "--resume", scenes), "give a dataset, or --resume RUN"),
+        (("--resume", scenes, "--preset", "published"), "leave out --output, --preset"),
+        ((scenes, "--milestones", "a,b"), "give numbers"),
+        ((scenes, "--device", "foo"), "device 'foo' cannot be used here"),
+        ((scenes, "--iou-threshold", "7"), "iou_threshold must be in [0, 1]"),
         ((scenes, "--batch-size", "1"), "batch_size must be at least 2"),
         ((scenes, "--batch-size", "100"), "6 images are too few"),
         ((scenes, "--augmentation", "wild"), "augmentation 'wild' is none of"),
@@ -430,6 +435,7 @@ def test_train_usage_errors(run, scenes, tmp_path):
         status, _, err = run("train", *arguments)
         assert status == 2, arguments
         assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "runs").exists() or not os.listdir(tmp_path / "runs")
     status, _, err = run("train", tmp_path / "nowhere")
     assert status == 1
     assert "no dataset at" in err

@@ -109,10 +109,10 @@ def test_evaluation_and_detection_give_identical_files(scenes, scene_weights, tm
             "--device",
             "cpu",
         ]
-        code, _, err = run(processes, "-m", "ssd", *command, "--batch-size", "1")
+        code, _, err = run(processes, "-m", "ssd", *command, "--batch-size", "2")
         assert code == 0, err
         command = ["detect", scenes / "val", "--weights", scene_weights, "--output", folder / "d"]
-        code, _, err = run(processes, "-m", "ssd", *command, "--device", "cpu", "--batch-size", "1")
+        code, _, err = run(processes, "-m", "ssd", *command, "--device", "cpu", "--batch-size", "2")
         assert code == 0, err
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         assert len(names) == 10  # three files of results and seven pictures

@@ -64,6 +64,7 @@ def test_commands_run(folder, server, photos, commands, monkeypatch):
     for command in commands:
         words = shlex.split(re.sub(r"http://\S+", url, command))
         if words[1] == "shapes":
+            shutil.rmtree(folder / "data")
             words[words.index("--images") + 1] = "4"
         if words[1] == "train":
             if "--epochs" in words:

@@ -17,6 +17,13 @@ def test_the_same_seed_draws_the_same_scenes(tmp_path):
     assert (tmp_path / "c" / "train.json").read_bytes() != (tmp_path / "a" / "train.json").read_bytes()
 
 
+def test_nothing_is_replaced(tmp_path):
+    (tmp_path / "train.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"train\.json exists already"):
+        write(tmp_path, 2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+
+
 def test_splits_differ_and_one_may_be_left_out(tmp_path):
     write(tmp_path, 0, 2)
     assert not (tmp_path / "train.json").exists()

@@ -78,6 +78,8 @@ def assert_equal(a, b):
         ("augmentation", "strong"),
         ("schedule", "step"),
         ("precision", "fp8"),
+        ("iou_threshold", 7.0),
+        ("milestones", (0.5, 43.0)),
     ],
 )
 def test_choices_out_of_range_are_named(field, value):
@@ -501,17 +503,114 @@ def test_killed_at_random_moments_and_resumed_equals_an_unbroken_run(scenes, unb
     assert_equal(weights(tmp_path / "run"), weights(unbroken))
 
 
+def test_a_finished_run_says_so_and_can_be_made_longer(images, tmp_path):
+    fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None)
+    before = weights(tmp_path)
+    lines = []
+    result = fit(images, None, replace(QUICK, epochs=1), tmp_path, resume=True, say=lines.append)
+    assert result.finished
+    assert "all 1 epochs are done already" in "\n".join(lines)
+    assert_equal(weights(tmp_path), before)
+    assert fit(images, None, QUICK, tmp_path, resume=True, say=None).finished
+    assert len(rows(tmp_path)) == 2
+
+
+def test_lines_of_progress_where_there_is_no_bar(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_LINE_SECONDS", 0)
+    lines = []
+    fit(images, None, QUICK, tmp_path, say=lines.append)
+    within = [line for line in lines if "batch" in line and "all done in" in line]
+    assert len(within) == 4  # not after the last of three batches: the epoch's own line comes then
+    assert within[0].startswith("epoch 1/2  batch 1/3  loss ")
+
+
+def test_classes_of_the_validation_data_are_checked_at_the_start(scenes, images, tmp_path):
+    val = load(scenes, "val", class_names=(*images.class_names, "heart"))
+    with pytest.raises(AnnotationError, match="its classes are not those of training"):
+        fit(images, val, QUICK, tmp_path, say=None)
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_resuming_needs_a_state(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"state\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume: there is no .*state\.pt"):
         fit(images, None, QUICK, tmp_path, resume=True, say=None)
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt: not the state of such a run"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt: not the state of a run, or damaged"):
+        fit(images, None, QUICK, tmp_path, resume=True, say=None)
+    torch.save({"model": {}}, tmp_path / "state.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"not the state of a run; it has no average, data"):
         fit(images, None, QUICK, tmp_path, resume=True, say=None)
 
 
-def test_the_state_of_another_network_is_refused(images, unbroken):
-    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt does not fit the network"):
-        fit(images, None, replace(LONG, backbone="resnet34"), unbroken, resume=True, say=None)
+def test_a_run_is_not_overwritten(images, tmp_path):
+    fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        fit(images, None, QUICK, tmp_path, say=None)
+
+
+def test_what_may_not_change_when_a_run_goes_on(images, tmp_path):
+    stopped = replace(QUICK, epochs=2)
+    fit(Interrupting(images, 3), None, stopped, tmp_path, say=None)
+    for change, message in (
+        ({"batch_size": 3}, r"middle of an epoch.*batch_size 2 \(now 3\)"),
+        ({"ema": 0.0}, "ema cannot be switched"),
+        ({"freeze": 2}, "freeze, for one"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            fit(images, None, replace(stopped, **change), tmp_path, resume=True, say=None)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is of other classes: circle, square"):
+        fit(images, None, stopped, tmp_path, class_names=list("abcdef"), resume=True, say=None)
+    assert fit(images, None, replace(stopped, channels_last=False), tmp_path, resume=True, say=None).finished
+
+
+def test_another_layout_keeps_the_momentum_of_each_weight(tmp_path):
+    run = make_run()
+    for parameter in run.model.parameters():
+        run.optimizer.state[parameter]["momentum_buffer"].copy_(torch.randn_like(parameter))
+    train.save_state(tmp_path / "state.pt", run, QUICK)
+    other = make_run()
+    other.model.to(memory_format=torch.channels_last)
+    train.restore(tmp_path / "state.pt", train.read_state(tmp_path / "state.pt"), other)
+    for before, after in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        momentum = other.optimizer.state[after]["momentum_buffer"]
+        assert torch.equal(momentum, run.optimizer.state[before]["momentum_buffer"])
+        assert momentum.stride() == after.stride()
+
+
+def test_going_on_needs_no_starting_weights(images, weights_file, tmp_path):
+    weights_copy = tmp_path / "start.safetensors"
+    weights_copy.write_bytes(weights_file.read_bytes())
+    config = replace(QUICK, weights=str(weights_copy), backbone=None)
+    fit(Interrupting(images, 3), None, config, tmp_path / "run", say=None)
+    weights_copy.unlink()
+    assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
+
+
+def test_accumulated_gradients_survive_an_interrupt(images, tmp_path):
+    """A stop comes after a step, never between the batches of one."""
+    config = replace(QUICK, batch_size=2, accumulate=3)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    assert not fit(Interrupting(images, 8), None, config, tmp_path / "halves", say=None).finished
+    fit(images, None, config, tmp_path / "halves", resume=True, say=None)
+    assert_equal(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
+
+
+def test_a_left_out_first_step_leaves_no_trace(monkeypatch):
+    """torch's fused SGD would start from whatever the memory held."""
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: torch.full_like(args[0], 1e20))
+    model = nn.Linear(3, 3)
+    optimizer = train.make_optimizer(model, QUICK, CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    before = model.weight.detach().clone()
+    for gradient in (torch.inf, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        if gradient == torch.inf:
+            assert torch.equal(model.weight, before)
+    torch.testing.assert_close(model.weight, before - 0.02 * (1 + 5e-4 * before))
 
 
 @pytest.mark.parametrize("lr", [1e12, 1e25], ids=["loss", "weights and statistics"])
@@ -519,11 +618,35 @@ def test_a_loss_that_stays_nan_stops_and_names_images(images, tmp_path, lr):
     fit(images, None, QUICK, tmp_path, say=None)
     good = weights(tmp_path)
     config = replace(QUICK, epochs=30, lr=lr)
-    with pytest.raises(NonFiniteError, match=r"in \d+ steps in a row \(epoch \d+\)(.|\n)*train/\d+\.jpg"):
+    with pytest.raises(NonFiniteError, match=r"in \d+ steps in a row, epoch \d+(.|\n)*train/\d+\.jpg"):
         fit(images, None, config, tmp_path, resume=True, say=None)
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
     assert weights(tmp_path).keys() == good.keys()
     assert len(rows(tmp_path)) < 30
+
+
+def test_a_gradient_that_is_always_infinite_stops(images, tmp_path, monkeypatch):
+    """Also with accumulation, where most batches make no step."""
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: torch.tensor(torch.inf))
+    with pytest.raises(NonFiniteError, match="10 steps in a row"):
+        fit(images, None, replace(QUICK, epochs=20, accumulate=3), tmp_path, say=None)
+
+
+def test_statistics_that_hold_nan_are_never_saved(images, tmp_path, monkeypatch):
+    """One forward pass overflows; the steps after it are fine, but BatchNorm remembers."""
+    real, calls = train.normalize, []
+
+    def normalize(pixels, *args):
+        calls.append(1)
+        return real(pixels, *args) * (torch.inf if len(calls) == 4 else 1)
+
+    fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None)
+    good = weights(tmp_path)
+    monkeypatch.setattr(train, "normalize", normalize)
+    with pytest.raises(NonFiniteError, match="What was saved before is as it was"):
+        fit(images, None, replace(QUICK, epochs=4), tmp_path, resume=True, say=None)
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert good.keys() == weights(tmp_path).keys()
 
 
 def test_a_single_bad_step_is_left_out(images, tmp_path, monkeypatch):
@@ -544,11 +667,11 @@ def test_a_single_bad_step_is_left_out(images, tmp_path, monkeypatch):
 # --- Files ------------------------------------------------------------------------------------------------
 
 
-def make_run(seed=0):
-    torch.manual_seed(seed)
+def make_run():
     model = SSD300(3, "resnet18")
     optimizer = train.make_optimizer(model, QUICK, CPU)
-    return Run(model, None, optimizer, torch.amp.GradScaler("cpu"), train.Progress())
+    data = {"class_names": ["a", "b"]}
+    return Run(model, None, optimizer, torch.amp.GradScaler("cpu"), train.Progress(), data)
 
 
 def test_killed_while_saving_the_earlier_state_still_loads(tmp_path):
@@ -574,7 +697,7 @@ def test_killed_while_saving_the_earlier_state_still_loads(tmp_path):
         os.waitpid(child, 0)
         os.close(reader)
         loaded = make_run()
-        train.load_state(path, loaded)
+        train.restore(path, train.read_state(path), loaded)
         values = {
             value for each in loaded.model.parameters() for value in (each.min().item(), each.max().item())
         }
@@ -591,7 +714,7 @@ from ssd.model import SSD300
 model = SSD300(3, "resnet18")
 config = train.TrainConfig(backbone="resnet18")
 run = train.Run(model, None, train.make_optimizer(model, config, torch.device("cpu")),
-                torch.amp.GradScaler("cpu"), train.Progress())
+                torch.amp.GradScaler("cpu"), train.Progress(), {})
 folder = Path(sys.argv[1])
 train.save_state(folder / "state.pt", run, config)
 for suffix in ("safetensors", "pt"):
@@ -641,6 +764,24 @@ def test_a_step_does_not_wait_for_the_gpu(images, tmp_path, monkeypatch):
     fit(images, None, replace(QUICK, precision="fp16"), tmp_path, world=world, say=None)
     monkeypatch.setattr(train, "train_epoch", checked)
     fit(images, None, replace(QUICK, precision="fp16"), tmp_path, world=world, say=None)
+
+
+def test_a_run_on_a_pretended_gpu_mixes_no_devices(images, tmp_path, fake_cuda):
+    world = World(0, 1, torch.device("cuda"))
+    few = torch.utils.data.Subset(images, range(2))
+    config = replace(QUICK, epochs=1, workers=0)
+    assert fit(few, None, config, tmp_path, class_names=shapes.CLASSES, world=world, say=None).finished
+
+
+def test_a_dataset_without_names_is_told(images, tmp_path):
+    with pytest.raises(ValueError, match="pass class_names="):
+        fit(torch.utils.data.Subset(images, range(2)), None, QUICK, tmp_path, say=None)
+
+
+def test_category_ids_come_from_the_dataset(images, tmp_path):
+    result = fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None)
+    assert result.detector.category_ids == images.annotations.category_ids
+    assert checkpoint.read(tmp_path / "last.safetensors").category_ids == images.annotations.category_ids
 
 
 def test_published_checkpoints_are_what_training_starts_from(tmp_path):

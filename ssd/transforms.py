@@ -173,13 +173,18 @@ def render(sample: Sample, rng: Rng) -> Sample:
         round(value)
         for value in ((x0 - left) * across, (y0 - top) * down, (x1 - left) * across, (y1 - top) * down)
     )
-    mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8)
-    image = mean.expand(INPUT_SIZE, INPUT_SIZE, 3).contiguous()
-    if u1 <= u0 or v1 <= v0:  # all of it is beyond the window
-        return Sample(image, sample.boxes[:0], sample.labels[:0], (0, 0, INPUT_SIZE, INPUT_SIZE))
-    seen = sample.image[y0:y1, x0:x1].permute(2, 0, 1)[None]
-    seen = interpolate(seen, (v1 - v0, u1 - u0), mode="bilinear", antialias=True)[0]
-    image[v0:v1, u0:u1] = seen.permute(1, 2, 0)
+    seen = None
+    if u1 > u0 and v1 > v0:
+        part = sample.image[y0:y1, x0:x1].permute(2, 0, 1)[None]
+        seen = interpolate(part, (v1 - v0, u1 - u0), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    if seen is not None and seen.shape[:2] == (INPUT_SIZE, INPUT_SIZE):
+        image = seen.contiguous()
+    else:
+        mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8)
+        image = mean.expand(INPUT_SIZE, INPUT_SIZE, 3).contiguous()
+        if seen is None:  # all of it is beyond the window
+            return Sample(image, sample.boxes[:0], sample.labels[:0], (0, 0, INPUT_SIZE, INPUT_SIZE))
+        image[v0:v1, u0:u1] = seen
     scale = np.array([(u1 - u0) / (x1 - x0), (v1 - v0) / (y1 - y0)] * 2)
     boxes = (sample.boxes - np.array([x0, y0] * 2)) * scale + np.array([u0, v0] * 2)
     boxes = boxes.clip(0, INPUT_SIZE).astype(np.float32)
@@ -226,8 +231,7 @@ def color_jitter(
         hue: turned by up to this part of a circle either way.
         probability: of each of the four.
     """
-    pixels = sample.image.permute(2, 0, 1).reshape(3, -1).float()  # planes: a tall product is slow
-    mean = pixels.mean(1).double().numpy()
+    mean = sample.image.permute(2, 0, 1).reshape(3, -1).float().mean(1).double().numpy()
     matrix, offset = np.eye(3), np.zeros(3)
 
     def factor(reach: float) -> float:
@@ -253,9 +257,9 @@ def color_jitter(
             )
             step = np.linalg.inv(_YIQ) @ turn @ _YIQ
         matrix, offset = step @ matrix, step @ offset + shift
-    changed = torch.addmm(torch.tensor(offset[:, None]).float(), torch.tensor(matrix).float(), pixels)
-    changed = changed.round_().clamp_(0, 255).to(torch.uint8).view(3, *sample.image.shape[:2])
-    return replace(sample, image=changed.permute(1, 2, 0).contiguous())
+    rows = np.column_stack([matrix, offset]).ravel().tolist()
+    changed = Image.fromarray(sample.image.numpy()).convert("RGB", tuple(rows))
+    return replace(sample, image=torch.from_numpy(np.array(changed)))
 
 
 RECIPES: dict[str, tuple[Augmentation, ...]] = {

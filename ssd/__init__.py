@@ -2,7 +2,7 @@
 
 >>> import ssd
 >>> sorted(ssd.__all__)[:3]
-['CheckpointError', 'Detection', 'Detections']
+['AnnotationError', 'CheckpointError', 'Detection']
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ssd.checkpoint import CheckpointError, DownloadError
+    from ssd.data import AnnotationError
     from ssd.detections import Detection, Detections
     from ssd.detector import Detector
     from ssd.images import ImageError, load_image
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SSD300",
+    "AnnotationError",
     "CheckpointError",
     "Detection",
     "Detections",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "SSD300": "model",
+    "AnnotationError": "data",
     "CheckpointError": "checkpoint",
     "Detection": "detections",
     "Detections": "detections",

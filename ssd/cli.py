@@ -625,7 +625,7 @@ def shapes(
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(min=0, help="Another one, another scene.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Another one, another scene.")] = 45,
     output: Annotated[Path | None, typer.Option(help="By default a new folder runs/demo-N.")] = None,
 ) -> None:
     """Draw a scene of shapes, and detect them with the weights that come with the package."""

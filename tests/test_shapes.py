@@ -2,7 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from ssd import checkpoint
+from ssd.data import load
+from ssd.detector import Detector
+from ssd.distributed import World
+from ssd.evaluate import evaluate
 from ssd.shapes import CLASSES, draw_scene, write
 
 
@@ -54,3 +60,14 @@ def test_what_varies(tmp_path):
     sides = [max(each["bbox"][2:]) for each in content["annotations"]]
     assert max(sides) > 4 * min(sides)
     assert len({(each["width"], each["height"]) for each in content["images"]}) > 30
+
+
+def test_the_weights_that_come_with_the_package_detect_new_scenes(tmp_path):
+    """Of `docs/shapes_weights.py`, which measures them on 500 scenes; here 24 others, without a network."""
+    write(tmp_path, 0, 24, seed=2026)
+    detector = Detector.load("shapes")
+    assert detector.class_names == CLASSES
+    result = evaluate(detector, load(tmp_path, "val"), World(0, 1, torch.device("cpu")))
+    assert result.metrics["AP"] > 0.6
+    assert result.metrics["AP50"] > 0.85
+    assert checkpoint.cached_path("shapes").stat().st_size <= 16e6

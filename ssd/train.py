@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -139,6 +139,8 @@ class TrainConfig:
             "schedule": ("cosine", "multistep"),
         }
         choices["precision"] = ("auto", *DTYPES)
+        if self.backbone is not None:
+            choices["backbone"] = get_args(Backbone)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")

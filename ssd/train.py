@@ -38,7 +38,7 @@ from ssd.data import (
 from ssd.detector import Detector
 from ssd.distributed import World
 from ssd.evaluate import Evaluation, evaluate
-from ssd.images import load_image
+from ssd.images import ImageError, load_image
 from ssd.loss import MultiBoxLoss
 from ssd.model import DTYPES, SSD300, Backbone, native_precisions, set_precision, transfer
 from ssd.postprocess import NonFiniteError
@@ -190,8 +190,15 @@ class Batch(NamedTuple):
         return Batch(*(values.pin_memory() for values in self))
 
 
-class Examples(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+Example = tuple[Tensor, Tensor, Tensor, int]
+"""Image, boxes and labels as in `Batch`, and the place in the dataset."""
+
+
+class Examples(Dataset[Example | Exception]):
     """Augmented examples of a dataset, by (epoch, index): the same ones in any process, in any order.
+
+    An item that cannot be used is given as its exception: raised in a worker, it would come with the worker's
+    traceback for a message.
 
     Args:
         dataset: gives an image and its "boxes" and "labels"; see `ssd.data.DetectionDataset`.
@@ -203,8 +210,13 @@ class Examples(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
     def __init__(self, dataset: Dataset[Any], num_classes: int, recipe: str, seed: int) -> None:
         self.dataset, self.num_classes, self.recipe, self.seed = dataset, num_classes, recipe, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> Example | Exception:
+        try:
+            return self._example(*key)
+        except (ImageError, AnnotationError, OSError) as error:
+            return error
+
+    def _example(self, epoch: int, index: int) -> Example:
         name = item_name(self.dataset, index)
         source, target = self.dataset[index]
         boxes, labels = as_targets(target, name)
@@ -223,9 +235,14 @@ def item_name(dataset: Dataset[Any], index: int) -> str:
     return str(name(index)) if callable(name) else f"item {index}"
 
 
-def collate(items: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Batch:
-    """A batch of examples, with boxes padded to the most that one of them has."""
-    images, boxes, labels, indices = zip(*items, strict=True)
+def collate(items: Sequence[Example | Exception]) -> Batch | Exception:
+    """A batch of examples, with boxes padded to the most that one of them has; or the first exception."""
+    examples: list[Example] = []
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+        examples.append(item)
+    images, boxes, labels, indices = zip(*examples, strict=True)
     return Batch(
         torch.stack(images),
         nn.utils.rnn.pad_sequence(list(boxes), batch_first=True),
@@ -821,7 +838,10 @@ class _Watch:
 
     def __iter__(self) -> Iterator[Batch]:
         """The loader's batches, with a progress bar where a person sees one."""
-        return iter(self._bar)
+        for batch in self._bar:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
     def add(self, loc: Tensor, conf: Tensor, indices: Tensor) -> None:
         """Take note of a batch."""

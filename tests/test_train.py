@@ -346,7 +346,7 @@ class Broken(Background):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_target_is_named(tmp_path, workers):
-    with pytest.raises(AnnotationError, match=r"photo-\d\.jpg: the box \[5.*no area"):
+    with pytest.raises(AnnotationError, match=r"^photo-\d\.jpg: the box \[5.*no area$"):
         fit(Broken(), None, replace(QUICK, workers=workers), tmp_path, say=None)
 
 

@@ -9,6 +9,7 @@ folder, with ten random boxes each. The loaders run on one core.
 """
 
 import argparse
+import copy
 import random
 import tempfile
 from functools import partial
@@ -157,12 +158,24 @@ class PublishedStep:
 
 
 class OurStep:
-    """As in `ssd.train.train_epoch`: matching, moving average and head norms included."""
+    """As in `ssd.train.train_epoch`, with matching; the default preset adds head norms and the average."""
 
-    def __init__(self, backbone: str, images: Tensor, boxes: Tensor, labels: Tensor, *, bf16: bool) -> None:
-        self._model = SSD300(81, backbone).to(memory_format=torch.channels_last)
-        self._average = SSD300(81, backbone)
-        self._optimizer = make_optimizer(self._model, PRESETS["default"], torch.device("cpu"))
+    def __init__(
+        self,
+        backbone: str,
+        images: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        *,
+        preset: str,
+        bf16: bool,
+        compiled: bool = False,
+    ) -> None:
+        config = PRESETS[preset]
+        self._model = SSD300(81, backbone, config.head_norm).to(memory_format=torch.channels_last)
+        self._average = copy.deepcopy(self._model) if config.ema else None
+        self._forward = torch.compile(self._model) if compiled else self._model
+        self._optimizer = make_optimizer(self._model, config, torch.device("cpu"))
         self._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         self._loss = MultiBoxLoss(DEFAULTS)
         self._batch, self._bf16 = (images, boxes, labels), bf16
@@ -173,14 +186,15 @@ class OurStep:
         images, boxes, labels = self._batch
         matched, classes = match(boxes, labels, DEFAULTS)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            loc, conf = self._model(normalize(images))
+            loc, conf = self._forward(normalize(images))
         losses = self._loss(loc, conf, matched, classes)
         self._scaler.scale((losses.loc + losses.conf).mean()).backward()
         self._scaler.unscale_(self._optimizer)
         self._scaler.step(self._optimizer)
         self._scaler.update(1.0)
         self._optimizer.zero_grad()
-        update_average(self._average, self._model, 0.999, 10_000)
+        if self._average:
+            update_average(self._average, self._model, 0.999, 10_000)
 
 
 def main() -> None:
@@ -188,6 +202,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of JPEG files; by default made-up scenes")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also steps through torch.compile")
     options = parser.parse_args()
     print(heading())
     threads = torch.get_num_threads()
@@ -214,13 +229,22 @@ def main() -> None:
     pixels = torch.randint(0, 256, (BATCH, 300, 300, 3), dtype=torch.uint8)
     batch = (pixels, torch.from_numpy(boxes).repeat(BATCH, 1, 1), torch.from_numpy(labels).repeat(BATCH, 1))
     steps = {
-        "ssd, bf16": OurStep(options.backbone, *batch, bf16=True),
-        "ssd, fp32": OurStep(options.backbone, *batch, bf16=False),
-        "published, fp32": PublishedStep(options.backbone, *batch),
+        f"ssd, {preset} preset, {'bf16' if bf16 else 'fp32'}": OurStep(
+            options.backbone, *batch, preset=preset, bf16=bf16
+        )
+        for preset in PRESETS
+        for bf16 in (True, False)
     }
+    if options.compile:
+        for preset in PRESETS:
+            steps[f"ssd, {preset} preset, bf16, compiled"] = OurStep(
+                options.backbone, *batch, preset=preset, bf16=True, compiled=True
+            )
+    ours = list(steps)
+    steps["published, fp32"] = PublishedStep(options.backbone, *batch)
     times = medians(steps, options.rounds)
     show(f"training step, {options.backbone}, batch {BATCH}", times, "published, fp32")
-    for name in ("ssd, fp32", "ssd, bf16"):
+    for name in ours:
         print(f"  {name} is {times['published, fp32'] / times[name]:.2f} times as fast as the published step")
 
 

@@ -565,7 +565,9 @@ def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = "the earlier one is whole" if path.exists() else "nothing is left of it"
-            raise OSError(error.errno, f"no room on the disk for {path.name}; {what}", str(path)) from error
+            raise OSError(
+                error.errno, f"No space left on the disk for {path.name}; {what}", str(path)
+            ) from error
         raise
     if sys.platform != "win32":
         folder = os.open(path.parent, os.O_RDONLY)

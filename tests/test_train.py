@@ -518,6 +518,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(images, tmp_path):
 
 def test_lines_of_progress_where_there_is_no_bar(images, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_LINE_SECONDS", 0)
+    monkeypatch.setattr(train, "is_watched", lambda: False)
     lines = []
     fit(images, None, QUICK, tmp_path, say=lines.append)
     within = [line for line in lines if "batch" in line and "all done in" in line]
@@ -770,7 +771,7 @@ def test_a_full_disk_is_told_and_the_earlier_files_are_whole(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == 3
     for line, name in zip(lines, ("state.pt", "last.safetensors", "last.pt"), strict=True):
-        assert f"no room on the disk for {name}; the earlier one is whole" in line
+        assert f"No space left on the disk for {name}; the earlier one is whole" in line
 
 
 # --- Devices ----------------------------------------------------------------------------------------------

@@ -470,7 +470,9 @@ def _settle(
 
     if resume is not None:
         saved = _read_run(resume)
-        source, config = saved["data"] | source, saved["config"] | choices
+        source, config = (saved["data"] or {}) | source, saved["config"] | choices
+        if "data" not in source:
+            raise typer.BadParameter(f"{resume} was not started by this command; give its dataset too")
         config["milestones"] = tuple(config["milestones"])
     else:
         config = asdict(PRESETS[preset]) | choices

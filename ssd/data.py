@@ -495,8 +495,7 @@ def read_yolo(file: Path, split: str, class_names: Sequence[str] | None = None) 
             f'{file}: "names" has to number the classes from 0 on; it has {list(numbered)[:20]}'
         )
     paths = _yolo_paths(file, config, split)
-    base = file.parent
-    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else base
+    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else file.parent
 
     builder = _Builder(file, root, "yolo")
     ordered = [str(numbered[i]) for i in range(len(numbered))]

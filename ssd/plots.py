@@ -1,6 +1,7 @@
 """Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -164,8 +165,6 @@ def _draw_mistakes(
         pencil.line((left, top, right, bottom), fill="white", width=width)
         pencil.line((left, bottom, right, top), fill="white", width=width)
     sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
-    picture = Detections(
-        sure.boxes, sure.scores, sure.class_ids, sure.class_names, sure.image_size, image=image
-    ).draw()
+    picture = replace(sure, image=image).draw()
     with atomic_file(path) as file:
         picture.save(file, "JPEG", quality=90)

@@ -420,6 +420,13 @@ def test_train_goes_on_from_its_folder_alone(run, scenes, tmp_path, monkeypatch)
     assert saved["config"]["epochs"] == 2
 
 
+def test_a_run_that_python_started_needs_its_dataset_named(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"milestones": [0.5]}, "data": None}))
+    status, _, err = run("train", "--resume", tmp_path)
+    assert status == 2
+    assert "give its dataset too" in " ".join(err.replace("│", " ").split())
+
+
 def test_train_usage_errors(run, scenes, tmp_path):
     for arguments, message in (
         ((), "give a dataset, or --resume RUN"),

@@ -547,11 +547,10 @@ def fit(
         say(line)
 
     examples = Examples(train, len(names) + 1, config.augmentation, config.seed)
-    loader = _loader(examples, batches, config, world)
     forward = _wrap(run.model, config, world)
     measured: Evaluation | None = None
     stop = Stop()
-    with stop.listening():
+    with stop.listening(), _loading(examples, batches, config, world) as loader:
         while run.progress.epoch < config.epochs:
             batches.epoch, batches.start = run.progress.epoch, run.progress.batch
             train_epoch(run, forward, loader, config, world, total, stop, say)
@@ -760,8 +759,12 @@ def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
 
-def _loader(examples: Examples, batches: EpochBatches, config: TrainConfig, world: World) -> DataLoader[Any]:
-    return DataLoader(
+@contextlib.contextmanager
+def _loading(
+    examples: Examples, batches: EpochBatches, config: TrainConfig, world: World
+) -> Iterator[DataLoader[Any]]:
+    """The loader of all epochs; its worker processes end with the block."""
+    loader: DataLoader[Any] = DataLoader(
         examples,
         batch_sampler=batches,
         num_workers=config.workers or 0,
@@ -770,6 +773,13 @@ def _loader(examples: Examples, batches: EpochBatches, config: TrainConfig, worl
         persistent_workers=bool(config.workers),
         worker_init_fn=_ignore_interrupts,
     )
+    try:
+        yield loader
+    finally:
+        # Not left to the garbage collector: an exception that someone keeps, as notebooks do, keeps the
+        # loader too, and at its exit Python would wait for ever for workers that ignore SIGTERM.
+        if (iterator := getattr(loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -348,6 +349,14 @@ class Broken(Background):
 def test_a_bad_target_is_named(tmp_path, workers):
     with pytest.raises(AnnotationError, match=r"^photo-\d\.jpg: the box \[5.*no area$"):
         fit(Broken(), None, replace(QUICK, workers=workers), tmp_path, say=None)
+
+
+def test_workers_end_with_the_run_although_its_exception_is_kept(tmp_path):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(AnnotationError) as kept:
+        fit(Broken(), None, replace(QUICK, workers=1), tmp_path, say=None)
+    assert kept.tb is not None
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_label_beyond_the_classes_is_named(tmp_path):

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
     from ssd.data import Annotations, DetectionDataset
     from ssd.detections import Detections
+    from ssd.detector import Detector
     from ssd.distributed import World
     from ssd.train import TrainConfig
 
 Format = Literal["json", "csv", "coco", "yolo"]
+AnyPrecision = Literal["auto", "fp32", "fp16", "bf16"]
+ExportFormat = Literal["onnx", "openvino", "pt2", "torchscript"]
 
 FAILED = 1
 INTERRUPTED = 130
@@ -61,12 +64,13 @@ def _is_users(error: Exception) -> bool:
     from ssd.checkpoint import CheckpointError  # noqa: PLC0415
     from ssd.data import AnnotationError  # noqa: PLC0415
     from ssd.distributed import LostContactError  # noqa: PLC0415
+    from ssd.export import ExportError  # noqa: PLC0415
     from ssd.images import ImageError  # noqa: PLC0415
     from ssd.postprocess import NonFiniteError  # noqa: PLC0415
 
     if isinstance(error, ImportError):
         return str(error).endswith("]'")  # names the extra that is missing
-    ours = (CheckpointError, AnnotationError, ImageError, NonFiniteError, LostContactError)
+    ours = (CheckpointError, AnnotationError, ImageError, NonFiniteError, LostContactError, ExportError)
     return isinstance(error, ours)
 
 
@@ -96,7 +100,10 @@ def detect(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
     ] = None,
-    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the network.")] = "fp32",
+    precision: Annotated[
+        AnyPrecision, typer.Option(help="Of the network; auto is bf16 where it is native, else fp32.")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; for many images.")] = False,
     score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection.")] = 0.4,
     iou_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Overlap at which the lower score goes.")
@@ -117,7 +124,6 @@ def detect(
     """
     from tqdm import tqdm  # noqa: PLC0415
 
-    from ssd.detector import Detector  # noqa: PLC0415
     from ssd.distributed import world  # noqa: PLC0415
     from ssd.images import find_images  # noqa: PLC0415
     from ssd.web import is_web_url  # noqa: PLC0415
@@ -141,7 +147,7 @@ def detect(
     wanted = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
     with world(_device(device)) as place:
         try:
-            detector = Detector.load(weights, place.device, precision)
+            detector = _load(weights, place, device, precision, compile=compile)
             results = detector.stream(
                 [names[i] for i in place.share(len(names), batch_size)],
                 batch_size=batch_size,
@@ -491,6 +497,22 @@ def _device(name: str | None) -> "torch.device":
         raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
+def _load(
+    weights: str, place: "World", device: str | None, precision: str, *, compile: bool = False
+) -> "Detector":
+    """The detector of this process; an exported file chooses its device where none was asked for."""
+    from ssd.backends import format_of  # noqa: PLC0415
+    from ssd.detector import Detector  # noqa: PLC0415
+
+    target = None if device is None and format_of(weights) else place.device
+    try:
+        return Detector.load(weights, target, precision, compile=compile)  # type: ignore[arg-type]
+    except ValueError as error:
+        if _is_users(error):
+            raise
+        raise typer.BadParameter(str(error)) from error
+
+
 def _config_fields() -> set[str]:
     from ssd.train import TrainConfig  # noqa: PLC0415
 
@@ -531,7 +553,9 @@ def evaluate(
     ] = "val",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
-    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the network.")] = "fp32",
+    precision: Annotated[
+        AnyPrecision, typer.Option(help="Of the network; auto is bf16 where it is native, else fp32.")
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at a time.")] = 8,
     output: Annotated[
         Path | None, typer.Option(help="Where to write; by default a new folder runs/evaluate-N.")
@@ -548,7 +572,6 @@ def evaluate(
 
     from ssd.checkpoint import atomic_file  # noqa: PLC0415
     from ssd.data import load, usable_for_evaluation  # noqa: PLC0415
-    from ssd.detector import Detector  # noqa: PLC0415
     from ssd.distributed import world  # noqa: PLC0415
     from ssd.evaluate import coco_results, detect_all, measure  # noqa: PLC0415
 
@@ -557,7 +580,7 @@ def evaluate(
 
         require_matplotlib()  # before all the work, not after it
     with world(_device(device)) as place:
-        detector = Detector.load(weights, place.device, precision)
+        detector = _load(weights, place, device, precision)
         annotations = load(data, split, images=images, class_names=detector.class_names)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
         share = len(place.share(len(annotations), batch_size))
@@ -570,6 +593,7 @@ def evaluate(
         folder = output or _new_folder("evaluate")
         folder.mkdir(parents=True, exist_ok=True)
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
+        facts |= {"precision": detector.precision}
         for name, content in (("metrics", facts), ("detections", coco_results(truth, found))):
             with atomic_file(folder / f"{name}.json") as file:
                 file.write(json.dumps(content).encode())
@@ -648,6 +672,99 @@ def demo(
 
 
 @app.command()
+def export(
+    weights: Annotated[str, typer.Argument(help='"coco", "shapes", a checkpoint file, or its URL.')],
+    format: Annotated[ExportFormat, typer.Option(help="Where it is to run.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, or OpenVINO's folder; by default named as WEIGHTS.")
+    ] = None,
+    nms: Annotated[
+        bool, typer.Option("--nms/--no-nms", help="Detections come out, or raw loc and conf.")
+    ] = False,
+    uint8: Annotated[bool, typer.Option("--uint8", help="Take uint8 images; normalise inside.")] = False,
+    batch: Annotated[str, typer.Option(help='Images at a time: "dynamic", or a number.')] = "dynamic",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8"], typer.Option(help="fp16: onnx; int8: openvino; both: pt2.")
+    ] = "fp32",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="For int8: a folder of images like those to detect on.")
+    ] = None,
+    triton: Annotated[Path | None, typer.Option(help="Also write a Triton model repository here.")] = None,
+) -> None:
+    """Export weights to ONNX, OpenVINO, torch.export or TorchScript.
+
+    The result is run and compared with torch before it is kept. `ssd detect --weights` takes it too.
+    """
+    from ssd.export import export as export_to  # noqa: PLC0415
+    from ssd.export import write_triton  # noqa: PLC0415
+
+    if batch != "dynamic" and not batch.isdecimal():
+        raise typer.BadParameter(f'{batch!r} is neither "dynamic" nor a number', param_hint="--batch")
+    if triton is not None and format != "onnx":
+        raise typer.BadParameter("a Triton repository holds ONNX: leave out --format", param_hint="--triton")
+    name = Path(urlsplit(weights).path).stem
+    path = output or Path(f"{name}_openvino" if format == "openvino" else f"{name}.{format}")
+    try:
+        size = None if batch == "dynamic" else int(batch)
+        made = export_to(
+            weights, path, format, nms=nms, uint8=uint8, batch=size, precision=precision, calibrate=calibrate
+        )
+    except ValueError as error:
+        if _is_users(error):
+            raise
+        raise typer.BadParameter(str(error)) from error
+    files = [made] if made.is_file() else list(made.iterdir())
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    typer.echo(f"{made} ({megabytes:.1f} MB): computes what torch does, tried on batches of 1, 2 and 5")
+    if triton is not None:
+        typer.echo(f"Triton model repository: {write_triton(made, triton)}")
+    if format != "torchscript":
+        typer.echo(f"Detect with it: ssd detect PHOTO --weights {made}")
+
+
+@app.command()
+def benchmark(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Images; by default made-up scenes.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL.')
+    ] = "shapes",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    precision: Annotated[AnyPrecision, typer.Option(help="Of the network.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at a time.")] = 1,
+    backend: Annotated[
+        Literal["torch", "compile", "onnx", "openvino", "pt2"], typer.Option(help="What runs a checkpoint.")
+    ] = "torch",
+    rounds: Annotated[int, typer.Option(min=1, help="Batches to measure.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure images a second, latency, and the time and memory of each stage."""
+    import tempfile  # noqa: PLC0415
+
+    from ssd import benchmark as measuring  # noqa: PLC0415
+    from ssd.backends import format_of  # noqa: PLC0415
+    from ssd.distributed import World  # noqa: PLC0415
+    from ssd.export import export as export_to  # noqa: PLC0415
+    from ssd.images import find_images  # noqa: PLC0415
+
+    names = [name for source in sources or () for name in find_images(source)]
+    if sources and not names:
+        raise typer.BadParameter(f"no images in {', '.join(sources)}", param_hint="SOURCES")
+    if backend != "torch" and format_of(weights):
+        raise typer.BadParameter(f"{weights} is exported already", param_hint="--backend")
+    with tempfile.TemporaryDirectory() as folder:
+        used = weights
+        if backend not in ("torch", "compile"):
+            place = Path(folder) / ("model" if backend == "openvino" else f"model.{backend}")
+            used = str(export_to(weights, place, backend))  # type: ignore[arg-type]
+        detector = _load(used, World(0, 1, _device(device)), device, precision, compile=backend == "compile")
+        names = names or measuring.draw_images(Path(folder))
+        report = measuring.benchmark(detector, names, batch_size=batch_size, rounds=rounds)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command()
 def download(
     weights: Annotated[str, typer.Argument(help='"coco", or the URL of a checkpoint.')] = "coco",
     force: Annotated[bool, typer.Option("--force", help="Download again what is there already.")] = False,
@@ -675,7 +792,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] 
     rows += [
         (
             "device",
-            f"{device['device']}: {device['name']}; computes {', '.join(device['precisions'])} natively",
+            f"{device['device']}: {device['name']}; computes {', '.join(device['precisions'])} natively, "
+            f"so auto takes {device['auto']}",
         )
         for device in facts["devices"]
     ]
@@ -693,16 +811,23 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] 
 def _facts() -> dict[str, Any]:
     import torch  # noqa: PLC0415
 
+    from ssd.backends import choose_precision  # noqa: PLC0415
     from ssd.checkpoint import PUBLISHED, cached_path  # noqa: PLC0415
     from ssd.model import native_precisions  # noqa: PLC0415
 
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    packages = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pycocotools", "safetensors")
+    packages = ["torch", "torchvision", "numpy", "pillow", "scikit-image", "pycocotools", "safetensors"]
+    packages += ["onnxruntime", "openvino"]
     return {
         "versions": {"ssd300": __version__, "python": platform.python_version()}
         | {package: _version(package) for package in packages},
         "devices": [
-            {"device": str(device), "name": _device_name(device), "precisions": native_precisions(device)}
+            {
+                "device": str(device),
+                "name": _device_name(device),
+                "precisions": native_precisions(device),
+                "auto": choose_precision("auto", device),
+            }
             for device in devices
         ],
         "weights": [

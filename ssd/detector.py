@@ -1,6 +1,5 @@
 """Detector: from images of any kind to `Detections`."""
 
-import copy
 import difflib
 import operator
 import os
@@ -9,30 +8,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import SupportsIndex, overload
+from typing import Literal, SupportsIndex, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ssd import images
-from ssd.boxes import default_boxes
+from ssd import backends, images
+from ssd.backends import Backend, Options
 from ssd.detections import Detections
 from ssd.distributed import usable_device
 from ssd.images import ImageError, ImageSource, load_image
-from ssd.model import DTYPES, SSD300, Precision, load_model
-from ssd.postprocess import NonFiniteError, postprocess
-from ssd.transforms import normalize, resize
+from ssd.model import SSD300, Precision, load_model
+from ssd.postprocess import NonFiniteError
+from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
-
-
-@dataclass(frozen=True)
-class _Options:
-    score_threshold: float
-    iou_threshold: float
-    max_detections: int
-    classes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -46,10 +37,11 @@ class _Input:
 class Detector:
     """Finds objects in images: reading, transform, network, NMS, boxes in the image's own pixels.
 
-    It keeps a copy of the model, never changes, and may be used from several threads at a time.
+    It keeps a copy of the model, prepared for inference, never changes, and may be used from several threads
+    at a time. What it runs on is in `device`, `precision` and `backend`.
 
     Args:
-        model: on the device and in the precision that detection is to use.
+        model: on the device and in the precision that detection is to use; or a `ssd.backends.Backend`.
         class_names: one for each class but the background.
         category_ids: the id of each class in COCO files; see `Detections.category_ids`.
 
@@ -58,46 +50,60 @@ class Detector:
     Detections(no objects)
     """
 
-    def __init__(self, model: SSD300, class_names: Sequence[str], category_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: SSD300 | Backend, class_names: Sequence[str], category_ids: Sequence[int] = ()
+    ) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
                 f"a model of {model.num_classes} classes, one of which is the background, needs "
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.backend = model if isinstance(model, Backend) else backends.of_model(model)
+        self.device, self.precision = self.backend.device, self.backend.precision
         self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
-        first = next(self.model.parameters())
-        self.device, self.dtype = first.device, first.dtype
-        self._default_boxes = default_boxes().to(self.device)
 
     def __repr__(self) -> str:
-        precision = {dtype: name for name, dtype in DTYPES.items()}[self.dtype]
-        return f"Detector({len(self.class_names)} classes, {precision}, {self.device})"
+        return (
+            f"Detector({len(self.class_names)} classes, {self.precision}, {self.device}, {self.backend.name})"
+        )
 
     @classmethod
     def load(
         cls,
         weights: str | os.PathLike[str] = "coco",
         device: torch.device | str | None = None,
-        precision: Precision | None = None,
+        precision: Precision | Literal["auto"] = "auto",
         *,
+        compile: bool = False,
         progress: bool = True,
     ) -> "Detector":
-        """A detector with the weights of a checkpoint.
+        """A detector with the weights of a checkpoint, or of what ``ssd export`` made of one.
 
         Args:
-            weights: "coco" for NVIDIA's published weights, a path, or an http(s) URL.
+            weights: "coco" for NVIDIA's published weights, "shapes" for those that come with the package, a
+                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``, or
+                OpenVINO's folder.
             device: by default CUDA where there is one, else the CPU.
-            precision: fp32 (the default), fp16 or bf16.
+            precision: fp32, fp16 or bf16; auto is bf16 where the device computes it natively, else fp32.
+            compile: by torch.compile, at the first images; takes a minute, and a C++ compiler.
             progress: show a progress bar for a download.
 
         Raises:
-            DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`.
-            ValueError: there is no such device here.
+            DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`, `ssd.backends.load`.
+            ImportError: the runtime of an exported file is not installed.
+            ValueError: there is no such device here, or an exported file is of another precision.
         """
+        if backends.format_of(weights):
+            if compile:
+                raise ValueError(f"{weights} is compiled already, in a way; leave compile out")
+            target = None if device is None else usable_device(device)
+            backend, metadata = backends.load(weights, target, precision)
+            return cls(backend, metadata.class_names, metadata.category_ids)
         target = usable_device(device)
-        model, found = load_model(weights, precision=precision or "fp32", progress=progress)
-        return cls(model.to(target), found.class_names, found.category_ids)
+        precision = backends.choose_precision(precision, target)
+        model, found = load_model(weights, progress=progress)
+        backend = backends.of_model(model.to(target), precision, compile=compile)
+        return cls(backend, found.class_names, found.category_ids)
 
     @overload
     def __call__(
@@ -191,7 +197,7 @@ class Detector:
         iou_threshold: float,
         max_detections: int,
         classes: Sequence[str | int] | None,
-    ) -> _Options:
+    ) -> Options:
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {value}")
@@ -200,7 +206,9 @@ class Detector:
         if isinstance(classes, str):
             classes = [classes]
         wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
-        return _Options(score_threshold, iou_threshold, max_detections, wanted)
+        options = Options(score_threshold, iou_threshold, max_detections, wanted)
+        self.backend.check(options)
+        return options
 
     def _class_id(self, wanted: str | int) -> int:
         if isinstance(wanted, str) and wanted in self.class_names:
@@ -214,7 +222,7 @@ class Detector:
         raise ValueError(f"the model has no class {wanted!r}; {hint}")
 
     def _stream(
-        self, sources: Iterable[ImageSource], batch_size: int, options: _Options, on_error: OnError | None
+        self, sources: Iterable[ImageSource], batch_size: int, options: Options, on_error: OnError | None
     ) -> Iterator[Detections]:
         batch: list[_Input] = []
         for name, outcome in _read_ahead(sources, 2 * batch_size):
@@ -231,7 +239,7 @@ class Detector:
             yield from self._detect_finite(batch, options, on_error)
 
     def _detect_finite(
-        self, batch: list[_Input], options: _Options, on_error: OnError | None
+        self, batch: list[_Input], options: Options, on_error: OnError | None
     ) -> list[Detections]:
         """Detections of those images of a batch for which the network gives finite numbers."""
         try:
@@ -244,20 +252,11 @@ class Detector:
             rest = [each for i, each in enumerate(batch) if i not in error.images]
             return self._detect(rest, options) if rest else []
 
-    def _detect(self, batch: list[_Input], options: _Options) -> list[Detections]:
+    def _detect(self, batch: list[_Input], options: Options) -> list[Detections]:
         with torch.inference_mode():
             pixels = torch.stack([each.resized for each in batch]).to(self.device)
-            loc, conf = self.model(normalize(pixels, self.dtype))
             try:
-                found = postprocess(
-                    loc,
-                    conf,
-                    self._default_boxes,
-                    score_threshold=options.score_threshold,
-                    iou_threshold=options.iou_threshold,
-                    max_detections=options.max_detections,
-                    classes=options.classes,
-                )
+                found = self.backend.finish(self.backend.forward(pixels), options)
             except NonFiniteError as error:
                 names = ", ".join(batch[i].name or f"image {i}" for i in error.images)
                 raise NonFiniteError(f"{names}: {error}", error.images) from error

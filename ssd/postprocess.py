@@ -201,8 +201,8 @@ def _greedy_nms(
         if start:
             most = int(kept.counts.max())
             rivals = class_id[:, :, None] == kept.class_ids[:, None, :most]
-            alive &= ~(rivals & _overlap(boxes, kept.boxes[:, :most], iou_threshold)).any(2)
-        better &= _overlap(boxes, boxes, iou_threshold)
+            alive &= ~(rivals & overlap(boxes, kept.boxes[:, :most], iou_threshold)).any(2)
+        better &= overlap(boxes, boxes, iou_threshold)
         keep = _survivors(better, alive)
 
         slot = kept.counts[:, None] + keep.cumsum(1) - 1
@@ -230,7 +230,7 @@ def _survivors(better: Tensor, alive: Tensor) -> Tensor:
         keep = update
 
 
-def _overlap(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
+def overlap(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
     """Whether boxes ``[N, I, 4]`` and ``[N, J, 4]`` overlap too much: bool ``[N, I, J]``.
 
     Not ``iou >= threshold``: boxes without area have no IoU (NaN) and count as overlapping, as published.

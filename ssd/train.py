@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from ssd import __version__, checkpoint
+from ssd.backends import choose_precision, of_model
 from ssd.boxes import default_boxes, match
 from ssd.checkpoint import CheckpointError, atomic_file, is_watched
 from ssd.data import (
@@ -40,7 +41,7 @@ from ssd.distributed import World
 from ssd.evaluate import Evaluation, evaluate
 from ssd.images import ImageError, load_image
 from ssd.loss import MultiBoxLoss
-from ssd.model import DTYPES, SSD300, Backbone, native_precisions, set_precision, transfer
+from ssd.model import DTYPES, SSD300, Backbone, transfer
 from ssd.postprocess import NonFiniteError
 from ssd.transforms import RECIPES, augment, normalize
 
@@ -693,7 +694,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
         raise ValueError("sync_batchnorm works on CUDA only; torch has none for the CPU")
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if "bf16" in native_precisions(device) else "fp32"
+        precision = choose_precision(precision, device)
     workers = config.workers
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -734,7 +735,7 @@ def _plan(train: Dataset[Any], config: TrainConfig, world: World) -> EpochBatche
 
 def _start(model: SSD300, config: TrainConfig, world: World, names: tuple[str, ...], images: int) -> Run:
     if config.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     freeze(model, config.freeze)
@@ -790,10 +791,8 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def _detector(model: SSD300, names: tuple[str, ...], config: TrainConfig, device: torch.device) -> Detector:
-    model = copy.deepcopy(model)
-    if config.precision != "auto":
-        set_precision(model, config.precision)
-    return Detector(model.to(device), names)
+    precision = choose_precision(config.precision, device)
+    return Detector(of_model(model.to(device), precision), names)
 
 
 def _close_epoch(

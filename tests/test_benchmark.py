@@ -1,0 +1,38 @@
+import json
+
+import pytest
+import torch
+
+from ssd.benchmark import STAGES, benchmark, draw_images, flops, peak_flops
+
+
+def test_report(detector, tmp_path):
+    files = draw_images(tmp_path, 3)
+    report = benchmark(detector, files, batch_size=2, rounds=4)
+    assert tuple(report.stages) == STAGES
+    assert all(value > 0 for value in report.stages.values())
+    assert report.latency["p50"] <= report.latency["p90"] <= report.latency["p99"]
+    assert report.latency["p50"] == pytest.approx(sum(report.stages.values()), rel=0.5)
+    assert report.stages["forward"] == max(report.stages.values())
+    assert 0 < report.gflops < 1.5 * report.peak_gflops
+    assert report.peak_memory > 100
+    assert json.loads(json.dumps(report.to_dict()))["batch_size"] == 2
+    text = str(report)
+    for word in ("Detector(3 classes", "images/s", "p99", "postprocess", "MB", "GFLOP/s"):
+        assert word in text
+    with pytest.raises(ValueError, match="at least one source"):
+        benchmark(detector, [])
+
+
+def test_flops_are_those_of_the_layers():
+    """The published network is counted at 40.3 GFLOP an image in docs/performance.md; here, by hand."""
+    assert flops(81, "resnet50") == pytest.approx(40.3e9, rel=0.01)
+    classes = flops(5, "resnet18") - flops(4, "resnet18")
+    cells, channels = (38, 19, 10, 5, 3, 1), (256, 512, 512, 256, 256, 128)
+    shapes = (4, 6, 6, 6, 4, 4)
+    expected = sum(2 * 9 * c * s * n * n for n, c, s in zip(cells, channels, shapes, strict=True))
+    assert classes == pytest.approx(expected)
+
+
+def test_peak_is_a_rate():
+    assert 1e9 < peak_flops(torch.device("cpu"), torch.float32) < 1e14

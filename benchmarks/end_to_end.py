@@ -29,16 +29,21 @@ from ssd.benchmark import benchmark, draw_images
 from ssd.boxes import default_boxes
 from ssd.detector import Detector
 from ssd.export import export
+from ssd.images import load_image
 from ssd.model import SSD300
+from ssd.transforms import evaluation_transform
 
 OBJECTS = 20
 WANTED = {"score_threshold": 0.05, "iou_threshold": 0.5, "max_detections": 200}
 
 
-def spread(heads: list[nn.Conv2d], classes: int, count: Callable[[], float]) -> None:
-    """Give logits a spread, and the background the bias at which `count` is about `OBJECTS`."""
+def spread(
+    heads: list[nn.Conv2d], classes: int, logits: Callable[[], Tensor], count: Callable[[], float]
+) -> None:
+    """Give logits a deviation of 2, and the background the bias at which `count` is about `OBJECTS`."""
+    factor = 2 / float(logits().std())
     for head in heads:
-        nn.init.normal_(head.weight, std=2 / np.sqrt(np.prod(head.weight.shape[1:])))
+        head.weight.data.mul_(factor)
     low, high = -10.0, 60.0
     for _ in range(12):
         middle = (low + high) / 2
@@ -60,7 +65,8 @@ def our_model(files: list[str]) -> SSD300:
     def count() -> float:
         return float(np.mean([len(each) for each in Detector(model, NAMES)(files[:4], **WANTED)]))
 
-    spread(list(model.conf), 81, count)
+    pixels = torch.stack([evaluation_transform(load_image(file)) for file in files[:2]])
+    spread(list(model.conf), 81, lambda: model(pixels)[1], count)
     print(f"ssd: {count():.0f} objects an image")
     return model
 
@@ -74,7 +80,11 @@ def their_model(files: list[str]) -> nn.Module:
     def count() -> float:
         return float(np.mean([len(each["scores"]) for each in theirs(model, files[:4])]))
 
-    spread(list(model.head.classification_head.module_list), 91, count)
+    def logits() -> Tensor:
+        images, _ = model.transform([functional.to_tensor(Image.open(file)) for file in files[:2]])
+        return model.head(list(model.backbone(images.tensors).values()))["cls_logits"]
+
+    spread(list(model.head.classification_head.module_list), 91, logits, count)
     print(f"torchvision: {count():.0f} objects an image")
     return model
 

@@ -209,8 +209,8 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     return fast
 
 
-def _input_shapes(fast: FastSSD300, batch: int = 8) -> dict[Conv, tuple[int, ...]]:
-    """What each convolution takes; a layout that is best for 8 images is best for 1, but not the reverse."""
+def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
+    """What each convolution takes for one image; the layout that is best for one serves more as well."""
     shapes: dict[Conv, tuple[int, ...]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -218,7 +218,7 @@ def _input_shapes(fast: FastSSD300, batch: int = 8) -> dict[Conv, tuple[int, ...
             shapes[module] = tuple(inputs[0].shape)
 
     weights = {name: value.to("meta") for name, value in fast.named_parameters()}  # nothing is computed
-    images = torch.empty(batch, 3, INPUT_SIZE, INPUT_SIZE, dtype=fast.stem.weight.dtype, device="meta")
+    images = torch.empty(1, 3, INPUT_SIZE, INPUT_SIZE, dtype=fast.stem.weight.dtype, device="meta")
     hooks = [module.register_forward_pre_hook(note) for module in fast.modules()]
     torch.func.functional_call(fast, weights, (images,))
     for hook in hooks:

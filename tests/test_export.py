@@ -10,7 +10,7 @@ from ssd.backends import NMS, Metadata
 from ssd.checkpoint import CheckpointError
 from ssd.detector import Detector
 from ssd.export import ExportError, Graph, greedy, prove, write_triton
-from ssd.postprocess import postprocess
+from ssd.postprocess import NonFiniteError, postprocess
 from ssd.shapes import draw_scene
 
 CPU = torch.device("cpu")
@@ -90,23 +90,28 @@ def test_nan_in_the_network_makes_the_scores_nan(small_model):
 # --- Proof ---
 
 
-def test_an_export_that_differs_is_refused_and_removed(weights_file, tmp_path, monkeypatch):
-    """As if the exporter had a bug: one channel of one layer is off."""
+@pytest.mark.parametrize("nms", [False, True])
+@pytest.mark.parametrize("off", [0.5, np.nan])
+@pytest.mark.parametrize("channel", [1, 6])
+def test_an_export_that_differs_is_refused_and_removed(
+    weights_file, tmp_path, monkeypatch, nms, off, channel
+):
+    """As if the exporter had a bug: one channel of one head is off, a coordinate or a class."""
     original = export._network
 
     def broken(*arguments):
         graph = original(*arguments)
-        graph.network.heads[1].bias[6] += 0.5
+        graph.network.heads[1].bias[channel] += off
         return graph
 
     monkeypatch.setattr(export, "_network", broken)
-    for nms in (False, True):
-        path = tmp_path / "model.torchscript"
-        path.write_text("earlier")
-        with pytest.raises(ExportError, match=r"TorchScript in fp32 .* \d\S* \(allowed 0\.001\).*removed"):
-            export.export(weights_file, path, "torchscript", nms=nms)
-        assert path.read_text() == "earlier"
-        assert list(tmp_path.iterdir()) == [path]
+    path = tmp_path / "model.torchscript"
+    path.write_text("earlier")
+    expected = r"NaN" if nms and np.isnan(off) else r"TorchScript in fp32 .* \d?\S* \(allowed 0\.0.*removed"
+    with pytest.raises((ExportError, NonFiniteError), match=expected):
+        export.export(weights_file, path, "torchscript", nms=nms)
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_differences_are_measured(small_model, weights_file, tmp_path):

@@ -117,6 +117,9 @@ def detect(
     ] = None,
     format: Annotated[Format, typer.Option(help="Of the results.")] = "json",
     images: Annotated[bool, typer.Option("--images/--no-images", help="Write pictures with boxes.")] = True,
+    scaled_decoding: Annotated[
+        bool, typer.Option("--scaled-decoding", help="Read large JPEG files small; with --no-images.")
+    ] = False,
 ) -> None:
     """Detect objects in images; write results, and pictures with boxes.
 
@@ -134,6 +137,11 @@ def detect(
         raise typer.BadParameter(f"no images in {', '.join(sources)}{hint}", param_hint="SOURCES")
     if not any(is_web_url(name) or os.path.exists(name) for name in names):
         raise typer.BadParameter(f"no such file: {', '.join(names)}", param_hint="SOURCES")
+
+    if scaled_decoding and images:
+        raise typer.BadParameter(
+            "pictures need the whole image: add --no-images", param_hint="--scaled-decoding"
+        )
 
     failures: list[str] = []
 
@@ -156,6 +164,7 @@ def detect(
                 max_detections=max_detections,
                 classes=wanted,
                 on_error=report,
+                scaled_decoding=scaled_decoding,
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error

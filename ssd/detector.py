@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ssd import backends, images
 from ssd.backends import Backend, Options
+from ssd.boxes import INPUT_SIZE
 from ssd.detections import Detections
 from ssd.distributed import usable_device
-from ssd.images import ImageError, ImageSource, load_image
+from ssd.images import ImageError, ImageSource, load_scaled
 from ssd.model import SSD300, Precision, load_model
 from ssd.postprocess import NonFiniteError
 from ssd.transforms import resize
@@ -29,7 +30,10 @@ OnError = Callable[[str, Exception], None]
 @dataclass(frozen=True)
 class _Input:
     name: str
-    image: Image.Image
+    image: Image.Image | None
+    """None if it is not there at full size."""
+    size: tuple[int, int]
+    """Width and height, at full size."""
     resized: Tensor
     """uint8 [300, 300, 3]."""
 
@@ -170,6 +174,7 @@ class Detector:
         max_detections: int = 100,
         classes: Sequence[str | int] | None = None,
         on_error: OnError | None = None,
+        scaled_decoding: bool = False,
     ) -> Iterator[Detections]:
         """Detect objects in any number of images, one result at a time and in order.
 
@@ -181,6 +186,8 @@ class Detector:
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
             on_error: called with the name and the exception of an image that cannot be read, or for which
                 the network gives NaN; it is then left out. Without it, the exception is raised.
+            scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
+                their results have no image to draw on, and scores may differ a little.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
@@ -189,7 +196,7 @@ class Detector:
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
             )
-        return self._stream(sources, _positive(batch_size), options, on_error)
+        return self._stream(sources, _positive(batch_size), options, on_error, scaled=scaled_decoding)
 
     def _options(
         self,
@@ -222,10 +229,16 @@ class Detector:
         raise ValueError(f"the model has no class {wanted!r}; {hint}")
 
     def _stream(
-        self, sources: Iterable[ImageSource], batch_size: int, options: Options, on_error: OnError | None
+        self,
+        sources: Iterable[ImageSource],
+        batch_size: int,
+        options: Options,
+        on_error: OnError | None,
+        *,
+        scaled: bool = False,
     ) -> Iterator[Detections]:
         batch: list[_Input] = []
-        for name, outcome in _read_ahead(sources, 2 * batch_size):
+        for name, outcome in _read_ahead(sources, 2 * batch_size, scaled=scaled):
             if isinstance(outcome, _Input):
                 batch.append(outcome)
             elif on_error is not None and isinstance(outcome, ImageError | OSError):
@@ -264,7 +277,7 @@ class Detector:
         return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
 
     def _result(self, of: _Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
-        width, height = of.image.size
+        width, height = of.size
         size = torch.tensor([width, height, width, height], dtype=torch.float32)
         boxes = (boxes * size).clamp(min=torch.zeros(4), max=size)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # what lies beyond the border has no area left
@@ -280,13 +293,15 @@ class Detector:
         )
 
 
-def _read(source: ImageSource, nameless: str = "image") -> _Input:
+def _read(source: ImageSource, nameless: str = "image", *, scaled: bool = False) -> _Input:
     path = images.source_path(source)
-    image = load_image(source, name=path or nameless)
-    return _Input(path, image, resize(image))
+    image, size = load_scaled(source, INPUT_SIZE if scaled else None, name=path or nameless)
+    return _Input(path, image if image.size == size else None, size, resize(image))
 
 
-def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[str, _Input | BaseException]]:
+def _read_ahead(
+    sources: Iterable[ImageSource], ahead: int, *, scaled: bool
+) -> Iterator[tuple[str, _Input | BaseException]]:
     """The name of each source, in order, and what reading it gave; at most `ahead` are under way."""
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "ssd-read")
     # Not the futures' own results: a KeyboardInterrupt while waiting for one can leave its lock taken, and
@@ -295,7 +310,7 @@ def _read_ahead(sources: Iterable[ImageSource], ahead: int) -> Iterator[tuple[st
 
     def read(source: ImageSource, name: str, outcome: "SimpleQueue[_Input | BaseException]") -> None:
         try:
-            outcome.put(_read(source, name))
+            outcome.put(_read(source, name, scaled=scaled))
         except BaseException as error:
             outcome.put(error)
 

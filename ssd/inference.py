@@ -158,7 +158,7 @@ class FastSSD300(nn.Module):
         """
         levels = self.levels(images)
         numbers = 4 + self.num_classes
-        merged = levels[0].new_empty(len(images), len(self.default_boxes), numbers)
+        merged = levels[0].new_empty(images.shape[0], len(self.default_boxes), numbers)
         start = 0
         for level, shapes in zip(levels, BOXES_PER_CELL, strict=True):
             places = level[:, : shapes * numbers].permute(0, 2, 3, 1)  # [N, H, W, S * (4 + C)]

@@ -499,3 +499,56 @@ def test_demo_shows_detections_without_a_network(run, tmp_path):
     drawn, detected = map(int, re.search(r"(\d+) shapes drawn, (\d+) detected", out).groups())
     assert drawn > 3
     assert abs(drawn - detected) <= 1
+
+
+# --- Export, benchmark ---
+
+
+def test_export_and_detect_with_it(run, photos, tmp_path, weights_file):
+    status, out, err = run("export", weights_file, "--nms", "--uint8", "--triton", tmp_path / "models")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"small\.onnx \(\d+\.\d MB\): computes what torch does, .*", out.splitlines()[0])
+    assert (tmp_path / "models" / "ssd300" / "config.pbtxt").exists()
+    assert out.splitlines()[-1] == "Detect with it: ssd detect PHOTO --weights small.onnx"
+    status, out, _ = run(
+        "detect", photos, "--weights", "small.onnx", "--score-threshold", 0.35, weights=False
+    )
+    assert status == 0
+    written = json.loads((tmp_path / "runs" / "detect-1" / "detections.json").read_text())
+    expected = Detector.load(weights_file, "cpu", "fp32").stream(photos, score_threshold=0.35)
+    for found, right in zip(written, expected, strict=True):
+        assert [each["class"] for each in found["detections"]] == right.names.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "many"], "neither"),
+        (["--format", "pt2", "--triton", "models"], "a Triton repository holds ONNX"),
+        (["--precision", "int8"], "int8 goes with openvino"),
+        (["--output", "model.bin"], "has to end in .onnx"),
+    ],
+)
+def test_wrong_exports_are_usage_errors(run, weights_file, arguments, message):
+    status, _, err = run("export", weights_file, *arguments)
+    assert status == 2
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_benchmark(run, photos, weights_file):
+    status, out, err = run("benchmark", photos, "--weights", weights_file, "--rounds", 3, "--batch-size", 2)
+    assert (status, err) == (0, "")
+    for word in ("images/s", "latency p99", "read", "transform", "forward", "postprocess", "peak memory"):
+        assert word in out
+    status, out, _ = run("benchmark", "--weights", weights_file, "--backend", "onnx", "--rounds", 2, "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert "ONNX Runtime" in facts["detector"]
+    assert set(facts["stages"]) == {"read", "transform", "forward", "postprocess"}
+
+
+def test_benchmark_of_nothing(run, tmp_path, weights_file):
+    (tmp_path / "empty").mkdir()
+    status, _, err = run("benchmark", tmp_path / "empty", "--weights", weights_file)
+    assert status == 2
+    assert "no images in" in err

@@ -1,4 +1,6 @@
 import copy
+import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -196,13 +198,13 @@ def test_stream_is_lazy_and_reads_only_a_little_ahead(detector, photo):
 def test_stream_reads_off_the_main_thread_in_order_and_stops_its_threads(detector, photos, monkeypatch):
     from ssd import detector as module
 
-    threads, original = set(), module.load_image
+    threads, original = set(), module.load_scaled
 
-    def noted(source, **options):
+    def noted(*arguments, **options):
         threads.add(threading.current_thread().name)
-        return original(source, **options)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(module, "load_image", noted)
+    monkeypatch.setattr(module, "load_scaled", noted)
     paths = [photos / f"{PHOTOS[i % 3]}.jpg" for i in range(7)]
     assert [each.source for each in detector.stream(paths, batch_size=3)] == [str(path) for path in paths]
     assert threads
@@ -220,6 +222,18 @@ def test_stream_names_bad_images_and_goes_on(detector, photos, tmp_path):
     assert errors == [(str(bad), ImageError), (str(gone), FileNotFoundError)]
     with pytest.raises(ImageError):
         list(detector.stream(paths))
+
+
+def test_scaled_decoding(detector, photos, tmp_path):
+    Image.open(photos / "coffee.jpg").resize((1800, 1200)).save(tmp_path / "large.jpg", quality=95)
+    [found] = detector.stream(tmp_path, scaled_decoding=True, **LOW)
+    [whole] = detector.stream(tmp_path, **LOW)
+    assert found.image is None
+    assert whole.image is not None
+    assert found.image_size == whole.image_size == (1200, 1800)
+    assert abs(found.scores[0] - whole.scores[0]) < 0.05
+    best = whole.boxes[whole.class_ids == found.class_ids[0]]
+    assert np.abs(best - found.boxes[0]).max(1).min() < 60
 
 
 # --- Robustness ---
@@ -339,3 +353,50 @@ def test_a_real_gpu_finds_what_the_cpu_finds(detector, weights_file, photos):
     for found, expected in zip(on_gpu.stream(photos, **LOW), detector.stream(photos, **LOW), strict=True):
         assert abs(len(found) - len(expected)) <= 0.2 * len(expected)
         np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=0.02)
+
+
+# --- Many images ---
+
+
+def test_memory_files_and_threads_stay_flat_over_2000_images(detector, tmp_path):
+    """All but the network, which benchmarks/soak.py adds: here it answers at once."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        height, width = rng.integers(40, 700, 2)
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((int(width), int(height)))
+        image.convert("L" if number % 5 == 0 else "RGB").save(
+            tmp_path / f"{number}.{'png' if number % 4 == 0 else 'jpg'}"
+        )
+    answers = detector.backend.forward(torch.zeros(8, 300, 300, 3, dtype=torch.uint8))
+    own = copy.copy(detector)
+    own.backend = replace(
+        detector.backend, forward=lambda pixels: tuple(each[: len(pixels)] for each in answers)
+    )
+    paths = sorted(tmp_path.iterdir())
+    sources = (paths[i % len(paths)] for i in range(2000))
+    seen = []
+    for number, found in enumerate(own.stream(sources, **LOW), start=1):
+        assert found.source == str(paths[(number - 1) % len(paths)])
+        if number % 200 == 0:
+            seen.append((memory(), len(os.listdir("/proc/self/fd")), threading.active_count()))
+    assert number == 2000
+    megabytes, files, threads = (np.array(each, float) for each in zip(*seen[2:], strict=True))
+    assert np.polyfit(np.arange(len(megabytes)) * 200, megabytes, 1)[0] * 2000 < 60
+    assert files.max() - files.min() <= 6  # those that are being read
+    assert threads.max() == threads.min()
+
+
+def memory():
+    """Resident, in megabytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled(detector, weights_file, photos):
+    compiled = Detector.load(weights_file, "cpu", "fp32", compile=True)
+    assert repr(compiled) == "Detector(3 classes, fp32, cpu, torch, compiled)"
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    found, expected = compiled(paths, **LOW), detector(paths, **LOW)
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))

@@ -18,6 +18,7 @@ from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World
 from ssd.evaluate import METRICS, coco_results, detect_all, evaluate, measure
+from ssd.export import export
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -267,3 +268,18 @@ def test_the_table_lines_up(scenes):
     assert len({line.index(".") for line in numbers}) == 1
     table = lines[lines.index("") :][-7:]
     assert len({len(line) for line in table}) == 1
+
+
+def test_shipped_weights_keep_their_ap_in_every_precision(tmp_path):
+    """AP on scenes within 0.005 of fp32: in bf16, and in int8 by OpenVINO."""
+    shapes.write(tmp_path / "data", 24, 160, 3)
+    reference = Detector.load("shapes", "cpu", "fp32")
+    val = load(tmp_path / "data", "val", class_names=reference.class_names)
+    expected = evaluate(reference, val, ALONE).metrics
+    assert expected["AP"] > 0.7
+    path = export(
+        "shapes", tmp_path / "ir", "openvino", precision="int8", calibrate=tmp_path / "data" / "train"
+    )
+    for other in (Detector.load("shapes", "cpu", "bf16"), Detector.load(path)):
+        found = evaluate(other, val, ALONE).metrics
+        assert abs(found["AP"] - expected["AP"]) <= 0.005, other

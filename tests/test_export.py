@@ -153,9 +153,10 @@ def test_int8(tmp_path, scenes):
     assert (path / "model.bin").stat().st_size < 11e6  # of 28 MB in fp32; the heads stay so
     loaded, reference = Detector.load(path), Detector.load("shapes", "cpu", "fp32")
     assert loaded.precision == "int8"
-    found, expected = loaded(scenes / "005.jpg"), reference(scenes / "005.jpg")
-    assert found.class_ids.tolist() == expected.class_ids.tolist()
-    np.testing.assert_allclose(found.scores, expected.scores, atol=0.1)
+    for found, expected in zip(loaded.stream(scenes), reference.stream(scenes), strict=True):
+        sure, rest = expected[expected.scores > 0.8], found[found.scores > 0.6]
+        for box, _, class_id, _ in sure:
+            assert np.abs(rest.boxes[rest.class_ids == class_id] - box).max(1).min() < 8
     with pytest.raises(ValueError, match="computes in int8, as it was exported, not in fp32"):
         Detector.load(path, precision="fp32")
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
 from ssd import images, web
-from ssd.images import ImageError, find_images, load_image
+from ssd.images import ImageError, find_images, load_image, load_scaled
 
 
 @pytest.fixture
@@ -405,3 +406,29 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     path = tmp_path / "photo [1].jpg"
     path.write_bytes(b"")
     assert list(find_images(path)) == [str(path)]
+
+
+# --- Scaled decoding ---
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_read_small_and_keep_their_size(tmp_path, orientation):
+    image = Image.fromarray(skimage.data.coffee()).resize((1800, 1200))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    whole = load_image(tmp_path / "large.jpg")
+    small, size = load_scaled(tmp_path / "large.jpg", 300)
+    assert size == whole.size == ((1800, 1200) if orientation == 1 else (1200, 1800))
+    assert small.size == tuple(side // 4 for side in size)
+    difference = np.abs(np.asarray(whole.resize(small.size, Image.Resampling.BOX), float) - np.asarray(small))
+    assert difference.mean() < 2
+
+
+def test_small_images_and_other_formats_are_read_whole(tmp_path):
+    image = Image.fromarray(skimage.data.coffee())  # 600 x 400
+    for name in ("photo.jpg", "photo.png"):
+        image.resize((599, 400) if name.endswith("jpg") else (2400, 1600)).save(tmp_path / name)
+        small, size = load_scaled(tmp_path / name, 300)
+        assert small.size == size
+        assert np.array_equal(np.asarray(small), np.asarray(load_image(tmp_path / name)))

@@ -80,6 +80,17 @@ def test_a_model_in_half_precision_is_folded_in_full(small_model, images):
     torch.testing.assert_close(in_published_order(fast, conf), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_it_can_be_exported_for_any_batch(small_model, images):
+    """As examples/tensorrt_detector.py does."""
+    fast = prepare(small_model, pack=False)
+    dynamic = ({0: torch.export.Dim("batch", max=64)},)
+    program = torch.export.export(fast, (images[:2],), dynamic_shapes=dynamic).module()
+    with torch.inference_mode():
+        for count in (1, 5):
+            for ours, theirs in zip(program(images[:count]), fast(images[:count]), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_the_model_stays_as_it_was(small_model):
     model = copy.deepcopy(small_model).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

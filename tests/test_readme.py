@@ -12,6 +12,7 @@ import torchvision
 from conftest import made_model
 
 from ssd import checkpoint, cli, shapes
+from ssd.export import export
 from ssd.labels import COCO_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,8 @@ def folder(tmp_path, photos, monkeypatch):
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_python_snippets_run(folder, snippet):
     snippet = snippet.replace('"."', repr(str(ROOT)))
+    if "my-model.onnx" in snippet:
+        export("my-model.pt", "my-model.onnx")
     snippet = snippet.replace("epochs=20,", "epochs=1, batch_size=2, workers=0,")
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 

@@ -3,10 +3,12 @@
 python benchmarks/preprocess.py [--rounds 40]
 
 A 640x480 JPEG, made of a photograph that scikit-image ships. "hub" is a plain reimplementation of the
-published steps: scikit-image reads, resizes in float64, crops and normalises.
+published steps: scikit-image reads, resizes in float64, crops and normalises. Then a 4032x3024 JPEG, as
+telephones take them: read whole, by torchvision's decoder, and with scaled_decoding.
 """
 
 import argparse
+import io
 import tempfile
 from pathlib import Path
 
@@ -18,11 +20,12 @@ import torch
 from PIL import Image
 from timing import heading, medians, show
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from ssd.hub import Processing
-from ssd.images import load_image
-from ssd.transforms import MEAN, STD, evaluation_transform
+from ssd.images import load_image, load_scaled
+from ssd.transforms import MEAN, STD, evaluation_transform, resize
 
 
 def hub(path: Path) -> np.ndarray:
@@ -70,6 +73,24 @@ def main() -> None:
         }
         times = medians(functions, options.rounds)
     show("640x480 JPEG file to input", times, next(iter(functions)))
+    large(options.rounds)
+
+
+def large(rounds: int) -> None:
+    file = io.BytesIO()
+    Image.fromarray(skimage.data.coffee()).resize((4032, 3024)).save(file, "JPEG", quality=90)
+    content = file.getvalue()
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    vision = decode_jpeg(buffer, ImageReadMode.RGB).permute(1, 2, 0)
+    np.testing.assert_array_equal(np.asarray(load_image(content)), vision.numpy())
+    functions = {
+        "load_image": lambda: load_image(content),
+        "torchvision decode_jpeg, equal to the bit": lambda: decode_jpeg(buffer, ImageReadMode.RGB),
+        "load_scaled": lambda: load_scaled(content, 300),
+        "load_image, resize": lambda: resize(load_image(content)),
+        "load_scaled, resize": lambda: resize(load_scaled(content, 300)[0]),
+    }
+    show("4032x3024 JPEG", medians(functions, rounds // 4), "load_image, resize")
 
 
 if __name__ == "__main__":

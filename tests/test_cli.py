@@ -273,7 +273,7 @@ def test_damaged_weights_end_in_a_line(run, photos, tmp_path):
 def test_info(run):
     status, out, _ = run("info")
     assert status == 0
-    for part in (__version__, "torch ", "cpu: ", "fp32", "coco: ", "not downloaded"):
+    for part in (__version__, "torch ", "cpu: ", "fp32", "so auto takes ", "coco: ", "not downloaded"):
         assert part in out
     facts = json.loads(run("info", "--json")[1])
     assert facts["versions"]["ssd300"] == __version__
@@ -298,7 +298,7 @@ def test_version_and_help(run):
     assert run("--version")[1] == f"ssd300 {__version__}\n"
     status, out, _ = run("--help")
     assert status == 0
-    assert all(verb in out for verb in ("detect", "download", "info"))
+    assert all(verb in out for verb in ("detect", "export", "benchmark", "download", "info"))
 
 
 # --- In a process of its own ---
@@ -517,7 +517,7 @@ def test_export_and_detect_with_it(run, photos, tmp_path, weights_file):
     written = json.loads((tmp_path / "runs" / "detect-1" / "detections.json").read_text())
     expected = Detector.load(weights_file, "cpu", "fp32").stream(photos, score_threshold=0.35)
     for found, right in zip(written, expected, strict=True):
-        assert [each["class"] for each in found["detections"]] == right.names.tolist()
+        assert [each["name"] for each in found["detections"]] == right.names.tolist()
 
 
 @pytest.mark.parametrize(

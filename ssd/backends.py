@@ -1,20 +1,25 @@
 """What computes the network behind a `Detector`: torch, or an exported file in its own runtime."""
 
+import contextlib
+import io
 import json
+import logging
 import os
+import shutil
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssd.boxes import default_boxes
-from ssd.checkpoint import TRANSFORM, CheckpointError
+from ssd.boxes import INPUT_SIZE, default_boxes
+from ssd.checkpoint import PUBLISHED, TRANSFORM, CheckpointError
 from ssd.distributed import usable_device
 from ssd.inference import prepare
 from ssd.model import DTYPES, SSD300, Backbone, Precision, native_precisions
@@ -23,6 +28,9 @@ from ssd.transforms import normalize
 
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2", ".torchscript": "torchscript"}
 """What `load` reads, by suffix; a folder with a model.xml is OpenVINO's too."""
+
+MAX_BATCH = 1024
+"""Largest batch size that a file may be fixed to."""
 
 METADATA = "ssd300"
 """Name of the entry in an exported file that holds its `Metadata`."""
@@ -77,10 +85,33 @@ class Metadata:
         """
         values = json.loads(text)
         values["nms"] = NMS(**values["nms"]) if values["nms"] else None
-        return cls(
-            **values
-            | {"class_names": tuple(values["class_names"]), "category_ids": tuple(values["category_ids"])}
+        for name in ("class_names", "category_ids"):
+            if not isinstance(values[name], list):
+                raise TypeError(f"{name} is no list")
+            values[name] = tuple(values[name])
+        metadata = cls(**values)
+        metadata._check()
+        return metadata
+
+    def _check(self) -> None:
+        """Refuse what `to_json` never writes: a file may come from anywhere."""
+        numbers = () if self.nms is None else (self.nms.score_threshold, self.nms.iou_threshold)
+        most = 1 if self.nms is None else self.nms.max_detections
+        fine = (
+            bool(self.class_names),
+            all(isinstance(name, str) for name in self.class_names),
+            len(self.category_ids) in (0, len(self.class_names)),
+            all(type(each) is int for each in self.category_ids),
+            self.backbone in get_args(Backbone),
+            self.precision in (*DTYPES, "int8"),
+            type(self.uint8) is bool,
+            self.batch is None or (type(self.batch) is int and 1 <= self.batch <= MAX_BATCH),
+            all(isinstance(each, int | float) and 0 <= each <= 1 for each in numbers),
+            type(most) is int and 1 <= most <= 8732,
+            self.transform == TRANSFORM,
         )
+        if not all(fine):
+            raise ValueError(f"entry {fine.index(False) + 1} of what it says of itself is impossible")
 
 
 @dataclass(frozen=True)
@@ -110,14 +141,18 @@ class Backend:
         if self.nms is None:
             return
         problem = None
-        if options.iou_threshold != self.nms.iou_threshold:
+        if options.classes is not None:
+            problem = "classes compete for its places before one can choose; filter what it finds"
+        elif options.iou_threshold != self.nms.iou_threshold:
             problem = f"iou_threshold is {self.nms.iou_threshold}, not {options.iou_threshold}"
         elif options.score_threshold < self.nms.score_threshold:
             problem = f"score_threshold is at least {self.nms.score_threshold}; got {options.score_threshold}"
         elif options.max_detections > self.nms.max_detections:
             problem = f"max_detections is at most {self.nms.max_detections}; got {options.max_detections}"
         if problem:
-            raise ValueError(f"NMS is inside this exported file, and there {problem}; export it without NMS")
+            raise ValueError(
+                f"NMS is inside this exported file, and there {problem}; or export it without NMS"
+            )
 
     def finish(self, outputs: tuple[Tensor, ...], options: Options) -> PaddedDetections:
         """Detections from what `forward` gave.
@@ -146,8 +181,6 @@ def _select(found: PaddedDetections, options: Options) -> PaddedDetections:
         raise NonFiniteError(f"the network's outputs hold NaN or infinity for image {bad} of the batch", bad)
     places = torch.arange(found.scores.shape[1], device=found.scores.device)
     keep = (places < found.counts[:, None]) & (found.scores > options.score_threshold)
-    if options.classes is not None:
-        keep &= torch.isin(found.class_ids, found.class_ids.new_tensor(options.classes))
     order = (~keep).int().argsort(dim=1, stable=True)[:, : options.max_detections]
     keep = keep.gather(1, order)
     return PaddedDetections(
@@ -179,8 +212,14 @@ def of_model(model: SSD300, precision: str | None = None, *, compile: bool = Fal
         precision: fp32, fp16 or bf16; by default that of the model's convolutions.
         compile: by torch.compile at the first images; takes about a minute and needs a C++ compiler.
     """
-    device = next(model.parameters()).device
-    dtype = DTYPES[precision] if precision else next(model.parameters()).dtype
+    first = next(model.parameters())
+    device = first.device
+    if device.type == "meta":
+        raise ValueError("this model has no weights: it is on the meta device")
+    if compile and device.type == "cpu":
+        _require_compiler()
+    own = first.dtype if first.dtype in DTYPES.values() else torch.float32
+    dtype = DTYPES[precision] if precision else own
     fast = prepare(model, dtype, pack=not compile)
     run: Callable[[Tensor], tuple[Tensor, ...]] = fast
     if compile:
@@ -195,6 +234,18 @@ def of_model(model: SSD300, precision: str | None = None, *, compile: bool = Fal
         num_classes=model.num_classes,
         default_boxes=fast.default_boxes,
     )
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+
+    try:
+        found = shutil.which(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        found = None
+    if not found:
+        raise ValueError("compile needs a C++ compiler, such as g++; or leave compile out")
 
 
 def _compile_frozen(network: torch.nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -214,6 +265,8 @@ def _compile_frozen(network: torch.nn.Module) -> Callable[[Tensor], tuple[Tensor
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
     """The format of an exported file, by its name; None for what is a checkpoint, or nothing."""
+    if not os.fspath(path) or path in PUBLISHED:
+        return None
     if os.path.isfile(os.path.join(path, "model.xml")):
         return "openvino"
     return SUFFIXES.get(os.path.splitext(os.fspath(path))[1].lower()) if os.path.isfile(path) else None
@@ -238,14 +291,41 @@ def load(
     kind = format_of(path)
     if kind is None:
         raise FileNotFoundError(f"no exported file at {path}")
+    if precision != "auto":
+        choose_precision(precision, torch.device("cpu"))
     try:
         backend, metadata = _OPENERS[kind](path, device, precision)
     except (ImportError, CheckpointError, ValueError):
         raise
     except Exception as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path}: cannot be read as {kind}, damaged? ({text[0][:200]})") from error
+        raise CheckpointError(f"{path}: cannot be read as {kind}, damaged? ({_reason(error)})") from error
+    _try(path, backend)
     return backend, metadata
+
+
+def _reason(error: Exception) -> str:
+    # OpenVINO's begin with where in its source they come from.
+    lines = [
+        line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")
+    ]
+    return lines[0].strip()[:200] if lines else type(error).__name__
+
+
+def _try(path: Path, backend: Backend) -> None:
+    """Require that what comes out is what the file says of itself; this also warms the runtime up."""
+    pixels = torch.zeros(1, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8, device=backend.device)
+    places = len(backend.default_boxes)
+    expected: list[tuple[int, ...]] = [(1, 4, places), (1, backend.num_classes, places)]
+    if backend.nms is not None:
+        most = backend.nms.max_detections
+        expected = [(1, most, 4), (1, most), (1, most), (1,)]
+    try:
+        with torch.inference_mode():
+            found = [tuple(each.shape) for each in backend.forward(pixels)]
+    except Exception as error:
+        raise CheckpointError(f"{path}: does not take what it says of itself ({_reason(error)})") from error
+    if found != expected:
+        raise CheckpointError(f"{path}: gives {found}, not {expected}, as it says of itself")
 
 
 def _metadata(path: Path, text: str | None) -> Metadata:
@@ -339,6 +419,10 @@ def _open_openvino(path: Path, device: torch.device | None, precision: str) -> t
         _own_precision(path, metadata, precision)
         precision = "auto"  # of what is not quantised
     around = choose_precision(precision, torch.device("cpu"))
+    if around == "fp16" and "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError(
+            f"{path}: OpenVINO does not compute in fp16 on this processor; use auto, bf16 or fp32"
+        )
     compiled = core.compile_model(
         model,
         "CPU",
@@ -360,8 +444,10 @@ def _open_openvino(path: Path, device: torch.device | None, precision: str) -> t
 
 
 def _open_pt2(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:
+    _refuse_pickles(path)
     notes = {METADATA: ""}
-    program = torch.export.load(path, extra_files=notes)
+    with quiet():
+        program = torch.export.load(path, extra_files=notes)
     metadata = _metadata(path, notes[METADATA])
     _own_precision(path, metadata, precision)
     device = device or usable_device(None)
@@ -372,13 +458,58 @@ def _open_pt2(path: Path, device: torch.device | None, precision: str) -> tuple[
     return _backend("torch.export", metadata, device, program.module()), metadata
 
 
+def _refuse_pickles(path: Path) -> None:
+    """Require that a .pt2 holds nothing but tensors and JSON: torch unpickles whatever it is told to.
+
+    Raises:
+        CheckpointError: it holds more, or is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            entries = [
+                entry
+                for name in names
+                if name.endswith("_config.json")
+                for entry in json.loads(archive.read(name))["config"].values()
+            ]
+            for name in names:
+                if name.endswith(".pt"):  # an example of the inputs
+                    torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
+            plain = all(
+                entry["use_pickle"] is False and entry["path_name"].startswith(("weight_", "tensor_"))
+                for entry in entries
+            )
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a whole .pt2 file of tensors ({_reason(error)})") from None
+    if not plain or not any(name.endswith("/archive_format") for name in names):
+        raise CheckpointError(f"{path}: holds more than tensors, and is not loaded for safety")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines of progress and advice that exporters and loaders print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _open_torchscript(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:
     device = device or usable_device(None)
     notes = {METADATA: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated is known to who asks for it
         program = torch.jit.load(path, map_location=device, _extra_files=notes)
-    metadata = _metadata(path, notes[METADATA] or None)
+    metadata = _metadata(path, notes[METADATA])
     _own_precision(path, metadata, precision)
     return _backend("TorchScript", metadata, device, program), metadata
 

@@ -41,7 +41,7 @@ class Report:
     peak_memory: float | None
     """Megabytes: of the process, or on CUDA of the device's tensors; None where the system does not tell."""
     gflops: float | None
-    """Rate of the network, in GFLOP/s; None for int8."""
+    """Rate of the network, in GFLOP/s; None for int8, and where NMS is part of it."""
     peak_gflops: float | None
     """What the machine reaches in this precision: the faster of a matrix product and a convolution."""
 
@@ -105,7 +105,7 @@ def benchmark(
     seconds = time.perf_counter() - start_of_all
 
     rate = peak = None
-    if detector.precision in DTYPES:
+    if detector.precision in DTYPES and detector.backend.nms is None:
         rate = (
             flops(detector.backend.num_classes, detector.backend.backbone)
             * batch_size

@@ -46,10 +46,10 @@ def default_boxes() -> Tensor:
             wide = (small * math.sqrt(ratio), small / math.sqrt(ratio))
             shapes += [wide, wide[::-1]]
         # The cell is figure/step wide (37.5 cells for step 8), although the map has `size` of them.
-        centers = (torch.arange(size, dtype=torch.float64) + 0.5) / (INPUT_SIZE / step)
+        centers = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / (INPUT_SIZE / step)
         cy, cx = torch.meshgrid(centers, centers, indexing="ij")
         grid = torch.stack([cx, cy], dim=-1).reshape(1, -1, 2).expand(len(shapes), -1, -1)
-        sizes = torch.tensor(shapes, dtype=torch.float64)[:, None].expand(-1, grid.shape[1], -1)
+        sizes = torch.tensor(shapes, dtype=torch.float64, device="cpu")[:, None].expand(-1, grid.shape[1], -1)
         levels.append(torch.cat([grid, sizes], dim=-1).reshape(-1, 4))
     return torch.cat(levels).float().clamp(0, 1)
 

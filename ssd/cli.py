@@ -96,7 +96,9 @@ def detect(
             help="Files, folders (without subfolders), globs ('photos/**'), http(s) URLs.", show_default=False
         ),
     ],
-    weights: Annotated[str, typer.Option(help='"coco", "shapes", a checkpoint file, or its URL.')] = "coco",
+    weights: Annotated[
+        str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL.')
+    ] = "coco",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
     ] = None,
@@ -556,7 +558,9 @@ def _datasets(source: dict[str, Any], *, crowd: bool) -> "tuple[DetectionDataset
 @app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="A COCO, YOLO or VOC folder, data.yaml, COCO .json.")],
-    weights: Annotated[str, typer.Option(help='"coco", "shapes", a checkpoint file, or its URL.')] = "coco",
+    weights: Annotated[
+        str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL.')
+    ] = "coco",
     split: Annotated[
         Literal["train", "val", "test"], typer.Option(help="Which part of the dataset.")
     ] = "val",
@@ -693,7 +697,8 @@ def export(
     uint8: Annotated[bool, typer.Option("--uint8", help="Take uint8 images; normalise inside.")] = False,
     batch: Annotated[str, typer.Option(help='Images at a time: "dynamic", or a number.')] = "dynamic",
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16", "int8"], typer.Option(help="fp16: onnx; int8: openvino; both: pt2.")
+        Literal["fp32", "fp16", "bf16", "int8"],
+        typer.Option(help="fp16: not openvino; bf16: pt2, torchscript; int8: openvino."),
     ] = "fp32",
     calibrate: Annotated[
         Path | None, typer.Option(help="For int8: a folder of images like those to detect on.")
@@ -711,6 +716,8 @@ def export(
         raise typer.BadParameter(f'{batch!r} is neither "dynamic" nor a number', param_hint="--batch")
     if triton is not None and format != "onnx":
         raise typer.BadParameter("a Triton repository holds ONNX: leave out --format", param_hint="--triton")
+    if triton is not None and (triton / "ssd300").exists():
+        raise typer.BadParameter(f"{triton} has a model ssd300 already", param_hint="--triton")
     name = Path(urlsplit(weights).path).stem
     path = output or Path(f"{name}_openvino" if format == "openvino" else f"{name}.{format}")
     try:
@@ -724,11 +731,11 @@ def export(
         raise typer.BadParameter(str(error)) from error
     files = [made] if made.is_file() else list(made.iterdir())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    typer.echo(f"{made} ({megabytes:.1f} MB): computes what torch does, tried on batches of 1, 2 and 5")
+    tried = "in batches of 1, 2 and 5" if size is None else f"in batches of {size}"
+    typer.echo(f"{made} ({megabytes:.1f} MB): computes what torch does, tried {tried}")
     if triton is not None:
         typer.echo(f"Triton model repository: {write_triton(made, triton)}")
-    if format != "torchscript":
-        typer.echo(f"Detect with it: ssd detect PHOTO --weights {made}")
+    typer.echo(f"Detect with it: ssd detect PHOTO --weights {made}")
 
 
 @app.command()
@@ -766,7 +773,9 @@ def benchmark(
         used = weights
         if backend not in ("torch", "compile"):
             place = Path(folder) / ("model" if backend == "openvino" else f"model.{backend}")
-            used = str(export_to(weights, place, backend))  # type: ignore[arg-type]
+            # OpenVINO chooses its precision as it loads.
+            kept = "fp32" if backend == "openvino" or precision == "auto" else precision
+            used = str(export_to(weights, place, backend, precision=kept))  # type: ignore[arg-type]
         detector = _load(used, World(0, 1, _device(device)), device, precision, compile=backend == "compile")
         names = names or measuring.draw_images(Path(folder))
         report = measuring.benchmark(detector, names, batch_size=batch_size, rounds=rounds)

@@ -42,7 +42,8 @@ class Detector:
     """Finds objects in images: reading, transform, network, NMS, boxes in the image's own pixels.
 
     It keeps a copy of the model, prepared for inference, never changes, and may be used from several threads
-    at a time. What it runs on is in `device`, `precision` and `backend`.
+    at a time, but not pickled: load it in each process. What it runs on is in `device`, `precision` and
+    `backend`.
 
     Args:
         model: on the device and in the precision that detection is to use; or a `ssd.backends.Backend`.
@@ -85,8 +86,9 @@ class Detector:
 
         Args:
             weights: "coco" for NVIDIA's published weights, "shapes" for those that come with the package, a
-                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``, or
-                OpenVINO's folder.
+                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``,
+                ``.torchscript``, or OpenVINO's folder. Such a file is a program: load those of people you
+                trust.
             device: by default CUDA where there is one, else the CPU.
             precision: fp32, fp16 or bf16; auto is bf16 where the device computes it natively, else fp32.
             compile: by torch.compile, at the first images; takes a minute, and a C++ compiler.
@@ -278,8 +280,8 @@ class Detector:
 
     def _result(self, of: _Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
         width, height = of.size
-        size = torch.tensor([width, height, width, height], dtype=torch.float32)
-        boxes = (boxes * size).clamp(min=torch.zeros(4), max=size)
+        size = boxes.new_tensor([width, height, width, height])
+        boxes = (boxes * size).clamp(min=torch.zeros_like(size), max=size)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # what lies beyond the border has no area left
         return Detections(
             boxes=boxes[inside].numpy(),

@@ -1,13 +1,11 @@
 """Checkpoints to ONNX, OpenVINO, torch.export and TorchScript, each compared with torch before it is kept."""
 
-import contextlib
-import io
-import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssd import backends
-from ssd.backends import METADATA, NMS, Backend, Metadata, Options
+from ssd.backends import MAX_BATCH, METADATA, NMS, Backend, Metadata, Options, quiet
 from ssd.boxes import BOXES_PER_CELL, INPUT_SIZE, decode, default_boxes
+from ssd.checkpoint import CheckpointError
 from ssd.images import find_images, load_image
 from ssd.inference import prepare
 from ssd.model import DTYPES, SSD300, load_model
@@ -43,7 +42,7 @@ TOLERANCES: dict[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.08, "int8"
 swings most; what counts is AP, which docs/performance.md gives."""
 
 MAX_CALIBRATION = 300
-_IR_FILES = {"model.xml", "model.bin"}
+_IR_FILES = ("model.bin", "model.xml")
 _BATCHES = [1, 2, 5]  # that an export is tried on
 _PER_CLASS = 200  # candidates of a class that take part in NMS, as `ssd.postprocess`
 
@@ -92,6 +91,8 @@ def export(
     """
     _require_sense(format, precision, batch, calibrate)
     path = Path(path)
+    if backends.format_of(weights):
+        raise ValueError(f"{weights} is exported already; export the checkpoint that it was made of")
     _require_place(path, format)
     model, found = load_model(weights)
     model.eval().requires_grad_(False)
@@ -107,16 +108,19 @@ def export(
     pictures = calibration_images(calibrate) if calibrate is not None else None
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that moving it there is renaming.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name or 'export'}-", dir=path.parent) as folder:
         # Detections show few of the default boxes, so that a file with NMS is proved without it first.
         for each in [replace(metadata, nms=None), metadata] if nms else [metadata]:
-            made = Path(folder) / ("with NMS" if each.nms else "raw") / path.name
+            made = Path(folder) / ("with NMS" if each.nms else "raw") / (path.name or "ir")
             made.parent.mkdir()
             _WRITERS[format](_network(model, each, format), made, each, pictures)
             prove(model, made, each, pictures)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(made, path)
+        if format == "openvino":
+            path.mkdir(exist_ok=True)
+            for name in _IR_FILES:
+                os.replace(made / name, path / name)
+        else:
+            os.replace(made, path)
     return path
 
 
@@ -133,8 +137,8 @@ def _require_sense(
         raise ValueError("int8 needs calibrate: a folder of images like those that will be detected on")
     if precision != "int8" and calibrate is not None:
         raise ValueError(f"calibrate is for int8, not for {precision}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1; got {batch}")
+    if batch is not None and not (type(batch) is int and 1 <= batch <= MAX_BATCH):
+        raise ValueError(f"batch must be a whole number, at least 1 and at most {MAX_BATCH}; got {batch!r}")
 
 
 def _require_place(path: Path, format: Format) -> None:
@@ -143,7 +147,7 @@ def _require_place(path: Path, format: Format) -> None:
             raise ValueError(f"{path}: the name has to end in .{format}, by which Detector.load knows it")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-    elif path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} - _IR_FILES):
+    elif path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} - set(_IR_FILES)):
         raise FileExistsError(f"{path} is no folder of an earlier export; choose another place")
 
 
@@ -206,7 +210,7 @@ class Graph(nn.Module):
         return (loc, conf) if self.nms is None else self._detections(loc, conf, self.nms)
 
     def _detections(self, loc: Tensor, conf: Tensor, nms: NMS) -> tuple[Tensor, ...]:
-        """What `ssd.postprocess` gives, but with as many operations for any image."""
+        """What `ssd.postprocess` gives, in as many steps for any image; equal scores in any order."""
         scores = conf.softmax(1)[:, 1:]
         scores = torch.where(scores > nms.score_threshold, scores, 0.0)
         scores, box = scores.topk(_PER_CLASS, 2)  # [N, classes, candidates]
@@ -283,7 +287,7 @@ def _write_onnx(network: Graph, path: Path, metadata: Metadata, _: Tensor | None
         import onnxscript  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("export to ONNX is an extra: pip install 'ssd300[onnx]'") from error
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             network,
             (_example(metadata),),
@@ -343,7 +347,7 @@ def _quantize(model: Any, metadata: Metadata, pictures: Tensor) -> Any:
         raise ImportError("int8 needs NNCF: pip install 'ssd300[openvino]'") from error
     convolutions = [each for each in model.get_ordered_ops() if each.get_type_name() == "Convolution"]
     inputs = [_fed(picture[None], metadata).numpy() for picture in pictures]
-    with _quiet():
+    with quiet():
         return nncf.quantize(
             model,
             nncf.Dataset(inputs),
@@ -373,23 +377,6 @@ _WRITERS = {
     "pt2": _write_pt2,
     "torchscript": _write_torchscript,
 }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the lines of progress and advice that exporters print."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 # --- Proof ------------------------------------------------------------------------------------------------
@@ -496,14 +483,19 @@ def write_triton(onnx: str | os.PathLike[str], folder: str | os.PathLike[str], n
     Raises:
         FileExistsError: the repository has a model of this name.
         CheckpointError: not an ONNX file of `export`.
+        ValueError: a name that Triton would not take.
     """
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ValueError(f"{name!r}: a model's name is letters, digits, - and _")
+    if backends.format_of(onnx) != "onnx":
+        raise CheckpointError(f"{onnx}: Triton is to run an .onnx file")
     _, metadata = backends.load(onnx, torch.device("cpu"))
     home = Path(folder) / name
     if home.exists():
         raise FileExistsError(f"{folder} has a model {name} already; remove it, or choose another folder")
     (home / "1").mkdir(parents=True)
     shutil.copyfile(onnx, home / "1" / "model.onnx")
-    (home / "labels.txt").write_text("".join(f"{each}\n" for each in metadata.class_names))
+    (home / "labels.txt").write_text("".join(f"{' '.join(each.split())}\n" for each in metadata.class_names))
     (home / "config.pbtxt").write_text(_triton_config(name, metadata))
     return home
 

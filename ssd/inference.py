@@ -162,7 +162,7 @@ class FastSSD300(nn.Module):
         start = 0
         for level, shapes in zip(levels, BOXES_PER_CELL, strict=True):
             places = level[:, : shapes * numbers].permute(0, 2, 3, 1)  # [N, H, W, S * (4 + C)]
-            end = start + places[0, ..., 0].numel() * shapes
+            end = start + places.shape[1] * places.shape[2] * shapes
             merged[:, start:end].view(places.shape).copy_(places)
             start = end
         merged = merged.transpose(1, 2)
@@ -220,9 +220,11 @@ def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
     weights = {name: value.to("meta") for name, value in fast.named_parameters()}  # nothing is computed
     images = torch.empty(1, 3, INPUT_SIZE, INPUT_SIZE, dtype=fast.stem.weight.dtype, device="meta")
     hooks = [module.register_forward_pre_hook(note) for module in fast.modules()]
-    torch.func.functional_call(fast, weights, (images,))
-    for hook in hooks:
-        hook.remove()
+    try:
+        torch.func.functional_call(fast, weights, (images,))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return shapes
 
 

@@ -137,7 +137,7 @@ def _candidates(
     boxes = _pad(box, image, place, counts, 0, multiple=16)
     scores = conf.gather(2, boxes[:, None].expand(-1, conf.shape[1], -1)).float().softmax(1)[:, 1:]
     if classes is not None:
-        wanted = torch.zeros(scores.shape[1], dtype=torch.bool)
+        wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device="cpu")
         wanted[list(classes)] = True
         scores = scores.where(wanted.to(scores.device)[:, None], 0)
     image, class_id, place = (scores > score_threshold).nonzero(as_tuple=True)

@@ -61,7 +61,10 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 @torch.inference_mode(False)
 def _statistics(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of a row of pixels; kept, since bringing them to a GPU waits for it."""
-    mean, std = (torch.tensor(values).mul(255).repeat(width).to(device) for values in (MEAN, STD))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu").mul(255).repeat(width).to(device)
+        for values in (MEAN, STD)
+    )
     return mean, std
 
 

@@ -178,7 +178,7 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(weights_file, t
         ("onnx", {"precision": "int8"}, "onnx holds fp32, fp16, not int8; int8 goes with openvino"),
         ("openvino", {"precision": "int8"}, "int8 needs calibrate"),
         ("onnx", {"calibrate": "photos"}, "calibrate is for int8"),
-        ("onnx", {"batch": 0}, "batch must be at least 1"),
+        ("onnx", {"batch": 0}, "batch must be a whole number, at least 1"),
         ("tflite", {}, "'tflite' is none of onnx, openvino"),
         ("pt2", {}, r"has to end in \.pt2"),
     ],
@@ -253,3 +253,21 @@ def test_triton_takes_only_our_files(tmp_path):
 
 def test_backends_and_export_know_the_same_formats():
     assert set(backends.SUFFIXES.values()) == set(export.PRECISIONS)
+
+
+@pytest.mark.parametrize("name", ["../up", 'a"b', "", ".."])
+def test_names_that_triton_would_not_take(weights_file, tmp_path, name):
+    with pytest.raises(ValueError, match="letters, digits"):
+        write_triton(tmp_path / "model.onnx", tmp_path, name)
+
+
+def test_triton_takes_no_other_format(weights_file, tmp_path):
+    path = export.export(weights_file, tmp_path / "model.torchscript", "torchscript")
+    with pytest.raises(CheckpointError, match=r"\.onnx file"):
+        write_triton(path, tmp_path / "models")
+
+
+def test_what_is_exported_already(weights_file, tmp_path):
+    path = export.export(weights_file, tmp_path / "model.torchscript", "torchscript")
+    with pytest.raises(ValueError, match="is exported already"):
+        export.export(path, tmp_path / "model.onnx")

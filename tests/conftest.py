@@ -17,6 +17,7 @@ from PIL import Image
 
 from ssd import checkpoint
 from ssd.detector import Detector
+from ssd.export import export
 from ssd.model import SSD300
 
 DATA = Path(__file__).parent / "data"
@@ -92,6 +93,23 @@ def weights_file(small_model: SSD300, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     checkpoint.save(path, small_model.state_dict(), ("cat", "cup", "person"))
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(weights_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`small_model` in every format; with NMS, fixed batch and uint8 spread over them."""
+    folder = tmp_path_factory.mktemp("exported")
+    return {
+        "onnx": export(weights_file, folder / "raw.onnx"),
+        "onnx nms": export(weights_file, folder / "nms.onnx", nms=True, uint8=True),
+        "onnx batch": export(weights_file, folder / "batch.onnx", batch=2, uint8=True),
+        "openvino": export(weights_file, folder / "ir", "openvino"),
+        "openvino nms": export(weights_file, folder / "ir_nms", "openvino", nms=True),
+        "pt2": export(weights_file, folder / "raw.pt2", "pt2"),
+        "torchscript nms": export(
+            weights_file, folder / "nms.torchscript", "torchscript", nms=True, uint8=True
+        ),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -17,29 +17,11 @@ from ssd import backends
 from ssd.backends import NMS, Backend, Metadata, Options
 from ssd.checkpoint import CheckpointError
 from ssd.detector import Detector
-from ssd.export import export
 from ssd.model import native_precisions
 from ssd.postprocess import NonFiniteError
 
 CPU = torch.device("cpu")
 LOW = {"score_threshold": 0.3}
-
-
-@pytest.fixture(scope="module")
-def exported(weights_file, tmp_path_factory):
-    """The small network in every format; with NMS, fixed batch and uint8 spread over them."""
-    folder = tmp_path_factory.mktemp("exported")
-    return {
-        "onnx": export(weights_file, folder / "raw.onnx"),
-        "onnx nms": export(weights_file, folder / "nms.onnx", nms=True, uint8=True),
-        "onnx batch": export(weights_file, folder / "batch.onnx", batch=2, uint8=True),
-        "openvino": export(weights_file, folder / "ir", "openvino"),
-        "openvino nms": export(weights_file, folder / "ir_nms", "openvino", nms=True),
-        "pt2": export(weights_file, folder / "raw.pt2", "pt2"),
-        "torchscript nms": export(
-            weights_file, folder / "nms.torchscript", "torchscript", nms=True, uint8=True
-        ),
-    }
 
 
 FORMATS = ("onnx", "onnx nms", "onnx batch", "openvino", "openvino nms", "pt2", "torchscript nms")
@@ -303,9 +285,9 @@ def test_a_model_without_weights_is_refused(small_model):
         backends.of_model(copy.deepcopy(small_model).to("meta"))
 
 
-def test_compile_without_a_compiler(weights_file, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent"))
-    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler"):
+def test_compile_without_a_compiler(weights_file):
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")})
+    with missing, pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler"):
         Detector.load(weights_file, "cpu", compile=True)
 
 

@@ -1,4 +1,7 @@
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,3 +282,15 @@ def test_triton_takes_no_other_format(exported, tmp_path):
 def test_what_is_exported_already(exported, tmp_path):
     with pytest.raises(ValueError, match="is exported already"):
         export.export(exported["pt2"], tmp_path / "model.onnx")
+
+
+def test_the_snippet_of_the_documents_runs(exported, photos, tmp_path, monkeypatch, capsys):
+    """docs/export.md, ONNX without this package."""
+    pytest.importorskip("onnxruntime")
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    shutil.copy(exported["onnx nms"], tmp_path / "shapes.onnx")
+    shutil.copy(photos / "coffee.jpg", tmp_path / "scene.jpg")
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(snippet, "export.md", "exec"), {})
+    assert "[[" in capsys.readouterr().out

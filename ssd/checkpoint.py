@@ -555,23 +555,35 @@ def atomic_file(path: str | os.PathLike[str], suffix: str = ".tmp") -> Iterator[
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{suffix}")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = "the earlier one is whole" if path.exists() else "nothing is left of it"
-            raise OSError(
-                error.errno, f"No space left on the disk for {path.name}; {what}", str(path)
-            ) from error
-        raise
+    with telling_of_full_disk(path):
+        try:
+            with temporary.open("x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     if sys.platform != "win32":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def telling_of_full_disk(path: Path) -> Iterator[None]:
+    """Where the disk gets full within the block, which writes `path`, say so and what became of it.
+
+    Raises:
+        OSError: with that message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = "the earlier one is whole" if path.exists() else "nothing is left of it"
+        raise OSError(error.errno, f"No space left on the disk for {path.name}; {what}", str(path)) from error

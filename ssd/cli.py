@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -49,6 +50,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    if "WORLD_SIZE" not in os.environ:  # torchrun's may be waiting for each other, and then hear nothing
+        # As Ctrl-C: results are kept, and what is half written goes.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(prog_name="ssd")
     except READ_ERRORS as error:  # DownloadError and FileNotFoundError are OSErrors

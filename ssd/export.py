@@ -1,5 +1,6 @@
 """Checkpoints to ONNX, OpenVINO, torch.export and TorchScript, each compared with torch before it is kept."""
 
+import io
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ssd import backends
 from ssd.backends import MAX_BATCH, METADATA, NMS, Backend, Metadata, Options, quiet
 from ssd.boxes import BOXES_PER_CELL, INPUT_SIZE, decode, default_boxes
-from ssd.checkpoint import CheckpointError
+from ssd.checkpoint import CheckpointError, telling_of_full_disk
 from ssd.images import find_images, load_image
 from ssd.inference import prepare
 from ssd.model import DTYPES, SSD300, load_model
@@ -108,7 +109,8 @@ def export(
     pictures = calibration_images(calibrate) if calibrate is not None else None
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that moving it there is renaming.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name or 'export'}-", dir=path.parent) as folder:
+    temporary = tempfile.TemporaryDirectory(prefix=f".{path.name or 'export'}-", dir=path.parent)
+    with telling_of_full_disk(path), temporary as folder:
         # Detections show few of the default boxes, so that a file with NMS is proved without it first.
         for each in [replace(metadata, nms=None), metadata] if nms else [metadata]:
             made = Path(folder) / ("with NMS" if each.nms else "raw") / (path.name or "ir")
@@ -336,7 +338,10 @@ def _write_openvino(network: Graph, path: Path, metadata: Metadata, pictures: Te
     if pictures is not None:
         model = _quantize(model, metadata, pictures)
     model.set_rt_info(metadata.to_json(), [METADATA])
-    openvino.save_model(model, path / "model.xml", compress_to_fp16=False)
+    try:
+        openvino.save_model(model, path / "model.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # "iostream error" is all that it says of a full disk
+        raise OSError(f"OpenVINO could not write {path} ({error}); is the disk full?") from error
     onnx.unlink()
 
 
@@ -361,14 +366,18 @@ def _quantize(model: Any, metadata: Metadata, pictures: Tensor) -> Any:
 
 def _write_pt2(network: Graph, path: Path, metadata: Metadata, _: Tensor | None) -> None:
     program = torch.export.export(network, (_example(metadata),), dynamic_shapes=_dynamic(metadata))
-    torch.export.save(program, path, extra_files={METADATA: metadata.to_json()})
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA: metadata.to_json()})
+    path.write_bytes(content.getbuffer())
 
 
 def _write_torchscript(network: Graph, path: Path, metadata: Metadata, _: Tensor | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated is known to who asks for it
         program = torch.jit.freeze(torch.jit.trace(network, (_example(metadata),), check_trace=False))
-        torch.jit.save(program, path, _extra_files={METADATA: metadata.to_json()})
+        content = io.BytesIO()  # torch.jit.save would end the process if the disk got full
+        torch.jit.save(program, content, _extra_files={METADATA: metadata.to_json()})
+        path.write_bytes(content.getbuffer())
 
 
 _WRITERS = {

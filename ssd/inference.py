@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssd.boxes import BOXES_PER_CELL, FEATURE_SIZES, INPUT_SIZE, default_boxes
-from ssd.model import SSD300
+from ssd.model import DTYPES, SSD300, native_precisions
 
 
 class Conv(nn.Module):
@@ -48,6 +48,15 @@ class Conv(nn.Module):
         self._packed = reorder(weight, self.padding, self.stride, (1, 1), 1, shape)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)  # not twice in memory
 
+    def widen(self) -> None:
+        """Convolve in float32 what is rounded to fp16 or bf16 before and after.
+
+        That is what processors with instructions for those do. On others torch falls back to loops that take
+        forty times as long as this.
+        """
+        self.weight = nn.Parameter(self.weight.float(), requires_grad=False)
+        self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Of ``[N, C, H, W]``; a packed one writes into `residual`."""
         if self._packed is not None:
@@ -68,7 +77,8 @@ class Conv(nn.Module):
                 [],
                 "",
             )
-        x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        wide = x.to(self.weight.dtype)
+        x = functional.conv2d(wide, self.weight, self.bias, self.stride, self.padding).to(x.dtype)
         if residual is not None:
             x = x + residual
         return x.relu() if self.relu else x
@@ -188,8 +198,9 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     Args:
         model: in any precision and mode; not changed.
         dtype: of the fast one; by default that of the model's convolutions.
-        pack: bring weights into oneDNN's layout, on CPUs where it can be used. What is packed can neither be
-            copied to another device, nor compiled or exported.
+        pack: bring weights into oneDNN's layout, on CPUs where it can be used, or into float32 on those that
+            cannot compute in `dtype`. What is packed can neither be copied to another device, nor compiled or
+            exported.
 
     >>> model = SSD300(num_classes=3, backbone="resnet18").eval()
     >>> with torch.inference_mode():
@@ -206,6 +217,10 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     if pack and can_pack(weight.device, dtype):
         for conv, shape in _input_shapes(fast).items():
             conv.pack(shape)
+    elif pack and _is_slow(weight.device, dtype):
+        for module in fast.modules():
+            if isinstance(module, Conv):
+                module.widen()
     return fast
 
 
@@ -226,6 +241,12 @@ def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
         for hook in hooks:
             hook.remove()
     return shapes
+
+
+def _is_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU has no instructions for a precision."""
+    native = [DTYPES[each] for each in native_precisions(device)]
+    return device.type == "cpu" and dtype in DTYPES.values() and dtype not in native
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

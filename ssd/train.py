@@ -41,7 +41,7 @@ from ssd.distributed import World
 from ssd.evaluate import Evaluation, evaluate
 from ssd.images import ImageError, load_image
 from ssd.loss import MultiBoxLoss
-from ssd.model import DTYPES, SSD300, Backbone, transfer
+from ssd.model import DTYPES, SSD300, Backbone, native_precisions, transfer
 from ssd.postprocess import NonFiniteError
 from ssd.transforms import RECIPES, augment, normalize
 
@@ -1045,6 +1045,8 @@ def _describe(
     if left_out:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in left_out.items())
         lines.append(f"left out of training ({kinds})")
+    if config.precision not in native_precisions(world.device):
+        lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
     lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
     if progress.epoch >= config.epochs:
         lines.append(f"all {config.epochs} epochs are done already; --epochs asks for more")

@@ -338,7 +338,8 @@ def test_a_terminal_has_a_progress_bar(photos, tmp_path, weights_file):
     assert b"3/3" in shown
 
 
-def test_ctrl_c_keeps_what_is_done(photos, tmp_path, server, weights_file):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_is_done(photos, tmp_path, server, weights_file, number):
     """The third image never comes; the first two are there when the command is interrupted."""
     asked = threading.Event()
 
@@ -363,7 +364,7 @@ def test_ctrl_c_keeps_what_is_done(photos, tmp_path, server, weights_file):
     )
     assert asked.wait(60)
     lines = [process.stdout.readline() for _ in range(2)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     server.closing.set()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

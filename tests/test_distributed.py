@@ -154,7 +154,7 @@ def test_a_killed_rank_ends_the_run_with_its_name(scenes, tmp_path):
 
 def test_sigterm_saves_in_all_processes_and_resumes(scenes, tmp_path):
     options = ["--backbone", "resnet18", "--batch-size", "2", "--epochs", "40", "--workers", "0"]
-    options += ["--precision", "bf16", "--output", tmp_path / "run", "--device", "cpu"]
+    options += ["--precision", "auto", "--output", tmp_path / "run", "--device", "cpu"]
     with torchrun(2, "-m", "ssd", "train", scenes, *options, start_new_session=True) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/40"):

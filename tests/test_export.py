@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,34 @@ def test_an_export_that_differs_is_refused_and_removed(weights_file, tmp_path, m
         export.export(weights_file, path, "torchscript", nms=nms)
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+FULL = """
+import resource, sys
+from ssd.export import export
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+for name in sys.argv[2:]:
+    try:
+        export(sys.argv[1], name, "openvino" if name.endswith("ir") else name.rsplit(".")[-1])
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_told_and_the_earlier_files_are_whole(weights_file, tmp_path):
+    names = ["model.onnx", "model.pt2", "model.torchscript", "new.torchscript", "ir"]
+    for name in names[:3]:
+        (tmp_path / name).write_text("earlier")
+    command = [sys.executable, "-c", FULL, weights_file, *(tmp_path / name for name in names)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5
+    for line, name in zip(lines, names, strict=True):
+        what = "the earlier one is whole" if name in names[:3] else "nothing is left of it"
+        assert line == f"No space left on the disk for {name}; {what}"
+    assert sorted(each.name for each in tmp_path.iterdir()) == names[:3]
+    assert all((tmp_path / name).read_text() == "earlier" for name in names[:3])
 
 
 def test_differences_are_measured(small_model, exported):

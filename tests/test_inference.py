@@ -5,6 +5,7 @@ import torch
 from conftest import made_model, made_weights
 from torch import nn
 
+from ssd import inference
 from ssd.boxes import default_boxes
 from ssd.inference import Conv, can_pack, prepare
 from ssd.model import SSD300, set_precision
@@ -68,11 +69,34 @@ def test_bf16_is_near(small_model, images, pack):
     assert (scores - expected.softmax(1)).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_where_a_half_precision_is_not_native_float32_computes_it(small_model, images, monkeypatch, dtype):
+    """Inputs, weights and outputs of each convolution are rounded as hardware rounds them, and no sum is."""
+    monkeypatch.setattr(inference, "can_pack", lambda *_: False)
+    monkeypatch.setattr(inference, "native_precisions", lambda _: ("fp32",))
+    plain, fast = prepare(small_model, dtype, pack=False), prepare(small_model, dtype)
+    assert plain.stem.weight.dtype == dtype
+    assert fast.stem.weight.dtype == torch.float32
+    assert torch.equal(fast.stem.weight, plain.stem.weight.float())
+    pixels = images[:1].to(dtype)
+    with torch.inference_mode():
+        ours = fast.stem(pixels)
+        convolved = torch.nn.functional.conv2d(
+            pixels.double(), plain.stem.weight.double(), plain.stem.bias.double(), 2, 3
+        )
+        loc, conf = fast(pixels)
+        _, expected = small_model(images[:1])
+    assert ours.dtype == loc.dtype == conf.dtype == dtype
+    torch.testing.assert_close(ours, convolved.relu().to(dtype))
+    scores = in_published_order(fast, conf).float().softmax(1)
+    assert (scores - expected.softmax(1)).abs().max() < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
 def test_a_model_in_half_precision_is_folded_in_full(small_model, images):
     """As a checkpoint of bf16 weights: what is folded was rounded once, and not twice."""
     half = copy.deepcopy(small_model)
     set_precision(half, "bf16")
-    assert prepare(half).stem.weight.dtype == torch.bfloat16
+    assert prepare(half, pack=False).stem.weight.dtype == torch.bfloat16
     fast = prepare(half, torch.float32)
     with torch.inference_mode():
         _, conf = fast(images[:1])

@@ -23,7 +23,7 @@ from ssd import checkpoint, shapes, train
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.distributed import World
-from ssd.model import SSD300, load_model, transfer
+from ssd.model import SSD300, load_model, native_precisions, transfer
 from ssd.postprocess import NonFiniteError
 from ssd.train import PRESETS, EpochBatches, Run, TrainConfig, fit, learning_rate, parameter_groups
 
@@ -232,7 +232,7 @@ def test_a_run_and_its_folder(scenes, images, tmp_path, capsys):
 
 
 def test_the_loss_falls(images, tmp_path):
-    config = replace(QUICK, epochs=6, precision="bf16", augmentation="none", ema=0.0, lr=0.05)
+    config = replace(QUICK, epochs=6, precision="auto", augmentation="none", ema=0.0, lr=0.05)
     fit(images, None, config, tmp_path, say=None)
     losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert losses[-1] < 0.7 * losses[0]
@@ -243,7 +243,10 @@ def test_mixed_precision(images, tmp_path, precision):
     few = torch.utils.data.Subset(images, range(4))
     few.class_names = images.class_names
     config = replace(QUICK, epochs=1, precision=precision, accumulate=2, clip=10.0, workers=1)
-    result = fit(few, None, config, tmp_path, say=None)
+    lines = []
+    result = fit(few, None, config, tmp_path, say=lines.append)
+    told = f"cpu has no instructions for {precision}" in "\n".join(lines)
+    assert told == (precision not in native_precisions(CPU))
     state = weights(tmp_path)
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
     assert all(value.isfinite().all() for value in state.values())
@@ -425,7 +428,7 @@ class Interrupting(torch.utils.data.Dataset):
         return self._dataset[index]
 
 
-LONG = replace(QUICK, epochs=4, precision="bf16")
+LONG = replace(QUICK, epochs=4, precision="auto")
 
 
 @pytest.fixture(scope="module")

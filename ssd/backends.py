@@ -223,8 +223,8 @@ def of_model(model: SSD300, precision: str | None = None, *, compile: bool = Fal
     fast = prepare(model, dtype, pack=not compile)
     run: Callable[[Tensor], tuple[Tensor, ...]] = fast
     if compile:
-        on_gpu = device.type == "cuda"  # there, launching kernels one by one is what takes the time
-        run = torch.compile(fast, mode="reduce-overhead") if on_gpu else _compile_frozen(fast)
+        # No CUDA graphs: the next call, of whatever thread, would overwrite what this one gave.
+        run = torch.compile(fast) if device.type == "cuda" else _compile_frozen(fast)
     return Backend(
         name="torch, compiled" if compile else "torch",
         precision=next(name for name, each in DTYPES.items() if each == dtype),
@@ -382,8 +382,8 @@ def _open_onnx(path: Path, device: torch.device | None, precision: str) -> tuple
     except ImportError as error:
         raise ImportError("ONNX Runtime is an extra: pip install 'ssd300[onnx]'") from error
     has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device is None:
-        device = torch.device("cuda" if has_cuda and torch.cuda.is_available() else "cpu")
+    asked = device is not None
+    device = device or usable_device(None if has_cuda else "cpu")
     if device.type == "cuda" and not has_cuda:
         raise ValueError(f"{path}: this ONNX Runtime has no CUDA; install onnxruntime-gpu, or use the CPU")
     options = onnxruntime.SessionOptions()
@@ -393,6 +393,12 @@ def _open_onnx(path: Path, device: torch.device | None, precision: str) -> tuple
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        if asked:  # it only logs that it could not load its CUDA libraries, and goes on with the CPU
+            raise ValueError(
+                f"{path}: ONNX Runtime cannot use CUDA here; its own CUDA and cuDNN libraries do not load"
+            )
+        device = torch.device("cpu")
     metadata = _metadata(path, session.get_modelmeta().custom_metadata_map.get(METADATA))
     _own_precision(path, metadata, precision)
 
@@ -400,7 +406,8 @@ def _open_onnx(path: Path, device: torch.device | None, precision: str) -> tuple
         # ONNX Runtime brings arrays to its device by itself.
         return [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
 
-    return _backend("ONNX Runtime", metadata, torch.device("cpu"), run), metadata
+    name = "ONNX Runtime" if device.type == "cpu" else f"ONNX Runtime on {device}"
+    return _backend(name, metadata, torch.device("cpu"), run), metadata
 
 
 def _open_openvino(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:

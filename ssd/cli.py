@@ -438,6 +438,8 @@ def train(
             ) from error
     if data is None and resume is None:
         raise typer.BadParameter("give a dataset, or --resume RUN")
+    if resume is not None and resume.is_file():
+        resume = resume.parent  # a file of the run, such as last.safetensors
     if resume is not None and (output or preset):
         raise typer.BadParameter(
             "a run that goes on keeps its folder and preset; leave out --output, --preset"
@@ -556,6 +558,8 @@ def _datasets(source: dict[str, Any], *, crowd: bool) -> "tuple[DetectionDataset
     if "val" not in source and not find_split(path, "val"):
         return train_set, None
     val_set = load(path, "val", images=source.get("val_images"), class_names=names)
+    if "images" in source and not {"val", "val_images"} & set(source) and val_set.is_without_images():
+        val_set = load(path, "val", images=source["images"], class_names=names)
     return train_set, usable_for_evaluation(val_set, lenient=lenient)
 
 
@@ -761,6 +765,8 @@ def benchmark(
 ) -> None:
     """Measure images a second, latency, and the time and memory of each stage."""
     import tempfile  # noqa: PLC0415
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
+    from multiprocessing import get_context  # noqa: PLC0415
 
     from ssd import benchmark as measuring  # noqa: PLC0415
     from ssd.backends import format_of  # noqa: PLC0415
@@ -779,7 +785,15 @@ def benchmark(
             place = Path(folder) / ("model" if backend == "openvino" else f"model.{backend}")
             # OpenVINO chooses its precision as it loads.
             kept = "fp32" if backend == "openvino" or precision == "auto" else precision
-            used = str(export_to(weights, place, backend, precision=kept))  # type: ignore[arg-type]
+            try:
+                # In a process of its own, since it needs more memory than what is measured.
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    made = pool.submit(export_to, weights, place, backend, precision=kept)  # type: ignore[arg-type]
+                    used = str(made.result())
+            except ValueError as error:
+                if _is_users(error):
+                    raise
+                raise typer.BadParameter(str(error)) from error
         detector = _load(used, World(0, 1, _device(device)), device, precision, compile=backend == "compile")
         names = names or measuring.draw_images(Path(folder))
         report = measuring.benchmark(detector, names, batch_size=batch_size, rounds=rounds)
@@ -839,7 +853,8 @@ def _facts() -> dict[str, Any]:
 
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     packages = ["torch", "torchvision", "numpy", "pillow", "scikit-image", "pycocotools", "safetensors"]
-    packages += ["onnxruntime", "openvino"]
+    has_gpu = _version("onnxruntime-gpu") != "not installed"
+    packages += ["onnxruntime-gpu" if has_gpu else "onnxruntime", "openvino"]
     return {
         "versions": {"ssd300": __version__, "python": platform.python_version()}
         | {package: _version(package) for package in packages},

@@ -20,14 +20,14 @@ import numpy.typing as npt
 import yaml
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ssd.images import FORMATS, SUFFIXES, is_image_name, load_image
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names under which folders keep each split."""
 
-LOST = ("missing image", "unreadable image")
+LOST = ("missing image", "unreadable image", "wrong size")
 """Problems that leave an image out, where that is allowed."""
 
 Format = Literal["coco", "yolo", "voc"]
@@ -86,9 +86,15 @@ class Annotations:
     usable: npt.NDArray[np.bool_]
     """``[T]``: whether a box can be trained on; `problems` says why not."""
     problems: tuple[Problem, ...] = field(repr=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many images and annotations are not in it, by what is wrong with them."""
 
     def __len__(self) -> int:
         return len(self.file_names)
+
+    def is_without_images(self) -> bool:
+        """Whether no image is where it should be."""
+        return sum(problem.kind == "missing image" for problem in self.problems) >= len(self)
 
     def path(self, i: int) -> Path:
         """The file of an image.
@@ -104,21 +110,32 @@ class Annotations:
 
     def without(self, names: set[str]) -> "Annotations":
         """The same without some images and their boxes."""
-        kept = np.array([name not in names for name in self.file_names.tolist()], np.bool_)
-        counts = np.diff(self.starts)
-        boxes = np.repeat(kept, counts)
+        kept = [i for i, name in enumerate(self.file_names.tolist()) if name not in names]
+        fewer = self.select(kept)
+        return replace(fewer, problems=tuple(each for each in self.problems if each.file not in names))
+
+    def without_lost(self) -> "Annotations":
+        """The same without the images that cannot be used."""
+        lost = {problem.file for problem in self.problems if problem.kind in LOST}
+        return self.without(lost) if lost else self
+
+    def select(self, images: Sequence[int]) -> "Annotations":
+        """Some of the images, by their places and in that order, with their boxes."""
+        kept = np.asarray(images, np.int64).reshape(-1)
+        counts = np.diff(self.starts)[kept]
+        starts = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+        boxes = np.repeat(self.starts[kept] - starts[:-1], counts) + np.arange(starts[-1])
         return replace(
             self,
             file_names=self.file_names[kept],
-            image_ids=tuple(each for each, keep in zip(self.image_ids, kept.tolist(), strict=True) if keep),
+            image_ids=tuple(self.image_ids[i] for i in kept),
             sizes=self.sizes[kept],
-            starts=np.concatenate([[0], counts[kept].cumsum()]).astype(np.int64),
+            starts=starts,
             boxes=self.boxes[boxes],
             labels=self.labels[boxes],
             crowd=self.crowd[boxes],
             areas=self.areas[boxes],
             usable=self.usable[boxes],
-            problems=tuple(each for each in self.problems if each.file not in names),
         )
 
     def of_image(self, i: int) -> slice:
@@ -135,8 +152,9 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
 
     Args:
         annotations: see `load`.
-        lenient: leave out annotations that cannot be used and images that are missing, instead of refusing
-            them. An image that turns out to be damaged stops training in any case; `ssd check` finds it.
+        lenient: leave out annotations that cannot be used, and images that are missing, that are none, or
+            that have another size than their annotations say, instead of refusing them. An image that turns
+            out to be damaged within stops training in any case; `ssd check` finds it.
         crowd: keep crowd boxes, as NVIDIA's training code does.
 
     Raises:
@@ -144,12 +162,12 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
     """
 
     def __init__(self, annotations: Annotations, *, lenient: bool = False, crowd: bool = False) -> None:
+        if lenient:
+            annotations = _with_image_problems(annotations)
         refuse(annotations, lenient=lenient)
         self.left_out = dict(Counter(each.kind for each in annotations.problems if each.fatal))
         """How many images and annotations are not used, by what is wrong with them."""
-        lost = {problem.file for problem in annotations.problems if problem.kind in LOST}
-        annotations = annotations.without(lost) if lost else annotations
-        self.annotations = annotations
+        self.annotations = annotations = annotations.without_lost()
         self.class_names = annotations.class_names
         self._kept = annotations.usable & (~annotations.crowd | crowd)
 
@@ -171,6 +189,16 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         return image, {"boxes": boxes[seen], "labels": self.annotations.labels[part][kept][seen]}
 
 
+def annotations_of(dataset: "Annotations | Dataset[Any]") -> Annotations | None:
+    """The annotations of a dataset, also of a Subset, as `torch.utils.data.random_split` gives; or None."""
+    if isinstance(dataset, Subset):
+        whole = annotations_of(dataset.dataset)
+        return None if whole is None else whole.select(dataset.indices)
+    if isinstance(dataset, DetectionDataset):
+        return dataset.annotations
+    return dataset if isinstance(dataset, Annotations) else None
+
+
 def check_size(annotations: Annotations, i: int, size: tuple[int, int]) -> None:
     """Require that an upright image has the size that its annotations were made for.
 
@@ -186,6 +214,23 @@ def check_size(annotations: Annotations, i: int, size: tuple[int, int]) -> None:
         )
 
 
+def _with_image_problems(annotations: Annotations) -> Annotations:
+    """With those problems of the images that show in their headers, which are not read otherwise."""
+    known = {each.file for each in annotations.problems if each.kind in LOST}
+    places = [i for i, name in enumerate(annotations.file_names.tolist()) if name not in known]
+    problems = []
+    for i, size in zip(places, _upright_sizes([annotations.path(i) for i in places]), strict=True):
+        name = str(annotations.file_names[i])
+        if size is None:
+            problems.append(Problem("unreadable image", name, "", "is no image, or a damaged one"))
+            continue
+        try:
+            check_size(annotations, i, size)
+        except AnnotationError as error:
+            problems.append(Problem("wrong size", name, "", str(error)))
+    return replace(annotations, problems=(*annotations.problems, *problems))
+
+
 def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
     """Raise what is wrong with annotations, unless lenient; without any usable image, in any case.
 
@@ -196,7 +241,7 @@ def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
     if len(annotations) - missing <= 0:
         raise AnnotationError(
             f"{annotations.source}: no images that can be read in {annotations.root}; if they are elsewhere, "
-            "give their folder with --images (images=...)"
+            "give their folder with --images (images=...), or --val-images for what is evaluated on"
         )
     fatal = [problem for problem in annotations.problems if problem.fatal]
     if fatal and not lenient:
@@ -257,17 +302,17 @@ def load(
     if not root.exists():
         raise FileNotFoundError(f"no dataset at {root}")
     if root.is_file() and root.suffix.lower() == ".json":
-        return read_coco(root, Path(images) if images else _images_beside(root), class_names)
+        return _load_coco(root, _images_beside(root), images, class_names)
     if root.is_file() and root.suffix.lower() in (".yaml", ".yml"):
-        return read_yolo(root, split, class_names)
+        return read_yolo(root, split, class_names, images)
     if root.is_file():
         raise AnnotationError(f"{root}: a dataset is a folder, a COCO .json file or a YOLO data.yaml")
     found = find_coco(root, split)
     if found:
-        return read_coco(found[0], Path(images) if images else found[1], class_names)
+        return _load_coco(*found, images, class_names)
     config = _yolo_config(root)
     if config:
-        return read_yolo(config, split, class_names)
+        return read_yolo(config, split, class_names, images)
     if _voc_folder(root) or any(root.glob("*/*.xml")):
         return read_voc(root, split, class_names, Path(images) if images else None)
     known = "COCO (train.json + train/), Roboflow COCO, YOLO (data.yaml) or VOC (Annotations/*.xml)"
@@ -275,6 +320,20 @@ def load(
         known = f"{split} split; it has {', '.join(other for other in SPLITS if find_coco(root, other))}"
         raise AnnotationError(f"{root}: there is no {known}")
     raise AnnotationError(f"{root}: no dataset of a known layout: {known}")
+
+
+def _load_coco(
+    file: Path, beside: Path, images: str | os.PathLike[str] | None, class_names: Sequence[str] | None
+) -> Annotations:
+    """A COCO file with its images: in the folder that is given, beside it, or where its names start from."""
+    if images is not None:
+        return read_coco(file, Path(images), class_names)
+    found = read_coco(file, beside, class_names)
+    if len(found) and found.is_without_images():
+        first = str(found.file_names[0])
+        other = next((each for each in (file.parent, file.parent.parent) if (each / first).is_file()), None)
+        found = read_coco(file, other, class_names) if other else found
+    return found
 
 
 def find_split(path: str | os.PathLike[str], split: str) -> bool:
@@ -302,14 +361,16 @@ def usable_for_evaluation(annotations: Annotations, *, lenient: bool = False) ->
 
     Raises:
         AnnotationError: missing images, unknown ids or numbers that are none, unless `lenient`, which leaves
-            those images and annotations out.
+            those images and annotations out, and counts them in `Annotations.left_out`.
     """
+    if lenient:
+        annotations = _with_image_problems(annotations)
     shapes = ("inverted box", "zero area", "box outside")
     problems = tuple(each for each in annotations.problems if each.kind not in shapes)
     refuse(replace(annotations, problems=problems), lenient=lenient)
-    lost = {each.file for each in problems if each.kind in LOST}
     rest = tuple(each for each in annotations.problems if each.kind in shapes)
-    return replace(annotations.without(lost) if lost else annotations, problems=rest)
+    left_out = dict(Counter(each.kind for each in problems if each.fatal))
+    return replace(annotations.without_lost(), problems=rest, left_out=left_out or annotations.left_out)
 
 
 def find_coco(root: Path, split: str) -> tuple[Path, Path] | None:
@@ -455,7 +516,7 @@ def _coco_annotation(
 
 
 def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit() and len(text) < 16
+    return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit() and len(text) < 19
 
 
 def _stays_inside(name: str) -> bool:
@@ -483,8 +544,15 @@ def _numbers(values: object, count: int) -> tuple[float, ...] | None:
 # --- YOLO -------------------------------------------------------------------------------------------------
 
 
-def read_yolo(file: Path, split: str, class_names: Sequence[str] | None = None) -> Annotations:
+def read_yolo(
+    file: Path,
+    split: str,
+    class_names: Sequence[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
+) -> Annotations:
     """Read a split of a YOLO dataset: ``data.yaml``, with labels in ``labels/`` beside ``images/``."""
+    if images is not None:
+        raise AnnotationError(f"{file}: names the image folders itself; change it there, not with --images")
     config = _read_yaml(file)
     if not isinstance(config.get("names"), list | dict):
         raise AnnotationError(f'{file}: a YOLO data.yaml has "names" and the folders of its splits')
@@ -654,9 +722,12 @@ def read_voc(
 
 
 def _voc_image(images: Path, stem: str, written: str) -> str:
-    """The image of an annotation file: the one it names, wherever that was, or one that is called like it."""
+    """The image of an annotation file: one that is called like it, or the one it names, wherever that was.
+
+    Copies of annotation files often still name the first one's image.
+    """
     last = written.strip().replace("\\", "/").rsplit("/", 1)[-1].replace("\0", "")
-    if last and (images / last).is_file():
+    if PurePosixPath(last).stem == stem and (images / last).is_file():
         return last
     for suffix in sorted(SUFFIXES):
         for candidate in (f"{stem}{suffix}", f"{stem}{suffix.upper()}"):
@@ -793,6 +864,8 @@ class _Builder:
 
     def build(self) -> Annotations:
         self._find_missing()
+        self._find_repeated()
+        self._find_sizes()
         rows = self._rows
         image = np.array([row[0] for row in rows], np.int64)
         order = np.argsort(image, kind="stable")
@@ -835,6 +908,19 @@ class _Builder:
             folder, last = os.path.split(name)
             if last not in there[folder]:
                 self.problem("missing image", name, "", f"there is no such file in {self.root}")
+
+    def _find_repeated(self) -> None:
+        for name, count in Counter(self.names).items():
+            if count > 1:
+                message = f"is listed {count} times; what one entry labels is background to the others"
+                self.problem("image listed twice", name, "", message, fatal=False)
+
+    def _find_sizes(self) -> None:
+        """Read sizes that the files do not give, without which nobody knows which boxes lie outside."""
+        unknown = [i for i, size in enumerate(self._sizes) if size == (0, 0)]
+        paths = [self.root / self.names[i] for i in unknown]
+        for i, size in zip(unknown, _upright_sizes(paths), strict=True):
+            self._sizes[i] = size or (0, 0)
 
     def _judge(
         self,

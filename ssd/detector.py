@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Literal, SupportsIndex, overload
+from typing import Any, Literal, SupportsIndex, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -25,6 +25,9 @@ from ssd.postprocess import NonFiniteError
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
+T = TypeVar("T")
+
+_MAX_READERS = 8  # threads: as many as it takes to feed a GPU with common photos
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ class Detector:
     ) -> Iterator[Detections]:
         """Detect objects in any number of images, one result at a time and in order.
 
-        Images are read by other threads, at most two batches ahead.
+        Other threads read images, some two batches ahead, and detect on the next batch while the results of
+        the last one are used.
 
         Args:
             sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes.
@@ -239,37 +243,63 @@ class Detector:
         *,
         scaled: bool = False,
     ) -> Iterator[Detections]:
-        batch: list[_Input] = []
-        for name, outcome in _read_ahead(sources, 2 * batch_size, scaled=scaled):
-            if isinstance(outcome, _Input):
-                batch.append(outcome)
-            elif on_error is not None and isinstance(outcome, ImageError | OSError):
-                on_error(name, outcome)
-            else:
-                raise outcome
-            if len(batch) == batch_size:
-                yield from self._detect_finite(batch, options, on_error)
-                batch = []
-        if batch:
-            yield from self._detect_finite(batch, options, on_error)
+        pool = ThreadPoolExecutor(1, "ssd-detect")
+        under_way: deque[tuple[list[_Input], _Outcome[list[Detections]]]] = deque()
 
-    def _detect_finite(
-        self, batch: list[_Input], options: Options, on_error: OnError | None
+        def start(batch: list[_Input]) -> None:
+            under_way.append((batch, _submit(pool, self._detect, batch, options)))
+
+        finished = False
+        try:
+            batch: list[_Input] = []
+            for read in _read_ahead(sources, 2 * batch_size, scaled=scaled):
+                if read is None:  # nobody should wait for images who could have results
+                    while under_way:
+                        yield from self._finite(*under_way.popleft(), options, on_error)
+                    continue
+                name, outcome = read
+                if isinstance(outcome, _Input):
+                    batch.append(outcome)
+                elif on_error is not None and isinstance(outcome, ImageError | OSError):
+                    on_error(name, outcome)
+                else:
+                    raise outcome
+                if len(batch) == batch_size:
+                    start(batch)
+                    batch = []
+                if len(under_way) > 1:
+                    yield from self._finite(*under_way.popleft(), options, on_error)
+            if batch:
+                start(batch)
+            while under_way:
+                yield from self._finite(*under_way.popleft(), options, on_error)
+            finished = True
+        finally:
+            pool.shutdown(wait=finished, cancel_futures=True)
+
+    def _finite(
+        self,
+        batch: list[_Input],
+        outcome: "_Outcome[list[Detections]]",
+        options: Options,
+        on_error: OnError | None,
     ) -> list[Detections]:
         """Detections of those images of a batch for which the network gives finite numbers."""
-        try:
-            return self._detect(batch, options)
-        except NonFiniteError as error:
-            if on_error is None:
-                raise
-            for i in error.images:
-                on_error(batch[i].name, error)
-            rest = [each for i, each in enumerate(batch) if i not in error.images]
+        found = outcome.get()
+        if isinstance(found, NonFiniteError) and on_error is not None:
+            for i in found.images:
+                on_error(batch[i].name, found)
+            rest = [each for i, each in enumerate(batch) if i not in found.images]
             return self._detect(rest, options) if rest else []
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def _detect(self, batch: list[_Input], options: Options) -> list[Detections]:
         with torch.inference_mode():
-            pixels = torch.stack([each.resized for each in batch]).to(self.device)
+            pixels = torch.stack([each.resized for each in batch])
+            if self.device.type == "cuda":
+                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
             try:
                 found = self.backend.finish(self.backend.forward(pixels), options)
             except NonFiniteError as error:
@@ -301,34 +331,53 @@ def _read(source: ImageSource, nameless: str = "image", *, scaled: bool = False)
     return _Input(path, image if image.size == size else None, size, resize(image))
 
 
-def _read_ahead(
-    sources: Iterable[ImageSource], ahead: int, *, scaled: bool
-) -> Iterator[tuple[str, _Input | BaseException]]:
-    """The name of each source, in order, and what reading it gave; at most `ahead` are under way."""
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "ssd-read")
-    # Not the futures' own results: a KeyboardInterrupt while waiting for one can leave its lock taken, and
-    # its thread stuck. Waiting for a SimpleQueue can be interrupted at any moment.
-    waiting: deque[tuple[str, SimpleQueue[_Input | BaseException]]] = deque()
+class _Outcome(SimpleQueue[T | BaseException]):
+    """What a function in another thread gave or raised, to `get` once.
 
-    def read(source: ImageSource, name: str, outcome: "SimpleQueue[_Input | BaseException]") -> None:
+    Not a future: a KeyboardInterrupt while waiting for one can leave its lock taken, and its thread stuck.
+    Waiting for a SimpleQueue can be interrupted at any moment.
+    """
+
+
+def _submit(pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any, **options: Any) -> _Outcome[T]:
+    outcome: _Outcome[T] = _Outcome()
+
+    def run() -> None:
         try:
-            outcome.put(_read(source, name, scaled=scaled))
+            outcome.put(function(*args, **options))
         except BaseException as error:
             outcome.put(error)
 
-    def oldest() -> tuple[str, _Input | BaseException]:
+    pool.submit(run)
+    return outcome
+
+
+def _read_ahead(
+    sources: Iterable[ImageSource], ahead: int, *, scaled: bool
+) -> Iterator[tuple[str, _Input | BaseException] | None]:
+    """The name of each source, in order, and what reading it gave; None before each that is not there yet.
+
+    At most `ahead` are under way, or as many as there are threads.
+    """
+    workers = min(_MAX_READERS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers, "ssd-read")
+    waiting: deque[tuple[str, _Outcome[_Input]]] = deque()
+
+    def oldest() -> Iterator[tuple[str, _Input | BaseException] | None]:
         name, outcome = waiting.popleft()
-        return name, outcome.get()
+        if outcome.empty():
+            yield None
+        yield name, outcome.get()
 
     finished = False
     try:
         for number, source in enumerate(sources):
-            waiting.append((images.source_path(source) or f"image {number}", SimpleQueue()))
-            pool.submit(read, source, *waiting[-1])
-            if len(waiting) >= ahead:
-                yield oldest()
+            name = images.source_path(source) or f"image {number}"
+            waiting.append((name, _submit(pool, _read, source, name, scaled=scaled)))
+            if len(waiting) >= max(ahead, workers):
+                yield from oldest()
         while waiting:
-            yield oldest()
+            yield from oldest()
         finished = True
     finally:
         # Interrupted, one does not want to wait for a server that stalls.

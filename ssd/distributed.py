@@ -85,6 +85,20 @@ class World:
             ) from error
 
 
+def alone(device: torch.device) -> World:
+    """The world of a process that is by itself.
+
+    Raises:
+        ValueError: torchrun started several; each would do all of the work.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun started several processes, of which each would do all of the work: "
+            "within `with ssd.distributed.world() as world:`, pass world=world"
+        )
+    return World(0, 1, device)
+
+
 def _is_about_contact(error: Exception) -> bool:
     words = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer", "reset")
     return any(word in str(error).lower() for word in words)

@@ -4,7 +4,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from ssd.data import AnnotationError, Annotations, DetectionDataset, as_targets, check_size
+from ssd.data import AnnotationError, Annotations, annotations_of, as_targets, check_size
 from ssd.detections import Detections
 from ssd.detector import Detector
-from ssd.distributed import World
+from ssd.distributed import World, alone
 from ssd.images import ImageSource
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -53,6 +53,8 @@ class Evaluation:
     images: int
     boxes: int
     detections: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Images and annotations that could not be used and do not count, by what is wrong with them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -60,7 +62,11 @@ class Evaluation:
 
     def __str__(self) -> str:
         wide = max(len("class"), *(len(name) for name in self.per_class))
-        lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections", ""]
+        lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections"]
+        if self.left_out:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.left_out.items())
+            lines.append(f"left out of these numbers ({kinds})")
+        lines.append("")
         lines += [f"{name:6} {_cell(self.metrics[name])}  {MEANINGS[name]}" for name in METRICS]
         lines += ["", f"{'class':{wide}}  {'boxes':>7}  {'AP':>6}  {'AP50':>6}"]
         lines += [
@@ -101,8 +107,8 @@ def detect_all(
         ImageError, FileNotFoundError: an image cannot be read.
         AnnotationError: an image has another size than its annotations were made for; or other classes.
     """
-    if isinstance(dataset, DetectionDataset):
-        dataset = dataset.annotations
+    if (annotations := annotations_of(dataset)) is not None:
+        dataset = annotations
     if isinstance(dataset, Annotations):
         count = len(dataset)
         if dataset.class_names != detector.class_names:
@@ -147,7 +153,7 @@ def detect_all(
 def evaluate(
     detector: Detector,
     dataset: Annotations | Dataset[Any],
-    world: World,
+    world: World | None = None,
     *,
     batch_size: int = 8,
 ) -> Evaluation:
@@ -155,6 +161,7 @@ def evaluate(
 
     All images count, with and without boxes.
     """
+    world = world or alone(detector.device)
     return measure(*detect_all(detector, dataset, world, batch_size=batch_size))
 
 
@@ -222,6 +229,7 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
         images=len(annotations),
         boxes=len(real),
         detections=detections,
+        left_out=dict(annotations.left_out),
     )
 
 

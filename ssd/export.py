@@ -502,10 +502,16 @@ def write_triton(onnx: str | os.PathLike[str], folder: str | os.PathLike[str], n
     home = Path(folder) / name
     if home.exists():
         raise FileExistsError(f"{folder} has a model {name} already; remove it, or choose another folder")
-    (home / "1").mkdir(parents=True)
-    shutil.copyfile(onnx, home / "1" / "model.onnx")
-    (home / "labels.txt").write_text("".join(f"{' '.join(each.split())}\n" for each in metadata.class_names))
-    (home / "config.pbtxt").write_text(_triton_config(name, metadata))
+    home.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=home.parent)
+    with telling_of_full_disk(home), temporary as made:
+        new = Path(made) / name
+        (new / "1").mkdir(parents=True)
+        shutil.copyfile(onnx, new / "1" / "model.onnx")
+        labels = "".join(f"{' '.join(each.split())}\n" for each in metadata.class_names)
+        (new / "labels.txt").write_text(labels)
+        (new / "config.pbtxt").write_text(_triton_config(name, metadata))
+        new.rename(home)
     return home
 
 

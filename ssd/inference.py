@@ -1,5 +1,6 @@
 """From a trained SSD300 to a fast one: the same function with fewer and better-shaped operations."""
 
+import copy
 from typing import Any
 
 import torch
@@ -210,14 +211,16 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     """
     weight = next(model.parameters())
     dtype = dtype or weight.dtype
-    fast = FastSSD300(model).eval()
+    # Folded on the CPU where the device has no float64; and default boxes go where the weights are.
+    source = copy.deepcopy(model).cpu() if weight.device.type == "mps" else model
+    fast = FastSSD300(source).to(weight.device).eval()
     for module in fast.modules():
         if isinstance(module, Conv):
             module.to(dtype=dtype).to(memory_format=torch.channels_last)
     if pack and can_pack(weight.device, dtype):
         for conv, shape in _input_shapes(fast).items():
             conv.pack(shape)
-    elif pack and _is_slow(weight.device, dtype):
+    elif pack and is_emulated(weight.device, dtype):
         for module in fast.modules():
             if isinstance(module, Conv):
                 module.widen()
@@ -243,10 +246,11 @@ def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
     return shapes
 
 
-def _is_slow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a CPU has no instructions for a precision."""
-    native = [DTYPES[each] for each in native_precisions(device)]
-    return device.type == "cpu" and dtype in DTYPES.values() and dtype not in native
+def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device is a CPU without instructions for a precision."""
+    if device.type != "cpu" or dtype not in DTYPES.values():
+        return False
+    return dtype not in [DTYPES[each] for each in native_precisions(device)]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -160,7 +160,8 @@ def _draw_mistakes(
     image = load_image(annotations.path(i))
     pencil = ImageDraw.Draw(image)
     width = max(2, round(max(image.size) / 300))
-    for left, top, right, bottom in mistakes.missed.tolist():
+    low, high = (pick(mistakes.missed[:, :2], mistakes.missed[:, 2:]) for pick in (np.minimum, np.maximum))
+    for left, top, right, bottom in np.hstack([low, high]).tolist():  # a truth may be inverted
         pencil.rectangle((left, top, right, bottom), outline="white", width=width)
         pencil.line((left, top, right, bottom), fill="white", width=width)
         pencil.line((left, bottom, right, top), fill="white", width=width)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm import tqdm
 
 from ssd import __version__, checkpoint
@@ -31,13 +31,13 @@ from ssd.checkpoint import CheckpointError, atomic_file, is_watched
 from ssd.data import (
     AnnotationError,
     Annotations,
-    DetectionDataset,
+    annotations_of,
     as_targets,
     require_boxes,
     usable_for_evaluation,
 )
 from ssd.detector import Detector
-from ssd.distributed import World
+from ssd.distributed import World, alone, usable_device
 from ssd.evaluate import Evaluation, evaluate
 from ssd.images import ImageError, load_image
 from ssd.loss import MultiBoxLoss
@@ -232,6 +232,8 @@ class Examples(Dataset[Example | Exception]):
 
 def item_name(dataset: Dataset[Any], index: int) -> str:
     """What messages call an item of a dataset: its file, if it says so."""
+    if isinstance(dataset, Subset):
+        return item_name(dataset.dataset, dataset.indices[index])
     name = getattr(dataset, "name", None)
     return str(name(index)) if callable(name) else f"item {index}"
 
@@ -406,7 +408,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"data", "progress", "model", "average", "optimizer", "scaler", "random"} - set(state)
+        missing = {each.name for each in fields(Run)} | {"config", "random"}
+        missing -= set(state)
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing to resume: there is no {path}") from None
     except Exception as error:
@@ -416,12 +419,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
-def restore(path: Path, state: dict[str, Any], run: Run) -> None:
-    """Put a run where `save_state` left it.
+def restore(path: Path, state: dict[str, Any], run: Run, config: TrainConfig) -> None:
+    """Put a run where `save_state` left it; what `config` changes holds from there on.
 
     Raises:
         CheckpointError: the state is another network's, or of choices that do not fit.
     """
+    for name in ("backbone", "weights", "backbone_weights", "head_norm", "freeze"):
+        before, wanted = state["config"].get(name), getattr(config, name)
+        if before != wanted:
+            raise CheckpointError(
+                f"{path} is of a run with {name} {before}, and goes on with it, not {wanted}"
+            )
     saved, now = state["data"], run.data
     if saved["class_names"] != now["class_names"]:
         raise CheckpointError(f"{path} is of other classes: {', '.join(saved['class_names'][:10])}")
@@ -435,14 +444,16 @@ def restore(path: Path, state: dict[str, Any], run: Run) -> None:
         run.model.load_state_dict(state["model"])
         if run.average:
             run.average.load_state_dict(state["average"])
+        chosen = [(group["momentum"], group["weight_decay"]) for group in run.optimizer.param_groups]
         run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
+        for group, (momentum, weight_decay) in zip(run.optimizer.param_groups, chosen, strict=True):
+            group["momentum"], group["weight_decay"] = momentum, weight_decay
+        if state["config"]["precision"] == config.precision:
+            run.scaler.load_state_dict(state["scaler"])
         run.progress = Progress(**state["progress"])
         torch.set_rng_state(state["random"])
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} does not fit these choices ({error}); freeze, for one, has to stay as it was"
-        ) from None
+        raise CheckpointError(f"{path} does not fit these choices ({error})") from None
     for parameter, values in run.optimizer.state.items():
         # The fused optimiser walks through memory, so the layout has to be the parameter's.
         values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
@@ -531,7 +542,7 @@ def fit(
         AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
         CheckpointError, DownloadError: starting weights or the state cannot be used.
     """
-    world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = world or alone(usable_device())
     folder = Path(folder)
     names, ids = _classes(train, class_names, category_ids)
     val = _checked(val, names)
@@ -554,7 +565,13 @@ def fit(
     with stop.listening(), _loading(examples, batches, config, world) as loader:
         while run.progress.epoch < config.epochs:
             batches.epoch, batches.start = run.progress.epoch, run.progress.batch
-            train_epoch(run, forward, loader, config, world, total, stop, say)
+            try:
+                train_epoch(run, forward, loader, config, world, total, stop, say)
+            except (ImageError, AnnotationError, OSError):
+                if world.size == 1:  # an image that can be mended is no reason to lose the epoch
+                    run.progress.batch -= run.progress.batch % config.accumulate
+                    writer.state(run)
+                raise
             stop.asked = world.any(stop.asked)
             if stop.asked:
                 break
@@ -583,11 +600,11 @@ def _classes(
     train: Dataset[Any], class_names: Sequence[str] | None, category_ids: Sequence[int] | None
 ) -> tuple[tuple[str, ...], list[int]]:
     """Class names and category ids, the dataset's own where none are given."""
-    names = class_names or getattr(train, "class_names", None)
+    annotations = annotations_of(train)
+    names = class_names or getattr(train if annotations is None else annotations, "class_names", None)
     if not names:
         raise ValueError("pass class_names=..., one for each class but the background: the dataset has none")
-    annotations = getattr(train, "annotations", None)
-    if isinstance(annotations, Annotations):
+    if annotations is not None:
         require_boxes(annotations)
         category_ids = category_ids or annotations.category_ids
     return tuple(names), [int(each) for each in category_ids or ()]
@@ -609,7 +626,7 @@ def _begin(
     model, origin = rebuild(file, state) if state else build(config, names)
     run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
     if state:
-        restore(file, state, run)
+        restore(file, state, run, config)
     return run, origin
 
 
@@ -617,14 +634,14 @@ def _checked(
     val: Annotations | Dataset[Any] | None, names: tuple[str, ...]
 ) -> Annotations | Dataset[Any] | None:
     """What to evaluate on; that it cannot be used should not show after hours of training."""
-    annotations = val.annotations if isinstance(val, DetectionDataset) else val
-    if not isinstance(annotations, Annotations):
+    annotations = None if val is None else annotations_of(val)
+    if annotations is None:
         return val
     if annotations.class_names != names:
         raise AnnotationError(
             f"{annotations.source}: its classes are not those of training; read it with class_names=..."
         )
-    return usable_for_evaluation(annotations, lenient=isinstance(val, DetectionDataset))
+    return usable_for_evaluation(annotations, lenient=not isinstance(val, Annotations))
 
 
 def _is_evaluated(epoch: int, config: TrainConfig) -> bool:
@@ -827,6 +844,7 @@ class _Watch:
         self, run: Run, loader: DataLoader[Any], config: TrainConfig, world: World, say: Say
     ) -> None:
         self._run, self._config, self._dataset = run, config, loader.dataset.dataset  # type: ignore[attr-defined]
+        self._processes = world.size
         self._every = 1 if world.device.type == "cpu" and world.size == 1 else _CHECK_EVERY
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # batches of the step under way
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -905,10 +923,12 @@ class _Watch:
         progress, config = self._run.progress, self._config
         loc, conf = (each / max(progress.sums[2], 1.0) for each in progress.sums[:2])
         left = (config.epochs - progress.epoch) * self._batches - progress.batch
-        seconds = left * (now - self._start) / max(progress.batch - self._first, 1)
+        done = max(progress.batch - self._first, 1)
+        seconds = left * (now - self._start) / done
+        images = done * config.batch_size * self._processes / (now - self._start)
         text = (
             f"loss {loc + conf:.3f} (loc {loc:.3f}, conf {conf:.3f})  "
-            f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}  "
+            f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}  {images:.1f} images/s  "
             f"all done in {datetime.timedelta(seconds=round(seconds))}"
         )
         self._bar.set_postfix_str(text, refresh=False)
@@ -959,14 +979,18 @@ class _Writer:
         if not self._is_main:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / "config.json"
+        if source is None and file.exists():  # a run goes on that may have been started by the command
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                source = json.loads(file.read_bytes())["data"]
         notes = {
             "config": asdict(self._config),
             "class_names": self._names,
             "category_ids": self._category_ids,
             "data": source,
         }
-        with atomic_file(self._folder / "config.json") as file:
-            file.write(json.dumps(notes, indent=2).encode())
+        with atomic_file(file) as new:
+            new.write(json.dumps(notes, indent=2).encode())
 
     def state(self, run: Run) -> bool:
         """Write what resuming starts from; False if it holds NaN, and is better not kept."""

@@ -221,6 +221,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does: no driver is asked for the device
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)
     with FakeCuda():
         yield
 

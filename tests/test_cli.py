@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -365,12 +366,14 @@ def test_ctrl_c_and_sigterm_keep_what_is_done(photos, tmp_path, server, weights_
     assert asked.wait(60)
     lines = [process.stdout.readline() for _ in range(2)]
     process.send_signal(number)
-    server.closing.set()
-    out, err = process.communicate(timeout=60)
+    out = process.stdout.readline()
+    server.closing.set()  # not earlier: the command would see what came first
+    rest, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "coffee.jpg" in lines[0]
     assert "2 images" in out
     assert "1 not reached" in out
+    assert rest == ""
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2
 
 
@@ -408,7 +411,7 @@ def test_train_then_detect_and_evaluate(run, scenes, tmp_path):
 
 def test_train_goes_on_from_its_folder_alone(run, scenes, tmp_path, monkeypatch):
     run("train", scenes, *TINY, "--output", "mine")
-    status, out, _ = run("train", "--resume", "mine", "--epochs", "2")
+    status, out, _ = run("train", "--resume", "mine/last.safetensors", "--epochs", "2")
     assert status == 0
     assert "going on at epoch 2" in out
     assert "epoch 2/2" in out
@@ -469,6 +472,32 @@ def test_bad_annotations_stop_training_unless_lenient(run, scenes, tmp_path):
     assert "zero area: 1" in out
     status, out, _ = run("check", tmp_path / "bad.json", "--images", scenes / "train", "--json")
     assert json.loads(out)["fatal"] == 1
+
+
+def test_one_folder_of_images_serves_training_and_evaluation(scenes, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        shutil.copy(scenes / f"{split}.json", tmp_path / "annotations" / f"instances_{split}.json")
+        for path in (scenes / split).iterdir():
+            (tmp_path / "photos").mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / "photos")
+    train, val = cli._datasets({"data": tmp_path, "images": tmp_path / "photos"}, crowd=False)
+    assert {train.annotations.root, val.root} == {tmp_path / "photos"}
+
+
+def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "data")
+    gone = sorted((tmp_path / "data" / "val").iterdir())[0]
+    gone.unlink()
+    arguments = ("evaluate", "data", "--weights", "shapes", "--output", "e")
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert gone.name in err
+    status, out, _ = run(*arguments, "--lenient")
+    assert status == 0
+    assert "left out of these numbers (missing image: 1)" in out
+    facts = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert (facts["images"], facts["left_out"]) == (2, {"missing image": 1})
 
 
 def test_every_choice_of_training_is_an_option():
@@ -546,6 +575,12 @@ def test_benchmark(run, photos, weights_file):
     facts = json.loads(out)
     assert "ONNX Runtime" in facts["detector"]
     assert set(facts["stages"]) == {"read", "transform", "forward", "postprocess"}
+
+
+def test_a_benchmark_that_cannot_be(run, weights_file):
+    status, _, err = run("benchmark", "--weights", weights_file, "--backend", "onnx", "--precision", "bf16")
+    assert status == 2
+    assert "onnx holds fp32, fp16, not bf16" in " ".join(err.replace("│", " ").split())
 
 
 def test_benchmark_of_nothing(run, tmp_path, weights_file):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from torch.utils.data import Subset
 
 from ssd import shapes
 from ssd.data import (
     AnnotationError,
     DetectionDataset,
+    annotations_of,
     as_targets,
     find_split,
     load,
@@ -183,6 +185,24 @@ def as_yolo_pose(root):
     with (root / "data.yaml").open("a") as file:
         file.write("kpt_shape: [2, 2]\n")
     return root
+
+
+def as_names_with_the_folder(root):
+    picture(root / "train" / "a.jpg")
+    content = coco([{"id": 1, "file_name": "train/a.jpg", "width": 100, "height": 80}])
+    (root / "train.json").write_text(json.dumps(content))
+    return root
+
+
+def as_label_studio(root):
+    picture(root / "images" / "a.jpg")
+    content = coco([{"id": 1, "file_name": "images/a.jpg", "width": 100, "height": 80}])
+    (root / "result.json").write_text(json.dumps(content))
+    return root / "result.json"
+
+
+def as_coco_without_sizes(root):
+    return plain(root, coco([{"id": 1, "file_name": "a.jpg"}]))
 
 
 def as_voc_beside(root):
@@ -419,6 +439,52 @@ def test_missing_images_and_doubled_ids(tmp_path):
     assert len(usable_for_evaluation(found, lenient=True)) == 1
 
 
+def test_an_image_that_is_listed_twice_is_told(tmp_path):
+    images = [{"id": i, "file_name": "a.jpg", "width": 100, "height": 80} for i in (1, 2)]
+    found = load(plain(tmp_path, coco(images, [annotation(), annotation(id=2, image_id=2)])))
+    assert [(each.kind, each.file, each.fatal) for each in found.problems] == [
+        ("image listed twice", "a.jpg", False)
+    ]
+
+
+def test_boxes_outside_are_found_where_the_file_gives_no_sizes(tmp_path):
+    boxes = [annotation(), annotation(id=2, bbox=[500, 5, 10, 10])]
+    found = load(plain(tmp_path, coco([{"id": 1, "file_name": "a.jpg"}], boxes)))
+    assert found.sizes.tolist() == [[100, 80]]
+    assert [each.kind for each in found.problems] == ["box outside"]
+
+
+def test_images_that_are_none_or_of_another_size_are_left_out_where_that_is_allowed(tmp_path):
+    names = [f"{letter}.jpg" for letter in "abcd"]
+    images = [{"id": i, "file_name": name, "width": 100, "height": 80} for i, name in enumerate(names)]
+    boxes = [annotation(id=i, image_id=i, bbox=[i, 20, 30, 40]) for i in range(4)]
+    plain(tmp_path, coco(images, boxes), names[:3])
+    (tmp_path / "train" / "b.jpg").write_bytes(b"no image")
+    picture(tmp_path / "train" / "c.jpg", (80, 100))
+    found = load(tmp_path)
+    expected = {"missing image": 1, "unreadable image": 1, "wrong size": 1}
+    dataset = DetectionDataset(found, lenient=True)
+    assert dataset.left_out == expected
+    assert dataset.annotations.file_names.tolist() == ["a.jpg"]
+    np.testing.assert_allclose(dataset[0][1]["boxes"], [[0, 20, 30, 60]])
+    usable = usable_for_evaluation(found, lenient=True)
+    assert (usable.left_out, usable.file_names.tolist()) == (expected, ["a.jpg"])
+
+
+def test_a_subset_has_the_annotations_of_its_images(tmp_path):
+    names = [f"{letter}.jpg" for letter in "abc"]
+    images = [{"id": 10 + i, "file_name": name} for i, name in enumerate(names)]
+    places = [0, 0, 2, 2, 2]
+    boxes = [annotation(id=i, image_id=10 + place, bbox=[i, 0, 9, 9]) for i, place in enumerate(places)]
+    dataset = DetectionDataset(load(plain(tmp_path, coco(images, boxes), names)))
+    part = annotations_of(Subset(Subset(dataset, [1, 2, 0]), [1, 0, 2]))  # images c, b, a
+    assert part.file_names.tolist() == ["c.jpg", "b.jpg", "a.jpg"]
+    assert part.image_ids == (12, 11, 10)
+    assert part.starts.tolist() == [0, 3, 3, 5]
+    assert part.boxes[:, 0].tolist() == [2, 3, 4, 0, 1]
+    assert annotations_of(Subset([1, 2], [0])) is None
+
+
 def test_without_any_image(tmp_path):
     plain(tmp_path, coco(), names=())
     (tmp_path / "train").mkdir()
@@ -535,6 +601,19 @@ def test_voc_names_count_by_their_last_part_or_by_the_annotation_files(tmp_path,
     found = load(tmp_path / "voc")
     assert found.file_names.tolist() == ["a.jpg"]
     assert not found.problems
+
+
+def test_a_copied_voc_file_that_names_the_first_image_is_of_its_own(tmp_path):
+    as_flat_voc(tmp_path)
+    picture(tmp_path / "a_flip.jpg")
+    (tmp_path / "a_flip.xml").write_text(VOC_XML.format(name="a.jpg", difficult=0))
+    assert load(tmp_path).file_names.tolist() == ["a.jpg", "a_flip.jpg"]
+
+
+def test_yolos_folders_are_its_own(tmp_path):
+    as_yolo(tmp_path)
+    with pytest.raises(AnnotationError, match=r"data\.yaml: names the image folders itself"):
+        load(tmp_path, images=tmp_path)
 
 
 def test_xml_that_expands_without_end_is_refused(tmp_path):

@@ -10,9 +10,11 @@ import torch
 from conftest import PHOTOS, made_model
 from PIL import Image
 
+from ssd import detector as detector_module
+from ssd.backends import of_model
 from ssd.boxes import default_boxes
 from ssd.detections import Detections
-from ssd.detector import Detector
+from ssd.detector import Detector, _read
 from ssd.images import ImageError, load_image
 from ssd.postprocess import NonFiniteError, postprocess
 from ssd.transforms import evaluation_transform, normalize, resize
@@ -346,6 +348,21 @@ def test_on_cuda_without_mixing_devices(fake_cuda, detector, small_model, photo)
     assert close(on_cuda(photo, **LOW), expected)
 
 
+def test_a_network_on_cuda_keeps_all_of_it_there(fake_cuda, detector, small_model, photo):
+    """The whole way of `Detector.load`, but for moving the weights, which the pretended device cannot do."""
+    model = copy.deepcopy(small_model)
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = torch.nn.Parameter(value.to("cuda"), requires_grad=False)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = value.to("cuda")
+    on_cuda = Detector(of_model(model, "fp32"), detector.class_names)
+    assert on_cuda.backend.default_boxes.device.type == "cuda"
+    assert close(on_cuda(photo, **LOW), detector(photo, **LOW))
+
+
 @pytest.mark.cuda
 def test_a_real_gpu_finds_what_the_cpu_finds(detector, weights_file, photos):
     on_gpu = Detector.load(weights_file)
@@ -356,6 +373,41 @@ def test_a_real_gpu_finds_what_the_cpu_finds(detector, weights_file, photos):
 
 
 # --- Many images ---
+
+
+def test_the_next_batch_is_computed_while_results_are_used(detector, photos, monkeypatch):
+    started = [threading.Event() for _ in range(3)]
+    calls = iter(started)
+
+    def forward(pixels):
+        next(calls).set()
+        return detector.backend.forward(pixels)
+
+    own = copy.copy(detector)
+    own.backend = replace(detector.backend, forward=forward)
+    read = [(name, _read(photos / f"{name}.jpg")) for name in PHOTOS]
+    monkeypatch.setattr(detector_module, "_read_ahead", lambda *_, **__: iter(read))  # reading is done
+    results = own.stream(photos, batch_size=1, **LOW)
+    next(results)
+    assert started[1].wait(60)  # nobody has asked for the second result yet
+    assert not started[2].is_set()
+    assert len(list(results)) == 2
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_is_wrong_in_the_network_comes_out_of_the_stream(detector, photos, stop):
+    def forward(pixels):
+        raise RuntimeError("out of memory")
+
+    own = copy.copy(detector)
+    own.backend = replace(detector.backend, forward=forward)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(own.stream(photos, on_error=None if stop else lambda *_: None))
+    for thread in threading.enumerate():
+        if thread.name.startswith("ssd-"):
+            thread.join(60)
+    assert threading.active_count() <= before
 
 
 def test_memory_files_and_threads_stay_flat_over_2000_images(detector, tmp_path):
@@ -384,7 +436,7 @@ def test_memory_files_and_threads_stay_flat_over_2000_images(detector, tmp_path)
     megabytes, files, threads = (np.array(each, float) for each in zip(*seen[2:], strict=True))
     assert np.polyfit(np.arange(len(megabytes)) * 200, megabytes, 1)[0] * 2000 < 60
     assert files.max() - files.min() <= 6  # those that are being read
-    assert threads.max() == threads.min()
+    assert threads.max() == threads[0]  # those that read have ended with the last image
 
 
 def memory():

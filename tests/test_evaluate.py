@@ -230,6 +230,24 @@ def test_any_dataset_gives_what_the_folder_gives(scenes, scene_model):
     assert evaluate(detector, DetectionDataset(load(scenes, "val")), ALONE) == expected
 
 
+def test_a_part_of_a_folder_gives_what_its_annotations_give(scenes, scene_model):
+    """With crowd boxes and areas, which the items of a dataset do not have."""
+    detector = Detector(scene_model, shapes.CLASSES)
+    whole = load(scenes, "val", class_names=shapes.CLASSES)
+    whole = replace(whole, crowd=np.arange(len(whole.labels)) % 2 == 0, areas=whole.areas / 4)
+    part = torch.utils.data.Subset(DetectionDataset(whole), range(0, 12, 2))
+    found = evaluate(detector, part)
+    assert found == evaluate(detector, whole.select(range(0, 12, 2)))
+    assert found.boxes == sum(int((~whole.crowd[whole.of_image(i)]).sum()) for i in range(0, 12, 2))
+
+
+def test_what_was_left_out_is_told(scenes):
+    annotations = replace(load(scenes, "val"), left_out={"missing image": 2})
+    result = measure(annotations, perfect(annotations))
+    assert result.to_dict()["left_out"] == {"missing image": 2}
+    assert "left out of these numbers (missing image: 2)" in str(result)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_shares_are_whole_and_without_overlap(scenes, scene_model, size, monkeypatch):
     detector = Detector(scene_model, shapes.CLASSES)

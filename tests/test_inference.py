@@ -26,6 +26,13 @@ def in_published_order(fast, values):
     return values[..., [where[tuple(box)] for box in default_boxes().tolist()]]
 
 
+def test_all_of_it_is_where_the_model_is():
+    fast = prepare(SSD300(3, "resnet18").to("meta"))
+    tensors = [*fast.parameters(), *fast.buffers()]
+    assert {each.device.type for each in tensors} == {"meta"}
+    assert any(each is fast.default_boxes for each in tensors)
+
+
 def test_it_has_all_default_boxes(small_model):
     boxes = prepare(small_model).default_boxes
     assert sorted(boxes.tolist()) == sorted(default_boxes().tolist())

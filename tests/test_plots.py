@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,14 @@ def test_pictures_are_written(scenes, tmp_path):
     for path in written:
         with Image.open(path) as picture:
             assert min(picture.size) >= 300
+
+
+def test_a_truth_that_is_inverted_is_drawn_all_the_same(scenes, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    boxes = scenes.boxes.copy()
+    boxes[0] = boxes[0][[2, 3, 0, 1]]
+    written = draw_plots(replace(scenes, boxes=boxes), blurred(scenes), tmp_path)
+    assert len(written) > 2
 
 
 def test_of_perfect_detections_there_are_no_worst_images(scenes, tmp_path):

@@ -23,6 +23,7 @@ from ssd import checkpoint, shapes, train
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.distributed import World
+from ssd.images import ImageError
 from ssd.model import SSD300, load_model, native_precisions, transfer
 from ssd.postprocess import NonFiniteError
 from ssd.train import PRESETS, EpochBatches, Run, TrainConfig, fit, learning_rate, parameter_groups
@@ -240,9 +241,8 @@ def test_the_loss_falls(images, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(images, tmp_path, precision):
-    few = torch.utils.data.Subset(images, range(4))
-    few.class_names = images.class_names
-    config = replace(QUICK, epochs=1, precision=precision, accumulate=2, clip=10.0, workers=1)
+    few = torch.utils.data.Subset(images, range(2))  # minutes, where the processor has no such instructions
+    config = replace(QUICK, epochs=1, precision=precision, clip=10.0, workers=1)
     lines = []
     result = fit(few, None, config, tmp_path, say=lines.append)
     told = f"cpu has no instructions for {precision}" in "\n".join(lines)
@@ -535,7 +535,7 @@ def test_lines_of_progress_where_there_is_no_bar(images, tmp_path, monkeypatch):
     fit(images, None, QUICK, tmp_path, say=lines.append)
     within = [line for line in lines if "batch" in line and "all done in" in line]
     assert len(within) == 4  # not after the last of three batches: the epoch's own line comes then
-    assert within[0].startswith("epoch 1/2  batch 1/3  loss ")
+    assert re.fullmatch(r"epoch 1/2  batch 1/3  loss .* lr \S+  \d+\.\d images/s  all done in .*", within[0])
 
 
 def test_classes_of_the_validation_data_are_checked_at_the_start(scenes, images, tmp_path):
@@ -552,7 +552,9 @@ def test_resuming_needs_a_state(images, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt: not the state of a run, or damaged"):
         fit(images, None, QUICK, tmp_path, resume=True, say=None)
     torch.save({"model": {}}, tmp_path / "state.pt")
-    with pytest.raises(checkpoint.CheckpointError, match=r"not the state of a run; it has no average, data"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"not the state of a run; it has no average, config, data"
+    ):
         fit(images, None, QUICK, tmp_path, resume=True, say=None)
 
 
@@ -568,13 +570,67 @@ def test_what_may_not_change_when_a_run_goes_on(images, tmp_path):
     for change, message in (
         ({"batch_size": 3}, r"middle of an epoch.*batch_size 2 \(now 3\)"),
         ({"ema": 0.0}, "ema cannot be switched"),
-        ({"freeze": 2}, "freeze, for one"),
+        ({"freeze": 2}, "of a run with freeze 0, and goes on with it, not 2"),
+        ({"backbone": "resnet34"}, "of a run with backbone resnet18, and goes on with it, not resnet34"),
+        ({"weights": "shapes", "lr": 0.02}, "of a run with weights None"),
+        ({"head_norm": False}, "of a run with head_norm True"),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             fit(images, None, replace(stopped, **change), tmp_path, resume=True, say=None)
     with pytest.raises(checkpoint.CheckpointError, match=r"is of other classes: circle, square"):
         fit(images, None, stopped, tmp_path, class_names=list("abcdef"), resume=True, say=None)
     assert fit(images, None, replace(stopped, channels_last=False), tmp_path, resume=True, say=None).finished
+
+
+def test_what_may_change_when_a_run_goes_on_holds_from_there_on(tmp_path):
+    run = make_run()
+    run.optimizer.param_groups[0]["lr"] = 0.123
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 4.0})
+    train.save_state(tmp_path / "state.pt", run, QUICK)
+    state = train.read_state(tmp_path / "state.pt")
+    same, other = make_run(), make_run()
+    train.restore(tmp_path / "state.pt", state, same, QUICK)
+    assert same.scaler.get_scale() == 4
+    changed = replace(QUICK, momentum=0.5, weight_decay=0.1, precision="fp16")
+    other.optimizer = train.make_optimizer(other.model, changed, CPU)
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    train.restore(tmp_path / "state.pt", state, other, changed)
+    assert [group["momentum"] for group in other.optimizer.param_groups] == [0.5, 0.5]
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.1, 0.0]
+    assert other.scaler.get_scale() == 2.0**16
+
+
+def test_an_image_that_breaks_within_an_epoch_costs_no_step(images, tmp_path):
+    """Mended, the run goes on where it was, and ends as if nothing had been wrong."""
+
+    class Breaking(Interrupting):
+        def __getitem__(self, index):
+            self._left -= 1
+            if self._left == 0:
+                raise ImageError("photo.jpg: damaged")
+            return self._dataset[index]
+
+    config = replace(QUICK, epochs=2)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    with pytest.raises(ImageError, match=r"photo\.jpg: damaged"):
+        fit(Breaking(images, 10), None, config, tmp_path / "run", say=None)
+    state = train.read_state(tmp_path / "run" / "state.pt")["progress"]
+    assert (state["epoch"], state["batch"], state["step"]) == (1, 1, 4)
+    assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_under_torchrun_the_world_has_to_be_passed(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="pass world=world"):
+        fit(images, None, QUICK, tmp_path, say=None)
+
+
+def test_a_part_of_a_dataset_keeps_names_ids_and_messages(images):
+    part = torch.utils.data.random_split(images, [4, 2], torch.Generator().manual_seed(0))[1]
+    names, ids = train._classes(part, None, None)
+    assert (names, tuple(ids)) == (shapes.CLASSES, images.annotations.category_ids)
+    assert train.item_name(part, 1) == images.name(part.indices[1])
 
 
 def test_another_layout_keeps_the_momentum_of_each_weight(tmp_path):
@@ -584,7 +640,7 @@ def test_another_layout_keeps_the_momentum_of_each_weight(tmp_path):
     train.save_state(tmp_path / "state.pt", run, QUICK)
     other = make_run()
     other.model.to(memory_format=torch.channels_last)
-    train.restore(tmp_path / "state.pt", train.read_state(tmp_path / "state.pt"), other)
+    train.restore(tmp_path / "state.pt", train.read_state(tmp_path / "state.pt"), other, QUICK)
     for before, after in zip(run.model.parameters(), other.model.parameters(), strict=True):
         momentum = other.optimizer.state[after]["momentum_buffer"]
         assert torch.equal(momentum, run.optimizer.state[before]["momentum_buffer"])
@@ -643,7 +699,8 @@ def test_a_loss_that_stays_nan_stops_and_names_images(images, tmp_path, lr):
 def test_a_gradient_that_is_always_infinite_stops(images, tmp_path, monkeypatch):
     """Also with accumulation, where most batches make no step."""
     monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: torch.tensor(torch.inf))
-    with pytest.raises(NonFiniteError, match="10 steps in a row"):
+    monkeypatch.setattr(train, "MAX_SKIPPED", 3)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
         fit(images, None, replace(QUICK, epochs=20, accumulate=3), tmp_path, say=None)
 
 
@@ -724,7 +781,7 @@ for _ in range(30):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(reader)
-    train.restore(path, train.read_state(path), loaded)
+    train.restore(path, train.read_state(path), loaded, config)
     values = {v for each in loaded.model.parameters() for v in (each.min().item(), each.max().item())}
     assert values == {float(loaded.progress.step)}, values
     for leftover in path.parent.glob("state.pt.*"):
@@ -809,7 +866,7 @@ def test_a_step_does_not_wait_for_the_gpu(images, tmp_path, monkeypatch):
 
 def test_a_dataset_without_names_is_told(images, tmp_path):
     with pytest.raises(ValueError, match="pass class_names="):
-        fit(torch.utils.data.Subset(images, range(2)), None, QUICK, tmp_path, say=None)
+        fit([images[0], images[1]], None, QUICK, tmp_path, say=None)
 
 
 def test_category_ids_come_from_the_dataset(images, tmp_path):

@@ -1,15 +1,13 @@
 """What computes the network behind a `Detector`: torch, or an exported file in its own runtime."""
 
-import contextlib
 import io
 import json
-import logging
 import os
 import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -453,8 +451,7 @@ def _open_openvino(path: Path, device: torch.device | None, precision: str) -> t
 def _open_pt2(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:
     _refuse_pickles(path)
     notes = {METADATA: ""}
-    with quiet():
-        program = torch.export.load(path, extra_files=notes)
+    program = torch.export.load(path, extra_files=notes)
     metadata = _metadata(path, notes[METADATA])
     _own_precision(path, metadata, precision)
     device = device or usable_device(None)
@@ -491,23 +488,6 @@ def _refuse_pickles(path: Path) -> None:
         raise CheckpointError(f"{path}: not a whole .pt2 file of tensors ({_reason(error)})") from None
     if not plain or not any(name.endswith("/archive_format") for name in names):
         raise CheckpointError(f"{path}: holds more than tensors, and is not loaded for safety")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the lines of progress and advice that exporters and loaders print."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _open_torchscript(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:

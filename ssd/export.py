@@ -1,12 +1,14 @@
 """Checkpoints to ONNX, OpenVINO, torch.export and TorchScript, each compared with torch before it is kept."""
 
+import contextlib
 import io
+import logging
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssd import backends
-from ssd.backends import MAX_BATCH, METADATA, NMS, Backend, Metadata, Options, quiet
+from ssd.backends import MAX_BATCH, METADATA, NMS, Backend, Metadata, Options
 from ssd.boxes import BOXES_PER_CELL, INPUT_SIZE, decode, default_boxes
 from ssd.checkpoint import CheckpointError, telling_of_full_disk
 from ssd.images import find_images, load_image
@@ -289,7 +291,7 @@ def _write_onnx(network: Graph, path: Path, metadata: Metadata, _: Tensor | None
         import onnxscript  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("export to ONNX is an extra: pip install 'ssd300[onnx]'") from error
-    with quiet():
+    with _quiet():
         program = torch.onnx.export(
             network,
             (_example(metadata),),
@@ -352,7 +354,7 @@ def _quantize(model: Any, metadata: Metadata, pictures: Tensor) -> Any:
         raise ImportError("int8 needs NNCF: pip install 'ssd300[openvino]'") from error
     convolutions = [each for each in model.get_ordered_ops() if each.get_type_name() == "Convolution"]
     inputs = [_fed(picture[None], metadata).numpy() for picture in pictures]
-    with quiet():
+    with _quiet():
         return nncf.quantize(
             model,
             nncf.Dataset(inputs),
@@ -386,6 +388,23 @@ _WRITERS = {
     "pt2": _write_pt2,
     "torchscript": _write_torchscript,
 }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines of progress and advice that exporters print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 # --- Proof ------------------------------------------------------------------------------------------------

@@ -110,9 +110,7 @@ class Annotations:
 
     def without(self, names: set[str]) -> "Annotations":
         """The same without some images and their boxes."""
-        kept = [i for i, name in enumerate(self.file_names.tolist()) if name not in names]
-        fewer = self.select(kept)
-        return replace(fewer, problems=tuple(each for each in self.problems if each.file not in names))
+        return self.select([i for i, name in enumerate(self.file_names.tolist()) if name not in names])
 
     def without_lost(self) -> "Annotations":
         """The same without the images that cannot be used."""
@@ -125,6 +123,7 @@ class Annotations:
         counts = np.diff(self.starts)[kept]
         starts = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
         boxes = np.repeat(self.starts[kept] - starts[:-1], counts) + np.arange(starts[-1])
+        gone = set(self.file_names.tolist()) - set(self.file_names[kept].tolist())
         return replace(
             self,
             file_names=self.file_names[kept],
@@ -136,6 +135,7 @@ class Annotations:
             crowd=self.crowd[boxes],
             areas=self.areas[boxes],
             usable=self.usable[boxes],
+            problems=tuple(each for each in self.problems if each.file not in gone),
         )
 
     def of_image(self, i: int) -> slice:

@@ -244,18 +244,24 @@ class Detector:
         scaled: bool = False,
     ) -> Iterator[Detections]:
         pool = ThreadPoolExecutor(1, "ssd-detect")
+        batch: list[_Input] = []
         under_way: deque[tuple[list[_Input], _Outcome[list[Detections]]]] = deque()
 
-        def start(batch: list[_Input]) -> None:
-            under_way.append((batch, _submit(pool, self._detect, batch, options)))
+        def start() -> None:
+            nonlocal batch
+            if batch:
+                under_way.append((batch, _submit(pool, self._detect, batch, options)))
+            batch = []
+
+        def results(left: int = 0) -> Iterator[Detections]:
+            while len(under_way) > left:
+                yield from self._finite(*under_way.popleft(), options, on_error)
 
         finished = False
         try:
-            batch: list[_Input] = []
             for read in _read_ahead(sources, 2 * batch_size, scaled=scaled):
                 if read is None:  # nobody should wait for images who could have results
-                    while under_way:
-                        yield from self._finite(*under_way.popleft(), options, on_error)
+                    yield from results()
                     continue
                 name, outcome = read
                 if isinstance(outcome, _Input):
@@ -263,16 +269,14 @@ class Detector:
                 elif on_error is not None and isinstance(outcome, ImageError | OSError):
                     on_error(name, outcome)
                 else:
+                    start()
+                    yield from results()
                     raise outcome
                 if len(batch) == batch_size:
-                    start(batch)
-                    batch = []
-                if len(under_way) > 1:
-                    yield from self._finite(*under_way.popleft(), options, on_error)
-            if batch:
-                start(batch)
-            while under_way:
-                yield from self._finite(*under_way.popleft(), options, on_error)
+                    start()
+                    yield from results(left=1)
+            start()
+            yield from results()
             finished = True
         finally:
             pool.shutdown(wait=finished, cancel_futures=True)
@@ -298,8 +302,8 @@ class Detector:
     def _detect(self, batch: list[_Input], options: Options) -> list[Detections]:
         with torch.inference_mode():
             pixels = torch.stack([each.resized for each in batch])
-            if self.device.type == "cuda":
-                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+            on_gpu = self.device.type == "cuda"
+            pixels = (pixels.pin_memory() if on_gpu else pixels).to(self.device, non_blocking=on_gpu)
             try:
                 found = self.backend.finish(self.backend.forward(pixels), options)
             except NonFiniteError as error:

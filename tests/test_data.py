@@ -476,12 +476,15 @@ def test_a_subset_has_the_annotations_of_its_images(tmp_path):
     images = [{"id": 10 + i, "file_name": name} for i, name in enumerate(names)]
     places = [0, 0, 2, 2, 2]
     boxes = [annotation(id=i, image_id=10 + place, bbox=[i, 0, 9, 9]) for i, place in enumerate(places)]
-    dataset = DetectionDataset(load(plain(tmp_path, coco(images, boxes), names)))
+    boxes.append(annotation(id=9, image_id=11, bbox=[7, 7, 0, 0]))
+    dataset = DetectionDataset(load(plain(tmp_path, coco(images, boxes), names)), lenient=True)
     part = annotations_of(Subset(Subset(dataset, [1, 2, 0]), [1, 0, 2]))  # images c, b, a
     assert part.file_names.tolist() == ["c.jpg", "b.jpg", "a.jpg"]
     assert part.image_ids == (12, 11, 10)
-    assert part.starts.tolist() == [0, 3, 3, 5]
-    assert part.boxes[:, 0].tolist() == [2, 3, 4, 0, 1]
+    assert part.starts.tolist() == [0, 3, 4, 6]
+    assert part.boxes[:, 0].tolist() == [2, 3, 4, 7, 0, 1]
+    assert [each.kind for each in part.problems] == ["zero area"]
+    assert annotations_of(Subset(dataset, [2, 0])).problems == ()
     assert annotations_of(Subset([1, 2], [0])) is None
 
 

@@ -394,6 +394,15 @@ def test_the_next_batch_is_computed_while_results_are_used(detector, photos, mon
     assert len(list(results)) == 2
 
 
+def test_an_image_that_cannot_be_read_stops_the_stream_after_the_results_before_it(detector, photos):
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    found = []
+    with pytest.raises(FileNotFoundError):
+        for each in detector.stream([*paths, photos / "gone.jpg", *paths], batch_size=2, **LOW):
+            found.append(each.source)
+    assert found == [str(path) for path in paths]
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_what_is_wrong_in_the_network_comes_out_of_the_stream(detector, photos, stop):
     def forward(pixels):

@@ -445,7 +445,7 @@ def train(
             "a run that goes on keeps its folder and preset; leave out --output, --preset"
         )
     from ssd.distributed import world  # noqa: PLC0415
-    from ssd.train import fit  # noqa: PLC0415
+    from ssd.train import fit, keep_memory  # noqa: PLC0415
 
     source: dict[str, Any] = {"data": data, "images": images, "val": val, "val_images": val_images}
     # Resuming may start in another folder.
@@ -453,6 +453,7 @@ def train(
     source |= {"lenient": True} if lenient else {}
     if weights and os.path.isfile(weights):
         choices["weights"] = os.path.abspath(weights)
+    keep_memory()
     settled, source = _settle(preset or "default", resume, choices, source)
     train_set, val_set = _datasets(source, crowd=settled.crowd)
     with world(_device(device)) as place:

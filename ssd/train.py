@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import ctypes
 import datetime
 import io
 import json
@@ -49,6 +50,8 @@ MAX_SKIPPED = 10
 """After so many steps in a row with a loss that is not finite, training gives up."""
 
 Say = Callable[[str], object]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 _LINE_SECONDS = 60  # between lines of progress where there is no bar
 _CHECK_EVERY = 10  # steps between looks at the device's numbers, each of which waits for it
@@ -340,6 +343,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
             # torch leaves this memory as it finds it if the very first step is left out.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def keep_memory() -> bool:
+    """Have the C library keep what this process frees, for the rest of its life; False where it cannot.
+
+    Each step frees the blocks that the next one takes. glibc gives large ones back to the system, which then
+    clears every page anew. ``ssd train`` calls this; a process that does more than training may want its
+    memory back instead.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 # --- State ------------------------------------------------------------------------------------------------

@@ -687,6 +687,8 @@ def train_epoch(
         # Equal for all processes: each has as many batches, and an empty image still has a loss, of 0.
         last = (progress.batch + 1) % config.accumulate == 0
         images = normalize(batch.images.to(device, non_blocking=True))
+        # Channels-last images would make the whole network compute so.
+        images = images if config.channels_last else images.contiguous()
         boxes, labels = (each.to(device, non_blocking=True) for each in (batch.boxes, batch.labels))
         matched, classes = match(boxes, labels, boxes_there, config.iou_threshold)
         with world.contact(), contextlib.nullcontext() if last else _no_sync(forward):

@@ -312,6 +312,21 @@ def test_compile_is_a_flag(images, tmp_path, monkeypatch):
     assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
 
 
+def test_the_memory_layout_is_that_of_the_images_too(images, tmp_path, monkeypatch):
+    plain, real = [], SSD300.forward
+
+    def forward(self, pixels):
+        plain.append(pixels.is_contiguous())
+        return real(self, pixels)
+
+    monkeypatch.setattr(SSD300, "forward", forward)
+    two = torch.utils.data.Subset(images, range(2))
+    for channels_last in (True, False):
+        config = replace(QUICK, epochs=1, channels_last=channels_last)
+        fit(two, None, config, tmp_path / str(channels_last), say=None)
+    assert plain == [False, True]
+
+
 def test_tensorboard_is_an_extra(images, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="tensorboard is an extra")
     fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None, tensorboard=True)

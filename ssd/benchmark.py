@@ -142,13 +142,14 @@ def _one_batch(detector: Detector, sources: Sequence[str]) -> dict[str, float]:
     images = [load_image(source) for source in sources]
     mark()
     with torch.inference_mode():
-        pixels = torch.stack([resize(image) for image in images]).to(detector.device)
+        batch = [
+            _Input(name, each, each.size, resize(each)) for name, each in zip(sources, images, strict=True)
+        ]
+        pixels = detector._pixels(batch)
         mark()
         outputs = detector.backend.forward(pixels)
         mark()
-        found = detector.backend.finish(outputs, options).cpu().per_image()
-        inputs = [_Input(path, each, each.size, pixels) for path, each in zip(sources, images, strict=True)]
-        _ = [detector._result(each, *part) for each, part in zip(inputs, found, strict=True)]
+        detector._results(batch, detector.backend.finish(outputs, options))
         mark()
     return dict(zip(STAGES, np.diff(marks).tolist(), strict=True))
 

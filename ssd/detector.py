@@ -21,7 +21,7 @@ from ssd.detections import Detections
 from ssd.distributed import usable_device
 from ssd.images import ImageError, ImageSource, load_scaled
 from ssd.model import SSD300, Precision, load_model
-from ssd.postprocess import NonFiniteError
+from ssd.postprocess import NonFiniteError, PaddedDetections
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
@@ -301,14 +301,20 @@ class Detector:
 
     def _detect(self, batch: list[_Input], options: Options) -> list[Detections]:
         with torch.inference_mode():
-            pixels = torch.stack([each.resized for each in batch])
-            on_gpu = self.device.type == "cuda"
-            pixels = (pixels.pin_memory() if on_gpu else pixels).to(self.device, non_blocking=on_gpu)
+            pixels = self._pixels(batch)
             try:
                 found = self.backend.finish(self.backend.forward(pixels), options)
             except NonFiniteError as error:
                 names = ", ".join(batch[i].name or f"image {i}" for i in error.images)
                 raise NonFiniteError(f"{names}: {error}", error.images) from error
+        return self._results(batch, found)
+
+    def _pixels(self, batch: list[_Input]) -> Tensor:
+        pixels = torch.stack([each.resized for each in batch])
+        on_gpu = self.device.type == "cuda"
+        return (pixels.pin_memory() if on_gpu else pixels).to(self.device, non_blocking=on_gpu)
+
+    def _results(self, batch: list[_Input], found: PaddedDetections) -> list[Detections]:
         parts = found.cpu().per_image()
         return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
 

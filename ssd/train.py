@@ -658,7 +658,8 @@ def _checked(
         raise AnnotationError(
             f"{annotations.source}: its classes are not those of training; read it with class_names=..."
         )
-    return usable_for_evaluation(annotations, lenient=not isinstance(val, Annotations))
+    # A dataset has been judged when it was made, by its own leniency.
+    return usable_for_evaluation(annotations) if isinstance(val, Annotations) else annotations
 
 
 def _is_evaluated(epoch: int, config: TrainConfig) -> bool:

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ import pytest
 import safetensors
 import torch
 from conftest import made_model
+from PIL import Image
 from torch import nn
 
 from ssd import checkpoint, shapes, train
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.distributed import World
+from ssd.evaluate import evaluate
 from ssd.images import ImageError
 from ssd.model import SSD300, load_model, native_precisions, transfer
 from ssd.postprocess import NonFiniteError
@@ -559,6 +562,20 @@ def test_classes_of_the_validation_data_are_checked_at_the_start(scenes, images,
     with pytest.raises(AnnotationError, match="its classes are not those of training"):
         fit(images, val, QUICK, tmp_path, say=None)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_strict_dataset_to_evaluate_on_loses_no_image(scenes, tmp_path):
+    """An image of another size than annotated is for evaluation to refuse, as the dataset was to."""
+    shutil.copytree(scenes, tmp_path / "data")
+    path = sorted((tmp_path / "data" / "val").iterdir())[0]
+    Image.new("RGB", (31, 17)).save(path)
+    val = DetectionDataset(load(tmp_path / "data", "val"))
+    assert len(train._checked(val, val.class_names)) == 3
+    detector = Detector(made_model(num_classes=7), val.class_names)
+    with pytest.raises(AnnotationError, match=f"{path.name}: is 31x17"):
+        evaluate(detector, train._checked(val, val.class_names))
+    lenient = DetectionDataset(load(tmp_path / "data", "val"), lenient=True)
+    assert len(train._checked(lenient, val.class_names)) == 2
 
 
 def test_resuming_needs_a_state(images, tmp_path):

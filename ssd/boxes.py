@@ -109,9 +109,9 @@ def match(
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """torchvision's box_iou of ``[I, 4]`` and ``[J, 4]``, plane by plane: three times as fast on a CPU."""
-    ax, ay, ar, ab = a[:, None].unbind(-1)
-    bx, by, br, bb = b[None].unbind(-1)
+    """torchvision's box_iou of ``[I, 4]`` and ``[J, 4]``, by contiguous planes: much faster on a CPU."""
+    ax, ay, ar, ab = a.t().contiguous()[..., None]
+    bx, by, br, bb = b.t().contiguous()[:, None]
     shared = torch.minimum(ar, br).sub_(torch.maximum(ax, bx)).clamp_(min=0)
     shared *= torch.minimum(ab, bb).sub_(torch.maximum(ay, by)).clamp_(min=0)
     union = ((ar - ax) * (ab - ay) + (br - bx) * (bb - by)).sub_(shared)

@@ -1,6 +1,7 @@
 """Shared fixtures: the reference figures, networks with made weights, a local web server, no network."""
 
 import json
+import os
 import socket
 import threading
 import zlib
@@ -8,6 +9,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before OpenMP counts the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 import numpy as np
 import pytest
@@ -226,7 +230,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+SLOW_TO_MAKE = {"exported", "unbroken"}
+"""Fixtures whose tests run in one process, with --dist loadgroup."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in SLOW_TO_MAKE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -12,9 +12,9 @@ def test_report(detector, tmp_path):
     assert tuple(report.stages) == STAGES
     assert all(value > 0 for value in report.stages.values())
     assert report.latency["p50"] <= report.latency["p90"] <= report.latency["p99"]
-    assert report.latency["p50"] == pytest.approx(sum(report.stages.values()), rel=0.5)
-    assert report.stages["forward"] == max(report.stages.values())
-    assert 0 < report.gflops < 1.5 * report.peak_gflops
+    assert report.latency["p50"] >= max(report.stages.values())  # medians of sums and of their parts
+    assert report.gflops == pytest.approx(2 * flops(4, "resnet18") / report.stages["forward"] / 1e6)
+    assert report.peak_gflops > 0
     assert report.peak_memory > 100
     assert json.loads(json.dumps(report.to_dict()))["batch_size"] == 2
     text = str(report)

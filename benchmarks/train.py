@@ -216,6 +216,7 @@ class OurStep:
         losses = self._loss(loc, conf, matched, classes)
         self._scaler.scale((losses.loc + losses.conf).mean()).backward()
         self._scaler.unscale_(self._optimizer)
+        nn.utils.get_total_norm([each.grad for each in self._model.parameters()])
         self._scaler.step(self._optimizer)
         self._scaler.update(1.0)
         self._optimizer.zero_grad()

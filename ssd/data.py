@@ -30,6 +30,9 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 LOST = ("missing image", "unreadable image", "wrong size")
 """Problems that leave an image out, where that is allowed."""
 
+MISSHAPEN = ("inverted box", "zero area", "box outside")
+"""Problems of boxes that are not trained on, but count in evaluation, as in the official code."""
+
 Format = Literal["coco", "yolo", "voc"]
 
 
@@ -87,7 +90,7 @@ class Annotations:
     """``[T]``: whether a box can be trained on; `problems` says why not."""
     problems: tuple[Problem, ...] = field(repr=False)
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many images and annotations are not in it, by what is wrong with them."""
+    """Where bad ones are allowed: how many images and boxes are not used, by what is wrong with them."""
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -119,7 +122,7 @@ class Annotations:
 
     def select(self, images: Sequence[int]) -> "Annotations":
         """Some of the images, by their places and in that order, with their boxes."""
-        kept = np.asarray(images, np.int64).reshape(-1)
+        kept = np.arange(len(self))[np.asarray(images, np.int64).reshape(-1)]  # from the end, where negative
         counts = np.diff(self.starts)[kept]
         starts = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
         boxes = np.repeat(self.starts[kept] - starts[:-1], counts) + np.arange(starts[-1])
@@ -164,11 +167,9 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
     def __init__(self, annotations: Annotations, *, lenient: bool = False, crowd: bool = False) -> None:
         if lenient:
             annotations = _with_image_problems(annotations)
-        refuse(annotations, lenient=lenient)
-        self.left_out = dict(Counter(each.kind for each in annotations.problems if each.fatal))
-        """How many images and annotations are not used, by what is wrong with them."""
-        self.annotations = annotations = annotations.without_lost()
+        self.annotations = annotations = _used(annotations, lenient=lenient)
         self.class_names = annotations.class_names
+        self.crowd = crowd
         self._kept = annotations.usable & (~annotations.crowd | crowd)
 
     def __len__(self) -> int:
@@ -179,6 +180,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         return str(self.annotations.root / str(self.annotations.file_names[index]))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        index = range(len(self))[index]  # negative ones count from the end
         image = load_image(self.annotations.path(index))
         check_size(self.annotations, index, image.size)
         part = self.annotations.of_image(index)
@@ -231,11 +233,17 @@ def _with_image_problems(annotations: Annotations) -> Annotations:
     return replace(annotations, problems=(*annotations.problems, *problems))
 
 
-def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
-    """Raise what is wrong with annotations, unless lenient; without any usable image, in any case.
+def listed(counts: Mapping[str, int]) -> str:
+    """Kinds of problems with their numbers, as text."""
+    return ", ".join(f"{kind}: {count}" for kind, count in counts.items())
+
+
+def _used(annotations: Annotations, *, lenient: bool, tolerated: Sequence[str] = ()) -> Annotations:
+    """What is left without images that cannot be used; fatal problems, but for some kinds, become a count.
 
     Raises:
-        AnnotationError: with the first ten problems and their number.
+        AnnotationError: there are such problems, of which it has the first ten, and it is not `lenient`; or
+            there is no image that can be used.
     """
     missing = sum(problem.kind in LOST for problem in annotations.problems)
     if len(annotations) - missing <= 0:
@@ -243,14 +251,17 @@ def refuse(annotations: Annotations, *, lenient: bool = False) -> None:
             f"{annotations.source}: no images that can be read in {annotations.root}; if they are elsewhere, "
             "give their folder with --images (images=...), or --val-images for what is evaluated on"
         )
-    fatal = [problem for problem in annotations.problems if problem.fatal]
+    fatal = [each for each in annotations.problems if each.fatal and each.kind not in tolerated]
+    counts = Counter(problem.kind for problem in fatal)
     if fatal and not lenient:
-        kinds = ", ".join(f"{kind}: {n}" for kind, n in Counter(each.kind for each in fatal).items())
         more = f"\n  and {len(fatal) - 10} more" if len(fatal) > 10 else ""
         raise AnnotationError(
-            f"{annotations.source} has annotations that cannot be used ({kinds}); correct them, or leave "
-            "them out with --lenient (lenient=True):\n  " + "\n  ".join(map(str, fatal[:10])) + more
+            f"{annotations.source} has annotations that cannot be used ({listed(counts)}); correct them, or "
+            "leave them out with --lenient (lenient=True):\n  " + "\n  ".join(map(str, fatal[:10])) + more
         )
+    used = annotations.without_lost()
+    rest = tuple(each for each in used.problems if not each.fatal or each.kind in tolerated)
+    return replace(used, problems=rest, left_out=Counter(annotations.left_out) + counts)
 
 
 def require_boxes(annotations: Annotations) -> None:
@@ -365,12 +376,7 @@ def usable_for_evaluation(annotations: Annotations, *, lenient: bool = False) ->
     """
     if lenient:
         annotations = _with_image_problems(annotations)
-    shapes = ("inverted box", "zero area", "box outside")
-    problems = tuple(each for each in annotations.problems if each.kind not in shapes)
-    refuse(replace(annotations, problems=problems), lenient=lenient)
-    rest = tuple(each for each in annotations.problems if each.kind in shapes)
-    left_out = dict(Counter(each.kind for each in problems if each.fatal))
-    return replace(annotations.without_lost(), problems=rest, left_out=left_out or annotations.left_out)
+    return _used(annotations, lenient=lenient, tolerated=MISSHAPEN)
 
 
 def find_coco(root: Path, split: str) -> tuple[Path, Path] | None:
@@ -658,7 +664,8 @@ def _yolo_images(file: Path, base: Path, entry: str) -> list[Path]:
 def _yolo_labels(image: Path, dataset: Path) -> Path:
     """Where an image's labels are: in labels/ for images/ (of the dataset, not above), else beside it."""
     parts = list(image.parts)
-    above = len(dataset.absolute().parts) if image.is_relative_to(dataset.absolute()) else 0
+    root = os.path.abspath(dataset)  # as images are given: without ".."
+    above = len(Path(root).parts) if image.is_relative_to(root) else 0
     for place in range(len(parts) - 2, above - 1, -1):
         if parts[place] == "images":
             parts[place] = "labels"
@@ -682,7 +689,8 @@ def _upright_size(path: Path) -> tuple[int, int] | None:
         with Image.open(path, formats=FORMATS) as image:
             orientation = 1
             with suppress(Exception):  # as in ssd.images: a block that cannot be read says nothing
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                if image.format != "TIFF":  # which Pillow turns by itself
+                    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     except Exception:  # decoders raise anything
         return None

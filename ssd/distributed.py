@@ -114,13 +114,13 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        chosen = torch.device(name)
-        torch.empty(1, device=chosen).cpu()
+        there = torch.empty(1, device=torch.device(name))
+        there.cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here; choose 'cpu' or, where there is a GPU, 'cuda'"
         ) from error
-    return chosen
+    return there.device  # with an index, which torch.cuda.set_device asks for
 
 
 @contextlib.contextmanager

@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from ssd.data import AnnotationError, Annotations, annotations_of, as_targets, check_size
+from ssd.data import (
+    MISSHAPEN,
+    AnnotationError,
+    Annotations,
+    annotations_of,
+    as_targets,
+    check_size,
+    listed,
+)
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World, alone
@@ -64,8 +72,7 @@ class Evaluation:
         wide = max(len("class"), *(len(name) for name in self.per_class))
         lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections"]
         if self.left_out:
-            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.left_out.items())
-            lines.append(f"left out of these numbers ({kinds})")
+            lines.append(f"left out of these numbers ({listed(self.left_out)})")
         lines.append("")
         lines += [f"{name:6} {_cell(self.metrics[name])}  {MEANINGS[name]}" for name in METRICS]
         lines += ["", f"{'class':{wide}}  {'boxes':>7}  {'AP':>6}  {'AP50':>6}"]
@@ -162,7 +169,10 @@ def evaluate(
     All images count, with and without boxes.
     """
     world = world or alone(detector.device)
-    return measure(*detect_all(detector, dataset, world, batch_size=batch_size))
+    truth, found = detect_all(detector, dataset, world, batch_size=batch_size)
+    measured = world.gather(measure(truth, found) if world.is_main else None)[0]
+    assert measured is not None
+    return measured
 
 
 Target = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.float64]]
@@ -229,7 +239,7 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
         images=len(annotations),
         boxes=len(real),
         detections=detections,
-        left_out=dict(annotations.left_out),
+        left_out={kind: n for kind, n in annotations.left_out.items() if kind not in MISSHAPEN},
     )
 
 

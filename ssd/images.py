@@ -223,6 +223,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes the block anew, and fails where any other tag is odd.
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
+        # Else it would still say how it is to be turned, and whoever reads it next would turn it again.
+        image.info = {key: value for key, value in image.info.items() if key == "transparency"}
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_array(_wide_grey(np.asarray(image)), name)
     if image.has_transparency_data:

@@ -86,13 +86,17 @@ def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:
     free = ~crowd
     pairs: list[tuple[int, int]] = []
     iou = box_iou(torch.tensor(sure.boxes), every).nan_to_num().numpy()  # [detections, boxes]
-    for overlap, class_id in zip(iou, sure.class_ids.tolist(), strict=True):
+    # Within a crowd, what counts is which part of the detection it covers, as in the official code.
+    own = (sure.boxes[:, 2:] - sure.boxes[:, :2]).prod(1)[:, None]
+    both = own + (every[:, 2:] - every[:, :2]).prod(1).numpy()
+    covered = np.divide(both * iou / (1 + iou), own, out=np.zeros_like(both), where=own > 0)
+    for overlap, part_covered, class_id in zip(iou, covered, sure.class_ids.tolist(), strict=True):
         candidates = np.where(free, overlap, -1)
         best = int(candidates.argmax()) if len(candidates) else -1
         if best >= 0 and candidates[best] >= IOU_THRESHOLD:
             free[best] = False
             pairs.append((int(labels[best]), class_id))
-        elif not (crowd & (overlap >= IOU_THRESHOLD)).any():
+        elif not (crowd & (part_covered >= IOU_THRESHOLD)).any():
             pairs.append((none, class_id))
     pairs += [(int(label), none) for label in labels[free]]
     return Mistakes(pairs, annotations.boxes[part][free])

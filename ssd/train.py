@@ -32,8 +32,10 @@ from ssd.checkpoint import CheckpointError, atomic_file, is_watched
 from ssd.data import (
     AnnotationError,
     Annotations,
+    DetectionDataset,
     annotations_of,
     as_targets,
+    listed,
     require_boxes,
     usable_for_evaluation,
 )
@@ -112,7 +114,7 @@ class TrainConfig:
     compile: bool = False
     """Run the network through torch.compile."""
     crowd: bool = False
-    """Train on crowd boxes too, as NVIDIA's code does."""
+    """Train on crowd boxes too, as NVIDIA's code does; a `DetectionDataset` is to be made likewise."""
     workers: int | None = None
     """Processes that read and augment images; by default half of the cores, at most 8."""
     evaluate_every: int = 5
@@ -461,10 +463,12 @@ def restore(path: Path, state: dict[str, Any], run: Run, config: TrainConfig) ->
         run.model.load_state_dict(state["model"])
         if run.average:
             run.average.load_state_dict(state["average"])
-        chosen = [(group["momentum"], group["weight_decay"]) for group in run.optimizer.param_groups]
+        # Its options stay this optimiser's: the state may be of apex's, or of another device.
+        groups = run.optimizer.param_groups
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         run.optimizer.load_state_dict(state["optimizer"])
-        for group, (momentum, weight_decay) in zip(run.optimizer.param_groups, chosen, strict=True):
-            group["momentum"], group["weight_decay"] = momentum, weight_decay
+        for group, options in zip(run.optimizer.param_groups, chosen, strict=True):
+            group.update(options)
         if state["config"]["precision"] == config.precision:
             run.scaler.load_state_dict(state["scaler"])
         run.progress = Progress(**state["progress"])
@@ -512,7 +516,7 @@ class Result:
     finished: bool
     """Whether all epochs are done; else it can be continued."""
     evaluation: Evaluation | None
-    """Of the last epoch, where there is something to evaluate on."""
+    """The last one of this call, if there was any."""
     best: float
     """Highest AP; -1 without evaluation."""
     folder: Path
@@ -548,7 +552,7 @@ def fit(
         class_names: one for each class but the background; by default `train.class_names`.
         category_ids: the dataset's own id of each class, for COCO output.
         world: this process among those of the run, from `ssd.distributed.world`.
-        resume: go on with the run in `folder`, which has to have the same config.
+        resume: go on with the run in `folder`, with this config from there on; what cannot change is refused.
         say: gets lines of text; None for silence.
         source: where the data came from; noted in ``config.json``.
         tensorboard: also write for TensorBoard, into the folder.
@@ -570,6 +574,8 @@ def fit(
     torch.manual_seed(config.seed)
 
     run, origin = _begin(train, names, config, folder / "state.pt", world, resume=resume)
+    if not run.progress.batch:  # an epoch that begins may have other steps than those before it
+        run.progress.step = run.progress.epoch * batches.steps
     writer = _Writer(folder, names, ids, config, is_main=world.is_main, tensorboard=tensorboard)
     writer.config(source)
     for line in (origin, _describe(config, train, batches, world, run.progress)):
@@ -586,7 +592,6 @@ def fit(
                 train_epoch(run, forward, loader, config, world, total, stop, say)
             except (ImageError, AnnotationError, OSError):
                 if world.size == 1:  # an image that can be mended is no reason to lose the epoch
-                    run.progress.batch -= run.progress.batch % config.accumulate
                     writer.state(run)
                 raise
             stop.asked = world.any(stop.asked)
@@ -625,6 +630,17 @@ def _classes(
         require_boxes(annotations)
         category_ids = category_ids or annotations.category_ids
     return tuple(names), [int(each) for each in category_ids or ()]
+
+
+def _same_crowd(train: Dataset[Any], config: TrainConfig) -> None:
+    """Require that a dataset of ours, which holds crowd boxes or not, is what the config says."""
+    while isinstance(train, Subset):
+        train = train.dataset
+    if isinstance(train, DetectionDataset) and train.annotations.crowd.any() and train.crowd != config.crowd:
+        raise ValueError(
+            f"the config says crowd={config.crowd}, but the DetectionDataset was made with "
+            f"crowd={train.crowd}; make both the same"
+        )
 
 
 def _begin(
@@ -757,6 +773,7 @@ def rebuild(path: Path, state: dict[str, Any]) -> tuple[SSD300, str]:
 
 
 def _plan(train: Dataset[Any], config: TrainConfig, world: World) -> EpochBatches:
+    _same_crowd(train, config)
     images = len(train)  # type: ignore[arg-type]
     batches = EpochBatches(images, config, world)
     if batches.steps == 0:
@@ -884,11 +901,18 @@ class _Watch:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """The loader's batches, with a progress bar where a person sees one."""
+        """The loader's batches, with a progress bar where a person sees one.
+
+        All of a step's batches are there before it begins: one that cannot be read breaks no step.
+        """
+        step: list[Batch] = []
         for batch in self._bar:
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            step.append(batch)
+            if len(step) == self._config.accumulate:
+                yield from step
+                step.clear()
 
     def add(self, loc: Tensor, conf: Tensor, indices: Tensor) -> None:
         """Take note of a batch."""
@@ -1085,10 +1109,9 @@ def _describe(
     lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
     if used < images:
         lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
-    left_out: dict[str, int] = getattr(train, "left_out", {})
-    if left_out:
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in left_out.items())
-        lines.append(f"left out of training ({kinds})")
+    annotations = annotations_of(train)
+    if annotations is not None and annotations.left_out:
+        lines.append(f"left out of training ({listed(annotations.left_out)})")
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
     lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))

@@ -24,6 +24,7 @@ from ssd.detector import Detector
 from ssd.export import export
 from ssd.model import SSD300
 
+HAS_GPU = torch.cuda.is_available()
 DATA = Path(__file__).parent / "data"
 PHOTOS = ("astronaut", "chelsea", "coffee")
 
@@ -218,10 +219,18 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def _only_marked_tests_see_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others check holds of the CPU, such as equality to the bit."""
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that a test starts
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A pretended CUDA device is there."""
-    if not torch.cuda.is_available():
+    if not HAS_GPU:
         torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does: no driver is asked for the device
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -238,7 +247,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in SLOW_TO_MAKE.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))
-    if not torch.cuda.is_available():
+    if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

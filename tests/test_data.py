@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ from ssd import shapes
 from ssd.data import (
     AnnotationError,
     DetectionDataset,
+    Problem,
     annotations_of,
     as_targets,
     find_split,
@@ -177,6 +179,10 @@ def as_yolo_with_labels_inside(root):
     (root / "train" / "labels" / "a.txt").write_text("1 0.25 0.5 0.3 0.5\n")
     picture(root / "train" / "._a.jpg")
     return root
+
+
+def as_yolo_by_a_way_around(root):
+    return as_yolo_with_labels_inside(root) / "train" / ".."
 
 
 def as_yolo_pose(root):
@@ -377,8 +383,9 @@ def test_bad_annotations_are_refused_or_left_out(tmp_path, changes, kind):
     assert (problem.kind, problem.annotation, problem.fatal) == (kind, "8", True)
     with pytest.raises(AnnotationError, match=rf"{kind}: 1.*--lenient(.|\n)*annotation 8"):
         DetectionDataset(found)
-    _, target = DetectionDataset(found, lenient=True)[0]
-    np.testing.assert_allclose(target["boxes"], [BOX])
+    dataset = DetectionDataset(found, lenient=True)
+    assert dataset.annotations.left_out == {kind: 1}
+    np.testing.assert_allclose(dataset[0][1]["boxes"], [BOX])
 
 
 def test_yolo_lines_that_are_wrong(tmp_path):
@@ -464,11 +471,13 @@ def test_images_that_are_none_or_of_another_size_are_left_out_where_that_is_allo
     found = load(tmp_path)
     expected = {"missing image": 1, "unreadable image": 1, "wrong size": 1}
     dataset = DetectionDataset(found, lenient=True)
-    assert dataset.left_out == expected
+    assert dataset.annotations.left_out == expected
     assert dataset.annotations.file_names.tolist() == ["a.jpg"]
     np.testing.assert_allclose(dataset[0][1]["boxes"], [[0, 20, 30, 60]])
     usable = usable_for_evaluation(found, lenient=True)
     assert (usable.left_out, usable.file_names.tolist()) == (expected, ["a.jpg"])
+    assert usable_for_evaluation(usable).left_out == expected  # what was judged is not refused later
+    assert DetectionDataset(usable).annotations.left_out == expected
 
 
 def test_a_subset_has_the_annotations_of_its_images(tmp_path):
@@ -483,8 +492,10 @@ def test_a_subset_has_the_annotations_of_its_images(tmp_path):
     assert part.image_ids == (12, 11, 10)
     assert part.starts.tolist() == [0, 3, 4, 6]
     assert part.boxes[:, 0].tolist() == [2, 3, 4, 7, 0, 1]
-    assert [each.kind for each in part.problems] == ["zero area"]
-    assert annotations_of(Subset(dataset, [2, 0])).problems == ()
+    assert part.left_out == {"zero area": 1}
+    whole = dataset.annotations
+    whole = replace(whole, problems=tuple(Problem("note", name, "", "", fatal=False) for name in names))
+    assert [each.file for each in whole.select([2, 0]).problems] == ["a.jpg", "c.jpg"]
     assert annotations_of(Subset([1, 2], [0])) is None
 
 
@@ -561,6 +572,29 @@ def test_exif_turned_images_have_upright_boxes(tmp_path):
     image, target = DetectionDataset(load(tmp_path))[0]
     assert image.size == (100, 80)
     np.testing.assert_allclose(target["boxes"], [BOX])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_headers_tell_the_size_of_the_upright_image(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "train" / f"a.{suffix}", (80, 100), exif=exif)
+    content = coco([{"id": 1, "file_name": f"a.{suffix}"}])
+    found = load(plain(tmp_path, content, names=()))
+    assert found.sizes.tolist() == [[100, 80]]
+    assert DetectionDataset(found)[0][0].size == (100, 80)
+
+
+def test_places_count_from_the_end_where_they_are_negative(tmp_path):
+    names = [f"{letter}.jpg" for letter in "ab"]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    boxes = [annotation(id=i, image_id=i, bbox=[i, 0, 9, 9]) for i in range(2)]
+    dataset = DetectionDataset(load(plain(tmp_path, coco(images, boxes), names)))
+    np.testing.assert_allclose(dataset[-1][1]["boxes"], [[1, 0, 10, 9]])
+    assert annotations_of(Subset(dataset, [-1])).boxes[:, 0].tolist() == [1]
+    with pytest.raises(IndexError):
+        dataset[2]
+    assert len(list(dataset)) == 2
 
 
 # --- Paths ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTOS, made_model
+from conftest import HAS_GPU, PHOTOS, made_model
 from PIL import Image
 
 from ssd import detector as detector_module
@@ -193,8 +193,8 @@ def test_stream_is_lazy_and_reads_only_a_little_ahead(detector, photo):
     results = detector.stream(endless(), batch_size=2)
     assert asked == []
     next(results)
-    assert len(asked) <= 6
     results.close()
+    assert len(asked) <= 2 * 2 + 8  # two batches, and what is read ahead: twice that, or one for each reader
 
 
 def test_stream_reads_off_the_main_thread_in_order_and_stops_its_threads(detector, photos, monkeypatch):
@@ -326,7 +326,7 @@ def test_half_precision_finds_much_the_same(detector, weights_file, photo, preci
 
 
 def test_a_device_that_is_not_there_is_named(weights_file):
-    if torch.cuda.is_available():
+    if HAS_GPU:
         pytest.skip("there is a CUDA device")
     for device in ("cuda", "banana", "meta", "cuda:99"):
         with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):

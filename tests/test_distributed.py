@@ -64,6 +64,16 @@ def test_alone_there_is_nothing_to_join(monkeypatch):
         assert alone.sum(torch.ones(2)).tolist() == [1, 1]
 
 
+def test_a_gpu_has_a_number(fake_cuda, monkeypatch):
+    """torch.cuda.set_device takes no device without one."""
+    chosen = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    with world() as alone:
+        assert alone.device == torch.device("cuda", 0)
+    assert chosen == [0]
+
+
 def test_lost_contact_names_the_rank():
     two = World(1, 2, torch.device("cpu"))
     with pytest.raises(LostContactError, match="rank 1 of 2 lost contact"), two.contact():

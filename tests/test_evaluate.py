@@ -242,7 +242,8 @@ def test_a_part_of_a_folder_gives_what_its_annotations_give(scenes, scene_model)
 
 
 def test_what_was_left_out_is_told(scenes):
-    annotations = replace(load(scenes, "val"), left_out={"missing image": 2})
+    """Boxes without area are not trained on, but evaluated."""
+    annotations = replace(load(scenes, "val"), left_out={"missing image": 2, "zero area": 3})
     result = measure(annotations, perfect(annotations))
     assert result.to_dict()["left_out"] == {"missing image": 2}
     assert "left out of these numbers (missing image: 2)" in str(result)

@@ -254,13 +254,15 @@ def run_in_empty_folder(code, folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_hub_pages_own_code(published_file, photos, tmp_path, precision):
-    """With local images, and 'cuda' replaced by the machine's device, from a folder that stays empty."""
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [("fp32", "cpu"), ("fp16", "cpu"), pytest.param("fp16", "cuda", marks=pytest.mark.cuda)],
+)
+def test_the_hub_pages_own_code(published_file, photos, tmp_path, precision, device):
+    """With local images, and another device, from a folder that stays empty."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    count = 3 if precision == "fp32" else 1  # fp16 convolutions are slow on CPUs
+    count = 3 if precision == "fp32" or device == "cuda" else 1  # fp16 convolutions are slow on CPUs
     code = HUB_PAGE.format(
         precision=precision,
         repo=str(ROOT),

@@ -165,6 +165,18 @@ def test_exif_orientation(pixels, orientation):
     np.testing.assert_array_equal(loaded(Image.open(io.BytesIO(body))), pixels)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_upright_image_is_not_turned_again(pixels, orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, exif=exif)
+    once = load_image(file.getvalue())
+    assert (once.size == pixels.shape[:2]) == (orientation == 6)
+    np.testing.assert_array_equal(np.asarray(load_image(once)), np.asarray(once))
+
+
 def test_unreadable_exif_does_not_hide_the_picture(pixels):
     body = encoded(Image.fromarray(pixels), exif=b"Exif\0\0 this is no TIFF header")
     np.testing.assert_array_equal(loaded(body), pixels)

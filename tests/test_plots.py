@@ -69,6 +69,15 @@ def test_low_scores_and_crowd_are_left_aside(scenes):
     box, label = scenes.boxes[part][0], int(scenes.labels[part][0]) - 1
     low = Detections([box], [0.3], [label], scenes.class_names, (480, 480))
     assert all(detected == 6 for _, detected in compare(scenes, i, low).pairs)
+    # A crowd over the whole image: the small part of it that is detected is no mistake, as in COCOeval.
+    boxes, crowd = scenes.boxes.copy(), scenes.crowd.copy()
+    boxes[part], crowd[part] = [0, 0, 480, 480], True
+    one = Detections([[10, 10, 30, 40]], [0.9], [label], scenes.class_names, (480, 480))
+    assert compare(replace(scenes, boxes=boxes, crowd=crowd), i, one).pairs == []
+    boxes[part] = [20, 0, 480, 480]  # half of the detection lies outside
+    assert compare(replace(scenes, boxes=boxes, crowd=crowd), i, one).pairs == []
+    boxes[part] = [21, 0, 480, 480]
+    assert compare(replace(scenes, boxes=boxes, crowd=crowd), i, one).pairs == [(6, label)]
 
 
 def test_without_matplotlib_the_command_is_named(scenes, tmp_path, monkeypatch):

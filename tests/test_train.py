@@ -633,7 +633,8 @@ def test_what_may_change_when_a_run_goes_on_holds_from_there_on(tmp_path):
     assert other.scaler.get_scale() == 2.0**16
 
 
-def test_an_image_that_breaks_within_an_epoch_costs_no_step(images, tmp_path):
+@pytest.mark.parametrize(("accumulate", "stands"), [(1, (1, 1, 4)), (3, (1, 0, 1))])
+def test_an_image_that_breaks_within_an_epoch_costs_no_step(images, tmp_path, accumulate, stands):
     """Mended, the run goes on where it was, and ends as if nothing had been wrong."""
 
     class Breaking(Interrupting):
@@ -643,14 +644,63 @@ def test_an_image_that_breaks_within_an_epoch_costs_no_step(images, tmp_path):
                 raise ImageError("photo.jpg: damaged")
             return self._dataset[index]
 
-    config = replace(QUICK, epochs=2)
+    config = replace(QUICK, epochs=2, accumulate=accumulate)
     fit(images, None, config, tmp_path / "whole", say=None)
     with pytest.raises(ImageError, match=r"photo\.jpg: damaged"):
         fit(Breaking(images, 10), None, config, tmp_path / "run", say=None)
     state = train.read_state(tmp_path / "run" / "state.pt")["progress"]
-    assert (state["epoch"], state["batch"], state["step"]) == (1, 1, 4)
+    assert (state["epoch"], state["batch"], state["step"]) == stands
     assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_with_steps_of_another_size_the_rate_goes_on_where_the_epoch_is(images, tmp_path):
+    few = replace(QUICK, epochs=2, batch_size=2)
+    fit(images, None, few, tmp_path, say=None)
+    many = replace(QUICK, epochs=4, batch_size=3)
+    fit(images, None, many, tmp_path, resume=True, say=None)
+    expected = [train.learning_rate(many, 2 * epoch - 1, 2 * 4, 3) for epoch in (3, 4)]
+    assert [float(row["lr"]) for row in rows(tmp_path)][2:] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_state_of_another_optimiser_is_gone_on_with(images, tmp_path):
+    """That of apex has no fused, foreach and so on."""
+    fit(images, None, replace(QUICK, epochs=1), tmp_path, say=None)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        for key in set(group) - {"params", "lr", "momentum", "dampening", "weight_decay", "nesterov"}:
+            del group[key]
+    torch.save(state, tmp_path / "state.pt")
+    assert fit(images, None, QUICK, tmp_path, resume=True, say=None).finished
+
+
+def test_crowd_boxes_are_in_the_dataset_as_the_config_says(images, tmp_path):
+    crowd = np.arange(len(images.annotations.labels)) % 2 == 0
+    part = torch.utils.data.Subset(DetectionDataset(replace(images.annotations, crowd=crowd)), range(4))
+    with pytest.raises(ValueError, match=r"config says crowd=True.*made with crowd=False"):
+        fit(part, None, replace(QUICK, crowd=True), tmp_path, say=None)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_boxes_of_turned_photos_stay_on_what_they_mark(tmp_path, orientation):
+    """A red quarter, at the top left of the upright image, and the box on it."""
+    upright = Image.new("RGB", (100, 80), "blue")
+    upright.paste("red", (0, 0, 50, 40))
+    stored = upright.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train").mkdir()
+    stored.save(tmp_path / "train" / "a.png", exif=exif)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 40]}],
+        "categories": [{"id": 1, "name": "red"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    examples = train.Examples(DetectionDataset(load(tmp_path)), 2, "none", 0)
+    image, boxes, _, _ = examples[0, 0]
+    torch.testing.assert_close(boxes, torch.tensor([[0, 0, 0.5, 0.5]]))
+    assert (image[10:140, 10:140] == torch.tensor([255, 0, 0])).all()
 
 
 def test_under_torchrun_the_world_has_to_be_passed(images, tmp_path, monkeypatch):
@@ -905,19 +955,19 @@ def test_a_full_disk_is_told_and_the_earlier_files_are_whole(tmp_path):
 @pytest.mark.cuda
 def test_a_step_does_not_wait_for_the_gpu(images, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_CHECK_EVERY", 1000)
-    real = train.train_epoch
+    real = train._Watch.__iter__
 
-    def checked(*args):
-        torch.cuda.set_sync_debug_mode("warn")
+    def checked(watch):
+        torch.cuda.set_sync_debug_mode("error")  # until the last batch is done
         try:
-            real(*args)
+            yield from real(watch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    world = World(0, 1, torch.device("cuda"))
-    fit(images, None, replace(QUICK, precision="fp16"), tmp_path, world=world, say=None)
-    monkeypatch.setattr(train, "train_epoch", checked)
-    fit(images, None, replace(QUICK, precision="fp16"), tmp_path, world=world, say=None)
+    world = World(0, 1, torch.device("cuda", 0))
+    fit(images, None, replace(QUICK, precision="fp16"), tmp_path / "warm", world=world, say=None)
+    monkeypatch.setattr(train._Watch, "__iter__", checked)
+    fit(images, None, replace(QUICK, precision="fp16"), tmp_path / "run", world=world, say=None)
 
 
 def test_a_dataset_without_names_is_told(images, tmp_path):

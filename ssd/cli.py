@@ -597,6 +597,8 @@ def evaluate(
     from ssd.distributed import world  # noqa: PLC0415
     from ssd.evaluate import coco_results, detect_all, measure  # noqa: PLC0415
 
+    if output is not None and (output / "metrics.json").exists():
+        raise typer.BadParameter(f"{output} holds an evaluation already", param_hint="--output")
     if plots:
         from ssd.plots import draw_plots, require_matplotlib  # noqa: PLC0415
 

@@ -498,6 +498,9 @@ def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
     assert "left out of these numbers (missing image: 1)" in out
     facts = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert (facts["images"], facts["left_out"]) == (2, {"missing image": 1})
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "e holds an evaluation already" in " ".join(err.replace("│", " ").split())
 
 
 def test_every_choice_of_training_is_an_option():

@@ -10,7 +10,6 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -18,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import yaml
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ssd.images import FORMATS, SUFFIXES, is_image_name, load_image
+from ssd.images import SUFFIXES, is_image_name, load_image, upright_size
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names under which folders keep each split."""
@@ -143,6 +142,7 @@ class Annotations:
 
     def of_image(self, i: int) -> slice:
         """Where the boxes of an image are."""
+        i = range(len(self))[i]  # negative ones count from the end
         return slice(int(self.starts[i]), int(self.starts[i + 1]))
 
 
@@ -180,7 +180,6 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         return str(self.annotations.root / str(self.annotations.file_names[index]))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
-        index = range(len(self))[index]  # negative ones count from the end
         image = load_image(self.annotations.path(index))
         check_size(self.annotations, index, image.size)
         part = self.annotations.of_image(index)
@@ -681,19 +680,7 @@ def _text(path: Path) -> str:
 def _upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
     """Width and height of images after EXIF rotation, from their headers; None where there is none."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(_upright_size, paths))
-
-
-def _upright_size(path: Path) -> tuple[int, int] | None:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            orientation = 1
-            with suppress(Exception):  # as in ssd.images: a block that cannot be read says nothing
-                if image.format != "TIFF":  # which Pillow turns by itself
-                    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
-    except Exception:  # decoders raise anything
-        return None
+        return list(pool.map(upright_size, paths))
 
 
 # --- VOC --------------------------------------------------------------------------------------------------

@@ -166,6 +166,17 @@ def is_image_name(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Width and height of the image that `load_image` gives, from the file's header; None if it has none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            # A TIFF's size is that of the upright image already.
+            turned = image.format != "TIFF" and _orientation(image) >= 5
+            return image.size[::-1] if turned else image.size
+    except Exception:  # decoders raise anything
+        return None
+
+
 def _decode(file: IO[bytes], name: str, least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     with _refusals(name):
         try:

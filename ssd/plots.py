@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import ImageDraw
-from torchvision.ops import box_iou
+from pycocotools import mask
 
 from ssd.checkpoint import atomic_file
 from ssd.data import Annotations
@@ -79,27 +78,29 @@ def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:
     """
     part = annotations.of_image(i)
     crowd = annotations.crowd[part]
-    every = torch.from_numpy(annotations.boxes[part]).float()
+    every = annotations.boxes[part]
     labels = annotations.labels[part] - 1
     none = len(annotations.class_names)
     sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
     free = ~crowd
     pairs: list[tuple[int, int]] = []
-    iou = box_iou(torch.tensor(sure.boxes), every).nan_to_num().numpy()  # [detections, boxes]
-    # Within a crowd, what counts is which part of the detection it covers, as in the official code.
-    own = (sure.boxes[:, 2:] - sure.boxes[:, :2]).prod(1)[:, None]
-    both = own + (every[:, 2:] - every[:, :2]).prod(1).numpy()
-    covered = np.divide(both * iou / (1 + iou), own, out=np.zeros_like(both), where=own > 0)
-    for overlap, part_covered, class_id in zip(iou, covered, sure.class_ids.tolist(), strict=True):
+    # Of crowd boxes it gives the part of the detection that they cover.
+    overlaps = mask.iou(_xywh(sure.boxes), _xywh(every), crowd)
+    overlaps = np.reshape(overlaps, (len(sure), len(every)))  # pycocotools gives [] where one is empty
+    for overlap, class_id in zip(overlaps, sure.class_ids.tolist(), strict=True):
         candidates = np.where(free, overlap, -1)
         best = int(candidates.argmax()) if len(candidates) else -1
         if best >= 0 and candidates[best] >= IOU_THRESHOLD:
             free[best] = False
             pairs.append((int(labels[best]), class_id))
-        elif not (crowd & (part_covered >= IOU_THRESHOLD)).any():
+        elif not (crowd & (overlap >= IOU_THRESHOLD)).any():
             pairs.append((none, class_id))
     pairs += [(int(label), none) for label in labels[free]]
-    return Mistakes(pairs, annotations.boxes[part][free])
+    return Mistakes(pairs, every[free])
+
+
+def _xywh(boxes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).astype(np.float64)
 
 
 def _curves(annotations: Annotations, found: Mapping[int, Detections]) -> "Figure":

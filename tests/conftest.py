@@ -4,8 +4,10 @@ import json
 import os
 import socket
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)
     with FakeCuda():
         yield
+
+
+@contextmanager
+def waiting_for_cuda_fails() -> Iterator[None]:
+    """Within the block, whatever makes the host wait for the GPU raises a RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype and does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 SLOW_TO_MAKE = {"exported", "unbroken"}

@@ -2,6 +2,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from conftest import waiting_for_cuda_fails
 from hypothesis import given, settings
 
 from ssd.boxes import default_boxes, encode, match
@@ -120,8 +121,5 @@ def test_no_host_synchronisation_on_cuda():
     truths = torch.tensor([[[0.1, 0.1, 0.5, 0.5]]], device=device), torch.ones(1, 1, device=device).long()
     loc = torch.zeros(1, 4, 8732, device=device, requires_grad=True)
     conf = torch.zeros(1, 3, 8732, device=device, requires_grad=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_for_cuda_fails():
         total(loss(loc, conf, *match(*truths, defaults))).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import made_model
+from conftest import made_model, waiting_for_cuda_fails
 from PIL import Image
 from torch import nn
 
@@ -958,11 +958,8 @@ def test_a_step_does_not_wait_for_the_gpu(images, tmp_path, monkeypatch):
     real = train._Watch.__iter__
 
     def checked(watch):
-        torch.cuda.set_sync_debug_mode("error")  # until the last batch is done
-        try:
+        with waiting_for_cuda_fails():  # until the last batch is done
             yield from real(watch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     world = World(0, 1, torch.device("cuda", 0))
     fit(images, None, replace(QUICK, precision="fp16"), tmp_path / "warm", world=world, say=None)

@@ -1,23 +1,18 @@
-"""Default boxes, matching, and the coding between boxes and network outputs: pure functions.
+"""Layouts of default boxes, matching, and the coding between boxes and network outputs: pure functions.
 
 Boxes are float32 in the last dimension, normalised by the image's width and height, as centre and
-size (``cxcywh``) or as corners (``xyxy``). Conversions are torchvision's.
+size (``cxcywh``) or as corners (``xyxy``).
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
-# SSD300 as published for COCO: weiliu89/caffe (ssd branch), and NVIDIA DeepLearningExamples' dboxes300_coco.
-INPUT_SIZE = 300
-FEATURE_SIZES = (38, 19, 10, 5, 3, 1)
-STEPS = (8, 16, 32, 64, 100, 300)
-SCALES = (21, 45, 99, 153, 207, 261, 315)
-ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
-BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in ASPECT_RATIOS)
-NUM_DEFAULT_BOXES = sum(n * size * size for n, size in zip(BOXES_PER_CELL, FEATURE_SIZES, strict=True))
 CENTER_VARIANCE = 0.1
 SIZE_VARIANCE = 0.2
 
@@ -25,33 +20,155 @@ SIZE_VARIANCE = 0.2
 # box cannot grow more than 62.5 times, so nothing that a trained network predicts is touched.
 MAX_LOG_GROWTH = math.log(1000 / 16)
 
+# Far above any layout of use; layouts come with files of strangers.
+_MAX_SIZE = 4096
+_MAX_MAPS = 16
+_MAX_RATIOS = 16
 
-def default_boxes() -> Tensor:
-    """The 8,732 default boxes of SSD300, cxcywh, normalised, clamped to [0, 1].
 
-    Returns:
-        float32 ``[8732, 4]`` on the CPU, ordered by feature map, then shape, then row, then column.
+@dataclass(frozen=True)
+class Layout:
+    """The size of a network's input, and the default boxes on each of its feature maps.
 
-    >>> default_boxes()[0]
-    tensor([0.0133, 0.0133, 0.0700, 0.0700])
+    The network follows from it: the first map is the trunk's, an eighth of the input; each block after it
+    makes the next one, of half its size, or two smaller.
+
+    Raises:
+        ValueError: values that no network has; the message says which.
+        TypeError: values that are no numbers.
+
+    >>> LAYOUTS["300"].num_default_boxes
+    8732
     """
-    levels = []
-    for size, step, scale, next_scale, ratios in zip(
-        FEATURE_SIZES, STEPS, SCALES, SCALES[1:], ASPECT_RATIOS, strict=False
-    ):
-        small = scale / INPUT_SIZE
-        between = math.sqrt(small * (next_scale / INPUT_SIZE))
-        shapes = [(small, small), (between, between)]
-        for ratio in ratios:
-            wide = (small * math.sqrt(ratio), small / math.sqrt(ratio))
-            shapes += [wide, wide[::-1]]
-        # The cell is figure/step wide (37.5 cells for step 8), although the map has `size` of them.
-        centers = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / (INPUT_SIZE / step)
-        cy, cx = torch.meshgrid(centers, centers, indexing="ij")
-        grid = torch.stack([cx, cy], dim=-1).reshape(1, -1, 2).expand(len(shapes), -1, -1)
-        sizes = torch.tensor(shapes, dtype=torch.float64, device="cpu")[:, None].expand(-1, grid.shape[1], -1)
-        levels.append(torch.cat([grid, sizes], dim=-1).reshape(-1, 4))
-    return torch.cat(levels).float().clamp(0, 1)
+
+    size: int
+    """Width and height of the input in pixels."""
+    maps: tuple[int, ...]
+    """Cells across and down of each feature map, largest first."""
+    steps: tuple[float, ...]
+    """Of each map, how many pixels of the input lie between the centres of its cells."""
+    scales: tuple[float, ...]
+    """Of each map, the side of its square default box in pixels; and one number more, for after the last."""
+    aspect_ratios: tuple[tuple[float, ...], ...]
+    """Of each map, the ratios of width to height of the other default boxes; each is also used upright."""
+
+    def __post_init__(self) -> None:
+        for name in ("maps", "steps", "scales"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "aspect_ratios", tuple(tuple(ratios) for ratios in self.aspect_ratios))
+        whole = (self.size, *self.maps)
+        numbers = (*whole, *self.steps, *self.scales, *(ratio for row in self.aspect_ratios for ratio in row))
+        if not all(type(number) in (int, float) for number in numbers) or {*map(type, whole)} != {int}:
+            raise TypeError("a layout is made of numbers; its size and maps are whole ones")
+        count = len(self.maps)
+        lengths = len(self.steps), len(self.scales) - 1, len(self.aspect_ratios)
+        if not 1 <= count <= _MAX_MAPS or lengths != (count,) * 3:
+            raise ValueError(
+                f"a layout has 1 to {_MAX_MAPS} maps, as many steps and rows of aspect ratios, and a scale "
+                f"more; got {count} maps, {lengths[0]} steps, {lengths[2]} rows, {lengths[1] + 1} scales"
+            )
+        if not 8 <= self.size <= _MAX_SIZE:
+            raise ValueError(f"a layout's size is 8 to {_MAX_SIZE} pixels; got {self.size}")
+        if self.maps[0] != math.ceil(self.size / 8):
+            raise ValueError(
+                f"of an input of {self.size}, the first map has {math.ceil(self.size / 8)} cells"
+            )
+        for larger, smaller in pairwise(self.maps):
+            if smaller < 1 or smaller not in (larger - 2, math.ceil(larger / 2)):
+                raise ValueError(
+                    f"after a map of {larger} cells comes one of half, or two fewer; not {smaller}"
+                )
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError("a layout's steps, scales and aspect ratios are above 0, and finite")
+        if max(map(len, self.aspect_ratios)) > _MAX_RATIOS:
+            raise ValueError(f"a layout has at most {_MAX_RATIOS} aspect ratios of a map")
+
+    @property
+    def boxes_per_cell(self) -> tuple[int, ...]:
+        """How many default boxes each cell of a map has."""
+        return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
+
+    @property
+    def boxes_per_map(self) -> tuple[int, ...]:
+        """How many default boxes each map has."""
+        return tuple(n * cells**2 for n, cells in zip(self.boxes_per_cell, self.maps, strict=True))
+
+    @property
+    def num_default_boxes(self) -> int:
+        """How many default boxes there are on all maps."""
+        return sum(self.boxes_per_map)
+
+    def default_boxes(self) -> Tensor:
+        """The default boxes, clamped to the image.
+
+        Returns:
+            float32 cxcywh, normalised, in [0, 1], ``[num_default_boxes, 4]`` on the CPU; ordered by map, then
+            shape, then row, then column.
+
+        >>> LAYOUTS["300"].default_boxes()[0]
+        tensor([0.0133, 0.0133, 0.0700, 0.0700])
+        """
+        levels = []
+        for cells, step, scale, next_scale, ratios in zip(
+            self.maps, self.steps, self.scales, self.scales[1:], self.aspect_ratios, strict=False
+        ):
+            small = scale / self.size
+            between = math.sqrt(small * (next_scale / self.size))
+            shapes = [(small, small), (between, between)]
+            for ratio in ratios:
+                wide = (small * math.sqrt(ratio), small / math.sqrt(ratio))
+                shapes += [wide, wide[::-1]]
+            # As published, a cell is step/size wide (37.5 cells for step 8), although the map has 38 of them.
+            centers = (torch.arange(cells, dtype=torch.float64, device="cpu") + 0.5) / (self.size / step)
+            cy, cx = torch.meshgrid(centers, centers, indexing="ij")
+            grid = torch.stack([cx, cy], dim=-1).reshape(1, -1, 2).expand(len(shapes), -1, -1)
+            sides = torch.tensor(shapes, dtype=torch.float64, device="cpu")[:, None]
+            sides = sides.expand(-1, grid.shape[1], -1)
+            levels.append(torch.cat([grid, sides], dim=-1).reshape(-1, 4))
+        return torch.cat(levels).float().clamp(0, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as files hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Layout":
+        """What `to_dict` gave, also after JSON made lists of its tuples.
+
+        Raises:
+            ValueError, TypeError: it is something else.
+        """
+        names = {each.name for each in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise ValueError(f"a layout has {', '.join(sorted(names))}")
+        return cls(**values)
+
+
+LAYOUTS = {
+    # SSD300 as published for COCO: weiliu89/caffe (ssd branch), and NVIDIA DeepLearningExamples'
+    # dboxes300_coco.
+    "300": Layout(
+        size=300,
+        maps=(38, 19, 10, 5, 3, 1),
+        steps=(8, 16, 32, 64, 100, 300),
+        scales=(21, 45, 99, 153, 207, 261, 315),
+        aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+    ),
+}
+"""Layouts by name. What says nothing of its layout is of the published one."""
+
+PUBLISHED_LAYOUT = LAYOUTS["300"]
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """xyxy of cxcywh, ``[..., 4]``; as torchvision's box_convert, whose import takes a second."""
+    half = 0.5 * boxes[..., 2:]
+    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
+
+
+def to_centers(boxes: Tensor) -> Tensor:
+    """cxcywh of xyxy, ``[..., 4]``."""
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
 def match(
@@ -85,11 +202,11 @@ def match(
         matched, matched_labels = match(boxes[None], labels[None], default_boxes, iou_threshold)
         return matched[0], matched_labels[0]
 
-    corners = box_convert(default_boxes, "cxcywh", "xyxy")
+    corners = to_corners(default_boxes)
     batch, truths, count = *labels.shape, len(default_boxes)
     if truths == 0:
         background = labels.new_zeros(batch, count)
-        return box_convert(corners, "xyxy", "cxcywh").expand(batch, -1, -1), background
+        return to_centers(corners).expand(batch, -1, -1), background
 
     real = labels > 0  # [N, M]
     iou = _iou(boxes.reshape(-1, 4), corners).view(batch, truths, count)
@@ -105,7 +222,7 @@ def match(
 
     matched = boxes.gather(1, best_truth[..., None].expand(-1, -1, 4))
     matched = matched.where(positive[..., None], corners)
-    return box_convert(matched, "xyxy", "cxcywh"), labels.gather(1, best_truth) * positive
+    return to_centers(matched), labels.gather(1, best_truth) * positive
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssd.devices import usable_device
+from ssd.errors import LostContactError
+
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others, for example while rank 0 writes, before it gives up."""
 
 T = TypeVar("T")
-
-
-class LostContactError(RuntimeError):
-    """Another process of the run has died or hangs; the message names the rank that noticed."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def alone(device: torch.device) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "torchrun started several processes, of which each would do all of the work: "
-            "within `with ssd.distributed.world() as world:`, pass world=world"
+            "within `with ssd.distributed.join() as world:`, pass world=world"
         )
     return World(0, 1, device)
 
@@ -104,27 +103,8 @@ def _is_about_contact(error: Exception) -> bool:
     return any(word in str(error).lower() for word in words)
 
 
-def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """A device that works here: by default CUDA where there is one (under torchrun, one for each process).
-
-    Raises:
-        ValueError: there is no such device; the message says what to choose.
-    """
-    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        there = torch.empty(1, device=torch.device(name))
-        there.cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here; choose 'cpu' or, where there is a GPU, 'cuda'"
-        ) from error
-    return there.device  # with an index, which torch.cuda.set_device asks for
-
-
 @contextlib.contextmanager
-def world(device: torch.device | str | None = None, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
+def join(device: torch.device | str | None = None, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, a world of one.
 
     Args:

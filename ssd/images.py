@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ssd import web
+from ssd.errors import ImageError
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.generic] | Tensor
 
@@ -47,10 +48,6 @@ _UPRIGHT = {
 
 # Pillow reads an opened file when it is first used, and two threads must not do that at a time.
 _LAZY_READ = threading.Lock()
-
-
-class ImageError(ValueError):
-    """An image cannot be used; the message names it and says why."""
 
 
 def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:

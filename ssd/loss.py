@@ -1,5 +1,6 @@
 """The SSD loss: smooth L1 on boxes, cross-entropy on classes with hard-negative mining."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,3 +65,7 @@ class MultiBoxLoss(nn.Module):
 
         count = positives.clamp(min=1)
         return Losses(loc_loss / count, conf_loss / count)
+
+
+LOSSES: dict[str, Callable[[Tensor], nn.Module]] = {"multibox": MultiBoxLoss}
+"""Losses by name: each is made of the default boxes, and called as `MultiBoxLoss`."""

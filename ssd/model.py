@@ -1,21 +1,21 @@
-"""SSD300: a ResNet trunk, five additional blocks, six pairs of heads."""
+"""SSD: a ResNet trunk, additional blocks, and a pair of heads for each feature map."""
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
 
-from ssd import checkpoint as checkpoints
-from ssd.boxes import BOXES_PER_CELL
+from ssd import checkpoint, pretrained
+from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.choices import BACKBONES, PRECISIONS, Backbone, Precision
+from ssd.devices import DTYPES
+from ssd.resnet import Trunk
 
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-Precision = Literal["fp32", "fp16", "bf16"]
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_OUT_CHANNELS = {
+# Of each feature map; a layout with fewer maps has the first of these, one with more repeats the last.
+_OUT_CHANNELS: dict[Backbone, tuple[int, ...]] = {
     "resnet18": (256, 512, 512, 256, 256, 128),
     "resnet34": (256, 512, 512, 256, 256, 256),
     "resnet50": (1024, 512, 512, 256, 256, 256),
@@ -25,26 +25,8 @@ _OUT_CHANNELS = {
 _MIDDLE_CHANNELS = (256, 256, 128, 128, 128)
 
 
-class Trunk(nn.Module):
-    """A torchvision ResNet up to conv4_x, whose strides are 1: ``[N, 3, 300, 300]`` -> ``[N, C, 38, 38]``."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        resnet = torchvision.models.get_model(backbone, weights=None)
-        first = resnet.layer3[0]
-        for conv in (first.conv1, first.conv2, first.downsample[0]):
-            conv.stride = (1, 1)
-        # One flat Sequential under this name: the keys of published checkpoints depend on it.
-        self.feature_extractor = nn.Sequential(*list(resnet.children())[:7])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of conv4_x."""
-        features: Tensor = self.feature_extractor(images)
-        return features
-
-
-class SSD300(nn.Module):
-    """SSD300 v1.1 as published by NVIDIA, with BatchNorm after each head convolution.
+class SSD(nn.Module):
+    """SSD300 v1.1 as published by NVIDIA, of any layout, with BatchNorm after each head convolution.
 
     A state dict of the published model, whose heads have no BatchNorm, loads with ``strict=True``: the norms
     become identities, and outputs in eval mode are the published ones. To train on from the published
@@ -57,12 +39,13 @@ class SSD300(nn.Module):
         backbone_weights: what the trunk starts from: None for random values, "imagenet" for torchvision's
             best weights, the name of other torchvision weights ("IMAGENET1K_V1"), or a file with the state
             dict of a torchvision ResNet.
+        layout: size of the input, feature maps and default boxes; by default the published ones.
 
     Raises:
         ValueError: unknown backbone or weights, or fewer than two classes.
         CheckpointError, DownloadError: the backbone's weights cannot be had.
 
-    >>> loc, conf = SSD300(num_classes=3, backbone="resnet18").eval()(torch.zeros(1, 3, 300, 300))
+    >>> loc, conf = SSD(num_classes=3, backbone="resnet18").eval()(torch.zeros(1, 3, 300, 300))
     >>> loc.shape, conf.shape
     (torch.Size([1, 4, 8732]), torch.Size([1, 3, 8732]))
     """
@@ -73,36 +56,39 @@ class SSD300(nn.Module):
         backbone: Backbone = "resnet50",
         head_norm: bool = True,
         backbone_weights: str | os.PathLike[str] | None = None,
+        layout: Layout = PUBLISHED_LAYOUT,
     ) -> None:
         super().__init__()
-        if backbone not in _OUT_CHANNELS:
-            raise ValueError(f"backbone {backbone!r} is none of {', '.join(_OUT_CHANNELS)}")
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone {backbone!r} is none of {', '.join(BACKBONES)}")
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background, so it is at least 2; got {num_classes}")
         self.num_classes = num_classes
         self.backbone = backbone
         self.head_norm = head_norm
+        self.layout = layout
 
-        channels = _OUT_CHANNELS[backbone]
+        count = len(layout.maps)
+        channels = _repeated(_OUT_CHANNELS[backbone], count)
         self.feature_extractor = Trunk(backbone)
         self.additional_blocks = nn.ModuleList(
-            _additional_block(c_in, c_mid, c_out, downsample=i < 3)
-            for i, (c_in, c_mid, c_out) in enumerate(
-                zip(channels[:-1], _MIDDLE_CHANNELS, channels[1:], strict=True)
+            # Valid where that gives the next map: from 5 cells to 3, where a stride of 2 would too.
+            _additional_block(c_in, c_mid, c_out, downsample=smaller != larger - 2)
+            for (c_in, c_out), c_mid, (larger, smaller) in zip(
+                pairwise(channels), _repeated(_MIDDLE_CHANNELS, count - 1), pairwise(layout.maps), strict=True
             )
         )
+        shapes = layout.boxes_per_cell
         self.loc = nn.ModuleList(
-            nn.Conv2d(c, n * 4, 3, padding=1) for c, n in zip(channels, BOXES_PER_CELL, strict=True)
+            nn.Conv2d(c, n * 4, 3, padding=1) for c, n in zip(channels, shapes, strict=True)
         )
         self.conf = nn.ModuleList(
-            nn.Conv2d(c, n * num_classes, 3, padding=1) for c, n in zip(channels, BOXES_PER_CELL, strict=True)
+            nn.Conv2d(c, n * num_classes, 3, padding=1) for c, n in zip(channels, shapes, strict=True)
         )
         # Beside the convolutions and not inside them, so that `loc.0.weight` stays the published name.
-        self.loc_norm = nn.ModuleList(
-            nn.BatchNorm2d(n * 4) if head_norm else nn.Identity() for n in BOXES_PER_CELL
-        )
+        self.loc_norm = nn.ModuleList(nn.BatchNorm2d(n * 4) if head_norm else nn.Identity() for n in shapes)
         self.conf_norm = nn.ModuleList(
-            nn.BatchNorm2d(n * num_classes) if head_norm else nn.Identity() for n in BOXES_PER_CELL
+            nn.BatchNorm2d(n * num_classes) if head_norm else nn.Identity() for n in shapes
         )
         for module in (self.additional_blocks, self.loc, self.conf):
             for parameter in module.parameters():
@@ -117,11 +103,12 @@ class SSD300(nn.Module):
         """Raw outputs of a batch.
 
         Args:
-            images: ``[N, 3, 300, 300]``, normalised, in the dtype of the convolutions.
+            images: ``[N, 3, size, size]`` of the layout, normalised, in the dtype of the convolutions.
 
         Returns:
-            loc, the offsets ``[N, 4, 8732]``, and conf, the logits ``[N, num_classes, 8732]``, background
-            first, both in the order of `ssd.boxes.default_boxes`. `ssd.postprocess` makes boxes of them.
+            loc, the offsets ``[N, 4, B]`` of the B default boxes, and conf, the logits
+            ``[N, num_classes, B]``, background first, both in the order of `Layout.default_boxes`.
+            `ssd.postprocess` makes boxes of them.
         """
         features = self.feature_extractor(images)
         maps = [features]
@@ -140,6 +127,14 @@ class SSD300(nn.Module):
                 conf_norm(conf_head(maps[i]).contiguous()).unflatten(1, (self.num_classes, -1)).flatten(2)
             )
         return torch.cat(loc, 2), torch.cat(conf, 2)
+
+
+SSD300 = SSD
+"""The published name."""
+
+
+def _repeated(values: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return (values + values[-1:] * count)[:count]
 
 
 def _additional_block(c_in: int, c_mid: int, c_out: int, *, downsample: bool) -> nn.Sequential:
@@ -182,28 +177,17 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
     Raises:
         ValueError: unknown precision.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     model.to(DTYPES[precision])
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also SyncBatchNorm
             module.float()
 
 
-def native_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """The precisions that a device computes in hardware; the others work too, but slowly."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("fp32", "fp16", "bf16") if bf16 else ("fp32", "fp16")
-    if device.type == "cpu":
-        found: tuple[Precision, ...] = ("fp32",)
-        if torch.cpu._is_amx_fp16_supported():
-            found += ("fp16",)
-        if torch.cpu._is_avx512_bf16_supported():
-            found += ("bf16",)
-        return found
-    return ("fp32",)
+def build(found: checkpoint.Checkpoint) -> SSD:
+    """The network that a checkpoint describes, with random weights."""
+    return SSD(found.num_classes, cast(Backbone, found.backbone), found.head_norm, layout=found.layout)
 
 
 def load_model(
@@ -213,7 +197,7 @@ def load_model(
     sha256: str | None = None,
     force: bool = False,
     progress: bool = True,
-) -> tuple[SSD300, checkpoints.Checkpoint]:
+) -> tuple[SSD, checkpoint.Checkpoint]:
     """The network that a checkpoint is for, with its weights, on the CPU.
 
     Backbone, number of classes and whether the heads have BatchNorm are read off the checkpoint. All of it
@@ -232,12 +216,12 @@ def load_model(
     Raises:
         DownloadError, CheckpointError, FileNotFoundError: see `ssd.checkpoint`.
     """
-    path = checkpoints.fetch(weights, sha256=sha256, force=force, progress=progress)
-    found = checkpoints.read(path)
+    path = pretrained.fetch(weights, sha256=sha256, force=force, progress=progress)
+    found = checkpoint.read(path)
     with torch.device("meta"):  # no time or memory for random values that are replaced at once
-        model = SSD300(found.num_classes, cast(Backbone, found.backbone), found.head_norm)
-    checkpoints.check(path, found.state_dict, model.state_dict())
-    checkpoints.trust(path)
+        model = build(found)
+    checkpoint.require_fit(path, found.state_dict, model.state_dict())
+    pretrained.trust(path)
     model.load_state_dict(found.state_dict, assign=True)
     set_precision(model, precision)
     return model, found
@@ -245,7 +229,7 @@ def load_model(
 
 def transfer(
     weights: str | os.PathLike[str], class_names: Sequence[str], *, backbone: Backbone | None = None
-) -> tuple[SSD300, str]:
+) -> tuple[SSD, str]:
     """A network for new classes that starts from a checkpoint.
 
     Trunk, additional blocks and the box heads are the checkpoint's; so are the class heads if the classes
@@ -268,7 +252,7 @@ def transfer(
         raise ValueError(f"{weights} has the backbone {source.backbone}, not {backbone}")
     if found.class_names == tuple(class_names):
         return source, f"SSD300 {source.backbone} from {weights}: everything loaded, the classes are the same"
-    model = SSD300(len(class_names) + 1, source.backbone, source.head_norm)
+    model = SSD(len(class_names) + 1, source.backbone, source.head_norm, layout=source.layout)
     kept = {key: value for key, value in source.state_dict().items() if not key.startswith("conf")}
     new = [key for key in model.state_dict() if key not in kept]
     model.load_state_dict(kept, strict=False)
@@ -280,24 +264,13 @@ def transfer(
 
 
 def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.PathLike[str]) -> None:
-    known = torchvision.models.get_model_weights(backbone)
-    name = "DEFAULT" if weights == "imagenet" else os.fspath(weights)
-    if name in known.__members__:
-        url = known[name].url
-        # torchvision's file names end in the beginning of their SHA-256.
-        path = checkpoints.fetch(url, sha256=url.rsplit("-", 1)[-1].split(".")[0])
-    elif os.path.isfile(name):
-        path = checkpoints.fetch(name)
-    else:
-        raise ValueError(
-            f"no backbone weights {name!r}: pass a file, 'imagenet', or one of {', '.join(known.__members__)}"
-        )
-    places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"}
+    path = pretrained.fetch_backbone(backbone, weights)
+    stages = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"}
     tensors = {}
-    for key, value in checkpoints.read_tensors(path).items():
+    for key, value in checkpoint.read_tensors(path).items():
         module, rest = key.split(".", 1) if "." in key else (key, "")
-        if module in places:
-            tensors[f"{places[module]}.{rest}"] = value
-    checkpoints.check(path, tensors, trunk.state_dict())
-    checkpoints.trust(path)
+        if module in stages:
+            tensors[f"{stages[module]}.{rest}"] = value
+    checkpoint.require_fit(path, tensors, trunk.state_dict())
+    pretrained.trust(path)
     trunk.load_state_dict(tensors)

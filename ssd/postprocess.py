@@ -10,19 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssd import boxes as box_ops
+from ssd.boxes import decode
+from ssd.errors import NonFiniteError
 
 # How many candidates of an image are compared with each other at a time, best first. Most images are
 # done after one block; the cost of a block grows with its square.
 _BLOCK = 256
-
-
-class NonFiniteError(FloatingPointError):
-    """Numbers that should be finite hold NaN or infinity; `images` are the indices of theirs in the batch."""
-
-    def __init__(self, message: str, images: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.images = tuple(images)
 
 
 class PaddedDetections(NamedTuple):
@@ -82,13 +75,16 @@ def postprocess(
 
     Raises:
         NonFiniteError: loc or conf holds NaN or infinity; it names the images of the batch.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit; or `max_detections` is no number from 1 to how many there can be.
     """
     if loc.ndim != 3 or conf.ndim != 3 or loc.shape != (len(conf), 4, len(default_boxes)):
         raise ValueError(
             f"expected loc [N, 4, {len(default_boxes)}] and conf [N, C, {len(default_boxes)}]; "
             f"got {list(loc.shape)} and {list(conf.shape)}"
         )
+    most = len(default_boxes) * (conf.shape[1] - 1)
+    if not 1 <= max_detections <= most:
+        raise ValueError(f"max_detections must be from 1 to {most:,}; got {max_detections:,}")
     loc, conf = loc.detach(), conf.detach()
     _require_finite(loc, conf)
 
@@ -192,9 +188,7 @@ def _greedy_nms(
         block = slice(start, start + _BLOCK)
         class_id = class_ids[:, block]
         index = box[:, block]
-        boxes = box_ops.decode(
-            loc.gather(2, index[:, None].expand(-1, 4, -1)).transpose(1, 2), default_boxes[index]
-        )
+        boxes = decode(loc.gather(2, index[:, None].expand(-1, 4, -1)).transpose(1, 2), default_boxes[index])
         better = (class_id[:, :, None] == class_id[:, None, :]).tril(-1)  # [N, i, j]: j may suppress i
         rank = seen.gather(1, class_id.clamp(min=0)) + better.sum(2)
         alive = (class_id >= 0) & (rank < max_per_class)

@@ -1,4 +1,4 @@
-"""From a trained SSD300 to a fast one: the same function with fewer and better-shaped operations."""
+"""From a trained network to a fast one: the same function with fewer and better-shaped operations."""
 
 import copy
 from typing import Any
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssd.boxes import BOXES_PER_CELL, FEATURE_SIZES, INPUT_SIZE, default_boxes
-from ssd.model import DTYPES, SSD300, native_precisions
+from ssd.boxes import Layout
+from ssd.devices import is_emulated
+from ssd.model import SSD
 
 
 class Conv(nn.Module):
@@ -96,7 +97,9 @@ class Block(nn.Module):
             if hasattr(block, f"conv{i}")
         ]
         self.convs = nn.ModuleList(Conv(conv, norm, relu=True) for conv, norm in pairs)
-        self.downsample = Conv(*block.downsample, relu=False) if block.downsample is not None else None
+        self.downsample = (
+            Conv(*block.downsample, relu=False) if isinstance(block.downsample, nn.Sequential) else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``[N, C, H, W]``, which may be overwritten."""
@@ -107,8 +110,8 @@ class Block(nn.Module):
         return last
 
 
-class FastSSD300(nn.Module):
-    """What an SSD300 computes in eval mode, prepared for inference; made by `prepare`.
+class FusedSSD(nn.Module):
+    """What an SSD computes in eval mode, prepared for inference; made by `fuse`.
 
     BatchNorm is folded into the convolutions, and the two heads of a level are one convolution, whose output
     channels are ordered so that a channels-last result needs no transposition: boxes come by place, then by
@@ -117,7 +120,7 @@ class FastSSD300(nn.Module):
 
     default_boxes: Tensor
 
-    def __init__(self, model: SSD300) -> None:
+    def __init__(self, model: SSD) -> None:
         super().__init__()
         self.num_classes = model.num_classes
         trunk: Any = model.feature_extractor.feature_extractor
@@ -129,24 +132,13 @@ class FastSSD300(nn.Module):
             nn.Sequential(Conv(block[0], block[1], relu=True), Conv(block[3], block[4], relu=True))
             for block in blocks
         )
+        self.layout = layout = model.layout
         heads: Any = (model.loc, model.loc_norm, model.conf, model.conf_norm)
         self.heads = nn.ModuleList(
             _merged(Conv(loc, loc_norm, relu=False), Conv(conf, conf_norm, relu=False), shapes)
-            for loc, loc_norm, conf, conf_norm, shapes in zip(*heads, BOXES_PER_CELL, strict=True)
+            for loc, loc_norm, conf, conf_norm, shapes in zip(*heads, layout.boxes_per_cell, strict=True)
         )
-        levels = default_boxes().split(
-            [n * size**2 for n, size in zip(BOXES_PER_CELL, FEATURE_SIZES, strict=True)]
-        )
-        self.register_buffer(
-            "default_boxes",
-            torch.cat(
-                [
-                    level.view(n, -1, 4).transpose(0, 1).reshape(-1, 4)
-                    for level, n in zip(levels, BOXES_PER_CELL, strict=True)
-                ]
-            ),
-            persistent=False,
-        )
+        self.register_buffer("default_boxes", _by_place(layout), persistent=False)
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """What the heads give, ``[N, S * (4 + C), H, W]`` of each level: loc and conf of each of S shapes."""
@@ -161,23 +153,34 @@ class FastSSD300(nn.Module):
         """Raw outputs of a batch.
 
         Args:
-            images: ``[N, 3, 300, 300]``, normalised, in the dtype of the convolutions; channels-last is fast.
+            images: ``[N, 3, size, size]`` of the layout, normalised, in the dtype of the convolutions; channels-last is fast.
 
         Returns:
-            loc ``[N, 4, 8732]`` and conf ``[N, num_classes, 8732]``, in the order of the `default_boxes` of
+            loc ``[N, 4, B]`` and conf ``[N, num_classes, B]``, in the order of the `default_boxes` of
             this module; views of memory where each box has its numbers side by side.
         """
         levels = self.levels(images)
         numbers = 4 + self.num_classes
         merged = levels[0].new_empty(images.shape[0], len(self.default_boxes), numbers)
         start = 0
-        for level, shapes in zip(levels, BOXES_PER_CELL, strict=True):
+        for level, shapes in zip(levels, self.layout.boxes_per_cell, strict=True):
             places = level[:, : shapes * numbers].permute(0, 2, 3, 1)  # [N, H, W, S * (4 + C)]
             end = start + places.shape[1] * places.shape[2] * shapes
             merged[:, start:end].view(places.shape).copy_(places)
             start = end
         merged = merged.transpose(1, 2)
         return merged[:, :4], merged[:, 4:]
+
+
+def _by_place(layout: Layout) -> Tensor:
+    """Default boxes in the order in which channels-last maps hold them: by map, then place, then shape."""
+    levels = layout.default_boxes().split(layout.boxes_per_map)
+    return torch.cat(
+        [
+            level.unflatten(0, (shapes, -1)).transpose(0, 1).flatten(0, 1)
+            for level, shapes in zip(levels, layout.boxes_per_cell, strict=True)
+        ]
+    )
 
 
 def _merged(loc: Conv, conf: Conv, shapes: int) -> Conv:
@@ -191,7 +194,7 @@ def _merged(loc: Conv, conf: Conv, shapes: int) -> Conv:
     return loc
 
 
-def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = True) -> FastSSD300:
+def fuse(model: SSD, dtype: torch.dtype | None = None, *, pack: bool = True) -> FusedSSD:
     """A fast copy of a trained model, on its device.
 
     In float32 its outputs agree with those of ``model.eval()`` to 1e-4 (on CUDA, where torch by default lets
@@ -204,9 +207,9 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
             cannot compute in `dtype`. What is packed can neither be copied to another device, nor compiled or
             exported.
 
-    >>> model = SSD300(num_classes=3, backbone="resnet18").eval()
+    >>> model = SSD(num_classes=3, backbone="resnet18").eval()
     >>> with torch.inference_mode():
-    ...     loc, conf = prepare(model)(torch.zeros(1, 3, 300, 300))
+    ...     loc, conf = fuse(model)(torch.zeros(1, 3, 300, 300))
     >>> loc.shape, conf.shape
     (torch.Size([1, 4, 8732]), torch.Size([1, 3, 8732]))
     """
@@ -214,7 +217,7 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     dtype = dtype or weight.dtype
     # Folded on the CPU where the device has no float64; and default boxes go where the weights are.
     source = copy.deepcopy(model).cpu() if weight.device.type == "mps" else model
-    fast = FastSSD300(source).to(weight.device).eval()
+    fast = FusedSSD(source).to(weight.device).eval()
     for module in fast.modules():
         if isinstance(module, Conv):
             module.to(dtype=dtype).to(memory_format=torch.channels_last)
@@ -228,7 +231,7 @@ def prepare(model: SSD300, dtype: torch.dtype | None = None, *, pack: bool = Tru
     return fast
 
 
-def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
+def _input_shapes(fast: FusedSSD) -> dict[Conv, tuple[int, ...]]:
     """What each convolution takes for one image; the layout that is best for one serves more as well."""
     shapes: dict[Conv, tuple[int, ...]] = {}
 
@@ -237,7 +240,9 @@ def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
             shapes[module] = tuple(inputs[0].shape)
 
     weights = {name: value.to("meta") for name, value in fast.named_parameters()}  # nothing is computed
-    images = torch.empty(1, 3, INPUT_SIZE, INPUT_SIZE, dtype=fast.stem.weight.dtype, device="meta")
+    images = torch.empty(
+        1, 3, fast.layout.size, fast.layout.size, dtype=fast.stem.weight.dtype, device="meta"
+    )
     hooks = [module.register_forward_pre_hook(note) for module in fast.modules()]
     try:
         torch.func.functional_call(fast, weights, (images,))
@@ -245,13 +250,6 @@ def _input_shapes(fast: FastSSD300) -> dict[Conv, tuple[int, ...]]:
         for hook in hooks:
             hook.remove()
     return shapes
-
-
-def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device is a CPU without instructions for a precision."""
-    if device.type != "cpu" or dtype not in DTYPES.values():
-        return False
-    return dtype not in [DTYPES[each] for each in native_precisions(device)]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,13 @@
+"""What people choose by name where torch does the work; the names stand here, for help that need not wait."""
+
+from typing import Literal, get_args
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+Recipe = Literal["default", "published", "none"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+"""Of augmentation; see `ssd.augment.STEPS`."""

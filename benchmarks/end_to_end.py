@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 
 from ssd import checkpoint
-from ssd.benchmark import benchmark, draw_images
-from ssd.boxes import default_boxes
+from ssd.benchmark import draw_images, run_benchmark
+from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.detector import Detector
 from ssd.export import export
 from ssd.images import load_image
-from ssd.model import SSD300
+from ssd.model import SSD
 from ssd.transforms import evaluation_transform
 
 OBJECTS = 20
@@ -59,13 +59,13 @@ def background(head: nn.Conv2d, classes: int) -> Tensor:
     return head.bias.data.view(classes, -1)[0]
 
 
-def our_model(files: list[str]) -> SSD300:
+def our_model(files: list[str]) -> SSD:
     model = random_model()
 
     def count() -> float:
         return float(np.mean([len(each) for each in Detector(model, NAMES)(files[:4], **WANTED)]))
 
-    pixels = torch.stack([evaluation_transform(load_image(file)) for file in files[:2]])
+    pixels = torch.stack([evaluation_transform(load_image(file), model.layout.size) for file in files[:2]])
     spread(list(model.conf), 81, lambda: model(pixels)[1], count)
     print(f"ssd: {count():.0f} objects an image")
     return model
@@ -97,7 +97,7 @@ def theirs(model: nn.Module, files: list[str], batch: int = 8) -> list[dict[str,
     return found
 
 
-def published(model: SSD300, file: str, defaults: Tensor) -> list[np.ndarray]:
+def published(model: SSD, file: str, defaults: Tensor) -> list[np.ndarray]:
     pixels = torch.from_numpy(hub(Path(file)).astype(np.float32)).permute(2, 0, 1)[None].contiguous()
     loc, conf = model(pixels)
     boxes, labels, scores = published_decode(loc, conf, defaults)[0]
@@ -122,7 +122,7 @@ def main() -> None:
         detectors = {f"ssd, {p}": Detector.load(weights, "cpu", p) for p in ("fp32", "bf16")}
         ir = export(weights, folder / "ir", "openvino")
         detectors["OpenVINO, bf16"] = Detector.load(ir, "cpu", "bf16")
-        defaults = default_boxes()
+        defaults = PUBLISHED_LAYOUT.default_boxes()
 
         one = {"published": lambda: published(model, files[0], defaults)}
         one |= {each: (lambda d=d: d(files[0], **WANTED)) for each, d in detectors.items()}
@@ -140,7 +140,7 @@ def main() -> None:
 
 def around(detector: Detector, files: list[str]) -> None:
     """What reading, the transform and the postprocess are of all the time of a batch."""
-    report = benchmark(detector, files, batch_size=8, rounds=15)
+    report = run_benchmark(detector, files, batch_size=8, rounds=15)
     print(report)
     rest = 1 - report.stages["forward"] / sum(report.stages.values())
     print(f"all but the network: {100 * rest:.1f} %")

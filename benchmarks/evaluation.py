@@ -31,7 +31,6 @@ def made_up(images: int, detections: int) -> tuple[Annotations, dict[int, Detect
     annotations = Annotations(
         root=Path(),
         source=Path("made-up"),
-        format="coco",
         class_names=COCO_NAMES,
         category_ids=tuple(range(1, 81)),
         file_names=np.array([f"{i}.jpg" for i in range(images)]),
@@ -84,7 +83,7 @@ def main() -> None:
         return evaluate.measure(annotations, found)
 
     def reference() -> object:
-        with mock.patch.object(evaluate, "_backend", return_value=(COCO, COCOeval)):
+        with mock.patch.object(evaluate, "_coco_package", return_value=(COCO, COCOeval)):
             return evaluate.measure(annotations, found)
 
     a, b = ours(), reference()

@@ -18,46 +18,50 @@ from torch import Tensor, nn
 
 from ssd import backends, checkpoint
 from ssd.benchmark import draw_images, peak_flops
+from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.devices import DTYPES
 from ssd.export import calibration_images, export
-from ssd.model import DTYPES, SSD300
+from ssd.model import SSD
 from ssd.transforms import normalize
 
+SIZE = PUBLISHED_LAYOUT.size
 NAMES = tuple(f"class {number}" for number in range(80))
 
 
-def random_model() -> SSD300:
+def random_model() -> SSD:
     torch.manual_seed(0)
-    model = SSD300(81, head_norm=False).eval().requires_grad_(False)
+    model = SSD(81, head_norm=False).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     with torch.inference_mode():  # outputs as small as a trained network's, or int8 would only be noise
-        outputs = model(torch.randn(1, 3, 300, 300))
+        outputs = model(torch.randn(1, 3, SIZE, SIZE))
     for heads, values in zip((model.loc, model.conf), outputs, strict=True):
         for head in heads:
             head.weight.div_(values.std())
     return model
 
 
-def forwards(model: SSD300, folder: Path, kinds: list[str], *, compile: bool) -> dict[str, Callable]:
+def forwards(model: SSD, folder: Path, kinds: list[str], *, compile: bool) -> dict[str, Callable]:
     """Functions of uint8 pixels, by the name of the backend; the published one first."""
     weights = folder / "model.safetensors"
     checkpoint.save(weights, model.state_dict(), NAMES)
     cpu = torch.device("cpu")
+    wanted = [precision for precision in ("fp32", "bf16") if precision in kinds]
     found: dict[str, Callable] = {
         "published, fp32": lambda pixels: model(normalize(pixels).contiguous()),
     }
-    for precision in (each for each in ("fp32", "bf16") if each in kinds):
+    for precision in wanted:
         found[f"ssd, {precision}"] = backends.of_model(model, precision).forward
         if compile:
             found[f"ssd compiled, {precision}"] = backends.of_model(model, precision, compile=True).forward
     if "fp32" in kinds:
         onnx = export(weights, folder / "model.onnx")
         found["ONNX Runtime, fp32"] = backends.load(onnx, cpu)[0].forward
-    if {"fp32", "bf16"} & set(kinds):
+    if wanted:
         ir = export(weights, folder / "ir", "openvino")
-        for precision in (each for each in ("fp32", "bf16") if each in kinds):
+        for precision in wanted:
             found[f"OpenVINO, {precision}"] = backends.load(ir, cpu, precision)[0].forward
     if "int8" in kinds:
         scenes = folder / "scenes"
@@ -82,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         model = random_model()
         functions = forwards(model, Path(folder), options.only, compile=options.compile)
-        examples = calibration_images(Path(folder) / "scenes") if "int8" in options.only else None
+        examples = calibration_images(Path(folder) / "scenes", SIZE) if "int8" in options.only else None
         for batch in options.batch:
             pixels = _pixels(batch, examples)
             times = medians({name: partial(run, pixels) for name, run in functions.items()}, options.rounds)
@@ -95,7 +99,7 @@ def main() -> None:
 def _pixels(batch: int, examples: Tensor | None) -> Tensor:
     if examples is not None:
         return examples[:batch].clone()
-    return torch.randint(0, 256, (batch, 300, 300, 3), dtype=torch.uint8)
+    return torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8)
 
 
 if __name__ == "__main__":

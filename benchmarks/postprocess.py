@@ -17,7 +17,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert
 
-from ssd.boxes import decode, default_boxes
+from ssd.boxes import PUBLISHED_LAYOUT, decode
 from ssd.postprocess import postprocess
 
 REGIMES = {"sparse": (9, 2), "typical": (6, 1), "dense": (4, 2)}
@@ -28,8 +28,9 @@ MAX_DETECTIONS = 200
 def outputs(regime: str, batch: int) -> tuple[Tensor, Tensor]:
     background, scale = REGIMES[regime]
     random = np.random.RandomState(3001)
-    loc = (0.5 * random.standard_normal((batch, 4, 8732))).astype(np.float32)
-    conf = (scale * random.standard_normal((batch, 81, 8732))).astype(np.float32)
+    boxes = PUBLISHED_LAYOUT.num_default_boxes
+    loc = (0.5 * random.standard_normal((batch, 4, boxes))).astype(np.float32)
+    conf = (scale * random.standard_normal((batch, 81, boxes))).astype(np.float32)
     conf[:, 0] += background
     return torch.from_numpy(loc), torch.from_numpy(conf)
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--published-rounds", type=int, default=7)
     options = parser.parse_args()
-    defaults = default_boxes()
+    defaults = PUBLISHED_LAYOUT.default_boxes()
     print(heading())
     for regime in REGIMES:
         loc, conf = outputs(regime, options.batch)

@@ -23,22 +23,25 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.hub import Processing
 from ssd.images import load_image, load_scaled
 from ssd.transforms import MEAN, STD, evaluation_transform, resize
+
+SIZE = PUBLISHED_LAYOUT.size
 
 
 def hub(path: Path) -> np.ndarray:
     image = skimage.io.imread(path) / 255.0
     height, width = image.shape[:2]
-    image = skimage.transform.resize(image, (300, int(300 * width / height)))
-    left = image.shape[1] // 2 - 150
-    return (image[:, left : left + 300] * 256 - 128) / 128
+    image = skimage.transform.resize(image, (SIZE, int(SIZE * width / height)))
+    left = image.shape[1] // 2 - SIZE // 2
+    return (image[:, left : left + SIZE] * 256 - 128) / 128
 
 
 TORCHVISION = v2.Compose(
     [
-        v2.Resize((300, 300)),
+        v2.Resize((SIZE, SIZE)),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(MEAN, STD),
@@ -51,7 +54,7 @@ def torchvisions(path: Path) -> Tensor:
 
 
 def detectors(path: Path) -> Tensor:
-    return evaluation_transform(load_image(path))
+    return evaluation_transform(load_image(path), SIZE)
 
 
 def main() -> None:
@@ -86,9 +89,9 @@ def large(rounds: int) -> None:
     functions = {
         "load_image": lambda: load_image(content),
         "torchvision decode_jpeg, equal to the bit": lambda: decode_jpeg(buffer, ImageReadMode.RGB),
-        "load_scaled": lambda: load_scaled(content, 300),
-        "load_image, resize": lambda: resize(load_image(content)),
-        "load_scaled, resize": lambda: resize(load_scaled(content, 300)[0]),
+        "load_scaled": lambda: load_scaled(content, SIZE),
+        "load_image, resize": lambda: resize(load_image(content), SIZE),
+        "load_scaled, resize": lambda: resize(load_scaled(content, SIZE)[0], SIZE),
     }
     show("4032x3024 JPEG", medians(functions, rounds // 4), "load_image, resize")
 

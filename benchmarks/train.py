@@ -27,22 +27,27 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ssd import shapes
-from ssd.boxes import default_boxes, match
+from ssd.augment import augment
+from ssd.boxes import PUBLISHED_LAYOUT, match, to_corners
+from ssd.choices import Recipe
+from ssd.devices import native_precisions
 from ssd.images import load_image
 from ssd.loss import MultiBoxLoss
-from ssd.model import SSD300, native_precisions
-from ssd.train import PRESETS, keep_memory, make_optimizer, update_average
-from ssd.transforms import MEAN, STD, augment, normalize
+from ssd.model import SSD
+from ssd.train import PRESETS, keep_memory
+from ssd.train.optim import make_optimizer, update_average
+from ssd.transforms import MEAN, STD, normalize
 
 BATCH = 8
-DEFAULTS = default_boxes()
-CORNERS = torch.cat([DEFAULTS[:, :2] - DEFAULTS[:, 2:] / 2, DEFAULTS[:, :2] + DEFAULTS[:, 2:] / 2], 1)
+SIZE = PUBLISHED_LAYOUT.size
+DEFAULTS = PUBLISHED_LAYOUT.default_boxes()
+CORNERS = to_corners(DEFAULTS)
 
 # --- The published pipeline -------------------------------------------------------------------------------
 
 TO_INPUT = v2.Compose(
     [
-        v2.Resize((300, 300)),
+        v2.Resize((SIZE, SIZE)),
         v2.ColorJitter(0.125, 0.5, 0.5, 0.05),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -108,13 +113,14 @@ def published_examples(files: list[Path], boxes: np.ndarray, labels: np.ndarray)
         encode(truths, classes)
 
 
-def our_examples(files: list[Path], boxes: np.ndarray, labels: np.ndarray, recipe: str) -> None:
+def our_examples(files: list[Path], boxes: np.ndarray, labels: np.ndarray, recipe: Recipe) -> None:
     """With what the step does later for the published pipeline's normalise and encode."""
     rng = np.random.default_rng(0)
     images, truths, classes = [], [], []
     for path in files:
         image = load_image(path)
-        pixels, found, kept = augment(image, boxes * np.tile(image.size, 2).astype("f"), labels, recipe, rng)
+        in_pixels = boxes * np.tile(image.size, 2).astype("f")
+        pixels, found, kept = augment(image, in_pixels, labels, recipe, rng, SIZE)
         images.append(pixels)
         truths.append(torch.from_numpy(found))
         classes.append(torch.from_numpy(kept))
@@ -146,7 +152,7 @@ def published_loss(loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor) -> 
 
 class PublishedStep:
     def __init__(self, backbone: str, images: Tensor, boxes: Tensor, labels: Tensor) -> None:
-        self._model = SSD300(81, backbone, head_norm=False)
+        self._model = SSD(81, backbone, head_norm=False)
         self._optimizer = torch.optim.SGD(self._model.parameters(), 1e-6, 0.9, weight_decay=5e-4)
         self._images = normalize(images).contiguous()
         matched, self._labels = match(boxes, labels, DEFAULTS)
@@ -184,7 +190,7 @@ class PublishedStepAlone:
 
 
 class OurStep:
-    """As in `ssd.train.train_epoch`, with matching; the default preset adds head norms and the average."""
+    """As `train_epoch` of `ssd.train`, with matching; the default preset adds head norms and the average."""
 
     def __init__(
         self,
@@ -198,15 +204,19 @@ class OurStep:
         compiled: bool = False,
     ) -> None:
         config = PRESETS[preset]
-        self._model = SSD300(81, backbone, config.head_norm).to(memory_format=torch.channels_last)
+        self._model = SSD(81, backbone, config.head_norm).to(memory_format=torch.channels_last)
         self._average = copy.deepcopy(self._model) if config.ema else None
         self._forward = torch.compile(self._model) if compiled else self._model
-        self._optimizer = make_optimizer(self._model, config, torch.device("cpu"))
+        self._optimizer = make_optimizer(
+            self._model,
+            torch.device("cpu"),
+            lr=1e-6,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
         self._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         self._loss = MultiBoxLoss(DEFAULTS)
         self._batch, self._bf16 = (images, boxes, labels), bf16
-        for group in self._optimizer.param_groups:
-            group["lr"] = 1e-6
 
     def __call__(self) -> None:
         images, boxes, labels = self._batch
@@ -242,7 +252,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if options.images is None:
-            shapes.write(folder, 2 * BATCH, 0)
+            shapes.write_dataset(folder, 2 * BATCH, 0)
         files = sorted((options.images or Path(folder) / "train").glob("*.jpg"))[: 2 * BATCH]
         torch.set_num_threads(1)
         loaders = {
@@ -254,7 +264,7 @@ def main() -> None:
         show("file to training example, one core, each", times, next(iter(loaders)), len(files))
         torch.set_num_threads(threads)
 
-    pixels = torch.randint(0, 256, (BATCH, 300, 300, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (BATCH, SIZE, SIZE, 3), dtype=torch.uint8)
     batch = (pixels, torch.from_numpy(boxes).repeat(BATCH, 1, 1), torch.from_numpy(labels).repeat(BATCH, 1))
     # Without such instructions a step in bf16 takes a minute.
     half = (True, False) if "bf16" in native_precisions(torch.device("cpu")) else (False,)

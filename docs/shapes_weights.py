@@ -45,7 +45,14 @@ def main() -> None:
         key: value.half() if value.is_floating_point() else value for key, value in found.state_dict.items()
     }
     TARGET.parent.mkdir(exist_ok=True)
-    checkpoint.save(TARGET, halves, found.class_names, category_ids=found.category_ids, config=found.config)
+    checkpoint.save(
+        TARGET,
+        halves,
+        found.class_names,
+        category_ids=found.category_ids,
+        config=found.config,
+        layout=found.layout,
+    )
     print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
     ssd("evaluate", work / "data", "--weights", TARGET, "--output", work / "evaluation")
 

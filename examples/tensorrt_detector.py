@@ -11,7 +11,7 @@ import torch_tensorrt
 
 from ssd import Detector, load_model
 from ssd.backends import of_model
-from ssd.inference import prepare
+from ssd.fused import fuse
 from ssd.transforms import normalize
 
 
@@ -23,11 +23,15 @@ def main() -> None:
 
     model, checkpoint = load_model(options.weights)
     model = model.eval().cuda()
-    fast = prepare(model, torch.float16)
-    example = torch.zeros(8, 3, 300, 300, dtype=torch.float16, device="cuda")
+    fast = fuse(model, torch.float16)
+    size = model.layout.size
+    example = torch.zeros(8, 3, size, size, dtype=torch.float16, device="cuda")
     program = torch.export.export(fast, (example,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
     images = torch_tensorrt.Input(
-        min_shape=(1, 3, 300, 300), opt_shape=(8, 3, 300, 300), max_shape=(64, 3, 300, 300), dtype=torch.half
+        min_shape=(1, 3, size, size),
+        opt_shape=(8, 3, size, size),
+        max_shape=(64, 3, size, size),
+        dtype=torch.half,
     )
     # The types of the graph are kept: convolutions in fp16, as they were prepared.
     engine = torch_tensorrt.dynamo.compile(program, inputs=[images], use_explicit_typing=True)
@@ -35,7 +39,8 @@ def main() -> None:
     def forward(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(engine(normalize(pixels, torch.float16).contiguous()))
 
-    backend = replace(of_model(model, "fp16"), name="Torch-TensorRT", forward=forward)
+    # An engine does not travel to other processes, so there is nothing to rebuild the backend from.
+    backend = replace(of_model(model, "fp16"), name="Torch-TensorRT", forward=forward, rebuild=None)
     print(Detector(backend, checkpoint.class_names, checkpoint.category_ids)(options.photo))
 
 

@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ssd.checkpoint import CheckpointError, DownloadError
-    from ssd.data import AnnotationError
     from ssd.detections import Detection, Detections
     from ssd.detector import Detector
-    from ssd.images import ImageError, load_image
-    from ssd.model import SSD300, load_model
-    from ssd.postprocess import NonFiniteError
+    from ssd.errors import (
+        AnnotationError,
+        CheckpointError,
+        DownloadError,
+        ImageError,
+        MissingExtra,
+        NonFiniteError,
+        UserError,
+    )
+    from ssd.images import load_image
+    from ssd.model import SSD, SSD300, load_model
 
 __all__ = [
+    "SSD",
     "SSD300",
     "AnnotationError",
     "CheckpointError",
@@ -29,21 +36,26 @@ __all__ = [
     "Detector",
     "DownloadError",
     "ImageError",
+    "MissingExtra",
     "NonFiniteError",
+    "UserError",
     "load_image",
     "load_model",
 ]
 
 _HOMES = {
+    "SSD": "model",
     "SSD300": "model",
-    "AnnotationError": "data",
-    "CheckpointError": "checkpoint",
+    "AnnotationError": "errors",
+    "CheckpointError": "errors",
     "Detection": "detections",
     "Detections": "detections",
     "Detector": "detector",
-    "DownloadError": "checkpoint",
-    "ImageError": "images",
-    "NonFiniteError": "postprocess",
+    "DownloadError": "errors",
+    "ImageError": "errors",
+    "MissingExtra": "errors",
+    "NonFiniteError": "errors",
+    "UserError": "errors",
     "load_image": "images",
     "load_model": "model",
 }

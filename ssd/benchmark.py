@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssd.backends import Options
-from ssd.boxes import INPUT_SIZE
-from ssd.detector import Detector, _Input
-from ssd.images import load_image
-from ssd.inference import Conv, can_pack, is_emulated
-from ssd.model import DTYPES, SSD300, Backbone
+from ssd.backends.base import Options
+from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.choices import Backbone
+from ssd.detector import Detector, Input
+from ssd.devices import DTYPES, is_emulated
+from ssd.fused import Conv, can_pack
+from ssd.images import ImageSource, load_image, source_name
+from ssd.model import SSD
 from ssd.shapes import draw_scene
 from ssd.transforms import resize
 
@@ -27,7 +29,7 @@ STAGES = ("read", "transform", "forward", "postprocess")
 
 @dataclass(frozen=True)
 class Report:
-    """What `benchmark` measured; times in milliseconds."""
+    """What `run_benchmark` measured; times in milliseconds."""
 
     detector: str
     batch_size: int
@@ -67,9 +69,9 @@ class Report:
         return "\n".join(lines)
 
 
-def benchmark(
+def run_benchmark(
     detector: Detector,
-    sources: Sequence[str],
+    sources: Sequence[ImageSource],
     *,
     batch_size: int = 1,
     rounds: int = 50,
@@ -78,7 +80,7 @@ def benchmark(
 
     Args:
         detector: of any backend.
-        sources: files; they are used in turn.
+        sources: most often files; they are used in turn.
         batch_size: images in the network at a time.
         rounds: batches that are measured, after three that are not.
 
@@ -97,7 +99,7 @@ def benchmark(
         for name, seconds in _one_batch(detector, batch).items():
             if number >= 0:
                 times[name].append(1e3 * seconds)
-    totals = [sum(each) for each in zip(*times.values(), strict=True)]
+    totals = [sum(batch_times) for batch_times in zip(*times.values(), strict=True)]
     stages = {name: statistics.median(values) for name, values in times.items()}
 
     many = [sources[i % len(sources)] for i in range(rounds * batch_size)]
@@ -108,14 +110,11 @@ def benchmark(
 
     memory = _peak_memory(detector.device)  # before the machine's peak is measured, which takes some too
     rate = peak = None
-    if detector.precision in DTYPES and detector.backend.nms is None:
-        rate = (
-            flops(detector.backend.num_classes, detector.backend.backbone)
-            * batch_size
-            / stages["forward"]
-            / 1e6
-        )
-        peak = peak_flops(detector.device, DTYPES[detector.precision]) / 1e9
+    backend = detector.backend
+    if backend.precision in DTYPES and backend.nms is None:
+        operations = flops(backend.num_classes, backend.backbone, backend.layout) * batch_size
+        rate = operations / stages["forward"] / 1e6
+        peak = peak_flops(backend.device, DTYPES[backend.precision]) / 1e9
     return Report(
         detector=repr(detector),
         batch_size=batch_size,
@@ -129,7 +128,7 @@ def benchmark(
     )
 
 
-def _one_batch(detector: Detector, sources: Sequence[str]) -> dict[str, float]:
+def _one_batch(detector: Detector, sources: Sequence[ImageSource]) -> dict[str, float]:
     """Seconds of each stage."""
     options = Options(score_threshold=0.4, iou_threshold=0.5, max_detections=100)
     marks = [time.perf_counter()]
@@ -143,22 +142,23 @@ def _one_batch(detector: Detector, sources: Sequence[str]) -> dict[str, float]:
     mark()
     with torch.inference_mode():
         batch = [
-            _Input(name, each, each.size, resize(each)) for name, each in zip(sources, images, strict=True)
+            Input(source_name(source), image, image.size, resize(image, detector.layout.size))
+            for source, image in zip(sources, images, strict=True)
         ]
-        pixels = detector._pixels(batch)
+        pixels = detector.pixels(batch)
         mark()
         outputs = detector.backend.forward(pixels)
         mark()
-        detector._results(batch, detector.backend.finish(outputs, options))
+        detector.results(batch, detector.backend.finish(outputs, options))
         mark()
     return dict(zip(STAGES, np.diff(marks).tolist(), strict=True))
 
 
-def flops(num_classes: int, backbone: Backbone) -> float:
+def flops(num_classes: int, backbone: Backbone, layout: Layout = PUBLISHED_LAYOUT) -> float:
     """Floating-point operations of the network for one image; a multiplication and an addition are two."""
     with torch.device("meta"):
-        model = SSD300(num_classes, backbone).eval()
-        images = torch.empty(1, 3, INPUT_SIZE, INPUT_SIZE)
+        model = SSD(num_classes, backbone, layout=layout).eval()
+        images = torch.empty(1, 3, layout.size, layout.size)
     with FlopCounterMode(display=False) as counter:
         model(images)
     return float(counter.get_total_flops())
@@ -171,13 +171,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     best = 2 * size**3 / _fastest(lambda: a @ a, device)
-    channels, places, batch = 256, 38, 64 if device.type == "cuda" else 8
+    channels, cells, batch = 256, 38, 64 if device.type == "cuda" else 8
     conv = Conv(nn.Conv2d(channels, channels, 3, padding=1), nn.Identity(), relu=True).to(device, dtype)
-    x = torch.randn(batch, channels, places, places, device=device).to(dtype)
+    x = torch.randn(batch, channels, cells, cells, device=device).to(dtype)
     x = x.to(memory_format=torch.channels_last)
     if can_pack(device, dtype):
         conv.pack(tuple(x.shape))
-    return max(best, 2 * 9 * channels**2 * places**2 * batch / _fastest(lambda: conv(x), device))
+    return max(best, 2 * 9 * channels**2 * cells**2 * batch / _fastest(lambda: conv(x), device))
 
 
 def _fastest(run: Callable[[], Tensor], device: torch.device, rounds: int = 10) -> float:

@@ -69,15 +69,14 @@ class Layout:
             )
         if not 8 <= self.size <= _MAX_SIZE:
             raise ValueError(f"a layout's size is 8 to {_MAX_SIZE} pixels; got {self.size}")
-        if self.maps[0] != math.ceil(self.size / 8):
+        first = math.ceil(self.size / 8)
+        if self.maps[0] != first:
             raise ValueError(
-                f"of an input of {self.size}, the first map has {math.ceil(self.size / 8)} cells"
+                f"the first map of an input of {self.size} has {first} cells; got {self.maps[0]}"
             )
         for larger, smaller in pairwise(self.maps):
             if smaller < 1 or smaller not in (larger - 2, math.ceil(larger / 2)):
-                raise ValueError(
-                    f"after a map of {larger} cells comes one of half, or two fewer; not {smaller}"
-                )
+                raise ValueError(f"a map of half of {larger} cells, or two fewer, comes next; got {smaller}")
         if not all(0 < number < math.inf for number in numbers):
             raise ValueError("a layout's steps, scales and aspect ratios are above 0, and finite")
         if max(map(len, self.aspect_ratios)) > _MAX_RATIOS:
@@ -209,7 +208,7 @@ def match(
         return to_centers(corners).expand(batch, -1, -1), background
 
     real = labels > 0  # [N, M]
-    iou = _iou(boxes.reshape(-1, 4), corners).view(batch, truths, count)
+    iou = box_iou(boxes.reshape(-1, 4), corners).view(batch, truths, count)
     iou = iou.masked_fill_(~real[..., None], -1)
     best_iou, best_truth = iou.max(dim=1)  # [N, P]
     best_default = iou.max(dim=2).indices  # [N, M]
@@ -225,8 +224,11 @@ def match(
     return to_centers(matched), labels.gather(1, best_truth) * positive
 
 
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """torchvision's box_iou of ``[I, 4]`` and ``[J, 4]``, by contiguous planes: much faster on a CPU."""
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes ``[I, 4]`` and ``[J, 4]``, both xyxy: ``[I, J]``.
+
+    As torchvision's, but by contiguous planes, which is much faster on a CPU.
+    """
     ax, ay, ar, ab = a.t().contiguous()[..., None]
     bx, by, br, bb = b.t().contiguous()[:, None]
     shared = torch.minimum(ar, br).sub_(torch.maximum(ax, bx)).clamp_(min=0)

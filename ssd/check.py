@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchvision.ops import box_convert, box_iou
 
-from ssd.boxes import INPUT_SIZE, default_boxes
-from ssd.data import AnnotationError, Annotations, Problem, check_size
-from ssd.images import ImageError, load_image
-
-SIZES = (0, 8, 16, 32, 64, 128, 300)
-"""Limits of the size classes: square root of a box's area, in pixels of the network's 300x300 input."""
+from ssd.boxes import PUBLISHED_LAYOUT, Layout, box_iou, to_corners
+from ssd.data.annotations import Annotations, Problem
+from ssd.data.judge import judge_image, lost_images
+from ssd.errors import ImageError
+from ssd.images import load_image
 
 _SAMPLE = 5000  # boxes that are compared with the default boxes; more tell nothing new
 _SHOWN = 5
@@ -50,6 +48,8 @@ class Report:
     """A dataset, split by split."""
 
     splits: list[SplitReport]
+    size: int
+    """Width and height of the network's input in pixels, at which boxes are told apart by size."""
 
     @property
     def fatal(self) -> int:
@@ -75,7 +75,9 @@ class Report:
         lines.append("boxes by class")
         for name in names:
             row(f"  {name}", [f"{split.boxes.get(name, 0):,}" for split in self.splits])
-        lines.append("boxes by size at 300x300, and the part that default boxes can match (IoU > 0.5)")
+        lines.append(
+            f"boxes by size at {self.size}x{self.size}, and the part that default boxes can match (IoU > 0.5)"
+        )
         for k, (title, _, _) in enumerate(self.splits[0].sizes):
             cells = [split.sizes[k] for split in self.splits]
             row(f"  {title}", [f"{count:,} {part:4.0%}" if count else "-" for _, count, part in cells])
@@ -97,21 +99,25 @@ def _problem_lines(split: SplitReport) -> list[str]:
     return lines
 
 
-def check(splits: dict[str, Annotations], on_done: Callable[[], object] = lambda: None) -> Report:
+def check_dataset(
+    splits: dict[str, Annotations],
+    layout: Layout = PUBLISHED_LAYOUT,
+    on_done: Callable[[], object] = lambda: None,
+) -> Report:
     """Read every image and annotation of a dataset.
 
     Args:
         splits: annotations by the name of their split, from `ssd.data.load`.
+        layout: of the network that is to be trained: its input, and its default boxes.
         on_done: called after each image.
     """
     contents: dict[str, tuple[str, str]] = {}  # digest of an image file -> split and name
     reports = []
     for name, annotations in splits.items():
         problems = list(annotations.problems)
-        known = {(each.kind, each.file) for each in problems}
         for i, (digest, problem) in enumerate(_read_images(annotations)):
             on_done()
-            problems += [problem] if problem and (problem.kind, problem.file) not in known else []
+            problems += [problem] if problem else []
             if digest:
                 file = str(annotations.file_names[i])
                 split, other = contents.setdefault(digest, (name, file))
@@ -119,39 +125,38 @@ def check(splits: dict[str, Annotations], on_done: Callable[[], object] = lambda
                     kind = "image twice" if split == name else "image in two splits"
                     message = f"is the same image as {other} of {split}"
                     problems.append(Problem(kind, file, "", message, fatal=False))
-        reports.append(_report(name, annotations, problems))
-    return Report(reports)
+        reports.append(_report(name, annotations, problems, layout))
+    return Report(reports, layout.size)
 
 
 def _read_images(annotations: Annotations) -> Iterator[tuple[str, Problem | None]]:
-    """The digest of each image's file, and what is wrong with it."""
+    """The digest of each image's file, and what is wrong with it that is not known already."""
+    lost = lost_images(annotations.problems)
 
     def read(i: int) -> tuple[str, Problem | None]:
         name = str(annotations.file_names[i])
+        if name in lost:
+            return "", None
         try:
             content = annotations.path(i).read_bytes()
-            image = load_image(content, name=name)
-            check_size(annotations, i, image.size)
-        except FileNotFoundError:
-            return "", None  # the reader has it already
-        except AnnotationError as error:
-            return "", Problem("wrong size", name, "", str(error))
+            found: tuple[int, int] | str = load_image(content, name=name).size
         except (ImageError, OSError) as error:
-            return "", Problem("unreadable image", name, "", str(error).removeprefix(f"{name}: "))
-        return hashlib.sha256(content).hexdigest(), None
+            found = str(error).removeprefix(f"{name}: ")
+        problem = judge_image(annotations, i, found)
+        return "" if problem else hashlib.sha256(content).hexdigest(), problem
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         yield from pool.map(read, range(len(annotations)))
 
 
-def _report(name: str, annotations: Annotations, problems: list[Problem]) -> SplitReport:
+def _report(name: str, annotations: Annotations, problems: list[Problem], layout: Layout) -> SplitReport:
     real = annotations.usable & ~annotations.crowd
     per_image = np.diff(annotations.starts)
-    sizes, matched = _matches(annotations, real)
-    edges = np.array(SIZES)
+    sizes, matched = _matches(annotations, real, layout)
+    limits = size_limits(layout.size)
     size_rows = []
-    for low, high in pairwise(edges.tolist()):
-        part = (sizes >= low) & ((sizes < high) | (high == SIZES[-1]))
+    for low, high in pairwise(limits):
+        part = (sizes >= low) & ((sizes < high) | (high == limits[-1]))
         title = f"under {high} px" if low == 0 else f"{low} to {high} px"
         size_rows.append((title, int(part.sum()), _share(matched[part])))
     counted = annotations.labels[~annotations.crowd]
@@ -170,6 +175,20 @@ def _report(name: str, annotations: Annotations, problems: list[Problem]) -> Spl
     )
 
 
+def size_limits(size: int) -> list[int]:
+    """Limits of the size classes: square root of a box's area, in pixels of the network's input.
+
+    >>> size_limits(300)
+    [0, 8, 16, 32, 64, 128, 300]
+    """
+    limits = [0]
+    limit = 8
+    while 2 * limit <= size:
+        limits.append(limit)
+        limit *= 2
+    return [*limits, size]
+
+
 def _share(matched: npt.NDArray[np.float64]) -> float:
     """Part of those that were compared (the others are NaN) that matched."""
     known = matched[~np.isnan(matched)]
@@ -177,7 +196,7 @@ def _share(matched: npt.NDArray[np.float64]) -> float:
 
 
 def _matches(
-    annotations: Annotations, real: npt.NDArray[np.bool_]
+    annotations: Annotations, real: npt.NDArray[np.bool_], layout: Layout
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Size of each box at the network's input, and 1 or 0 for whether a default box overlaps it enough.
 
@@ -188,10 +207,10 @@ def _matches(
     known = real & (side > 0).all(1)
     boxes = annotations.boxes[known] / np.tile(side[known], 2)
     boxes = boxes.clip(0, 1)
-    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * INPUT_SIZE
+    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * layout.size
     matched = np.full(len(boxes), np.nan)
     chosen = np.unique(np.linspace(0, len(boxes) - 1, min(len(boxes), _SAMPLE)).astype(int))
-    corners = box_convert(default_boxes(), "cxcywh", "xyxy")
+    corners = to_corners(layout.default_boxes())
     for some in np.array_split(chosen, max(len(chosen) // 500, 1)):
         if len(some):
             best = box_iou(torch.from_numpy(boxes[some]).float(), corners).amax(1)

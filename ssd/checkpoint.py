@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import Backbone
-from ssd.errors import CheckpointError
+from ssd.errors import CheckpointError, DownloadError  # noqa: F401 (caught by this name, too)
 from ssd.files import atomic_file
 from ssd.pretrained import PUBLISHED, looks_like_checkpoint
 from ssd.resnet import DEPTHS
@@ -201,7 +201,7 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
     usable = head is not None and not _tensor_problem(head, head) and head.ndim == 4
     if backbone is None or head is None or not usable or len(head) % shapes or len(head) < 2 * shapes:
         raise CheckpointError(
-            f"{path}: not an SSD with a ResNet trunk; it begins with {', '.join(list(state_dict)[:3])}"
+            f"{path}: not an SSD300 with a ResNet trunk; it begins with {', '.join(list(state_dict)[:3])}"
         )
     num_classes = len(head) // shapes
     return Checkpoint(

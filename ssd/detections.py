@@ -1,8 +1,6 @@
 """What was found in one image: a validated record that can be filtered, drawn and written."""
 
 import base64
-import colorsys
-import contextlib
 import csv
 import html
 import io
@@ -17,9 +15,11 @@ from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ssd.checkpoint import atomic_file
+from ssd.drawing import draw_detections
+from ssd.errors import MissingExtra
+from ssd.files import atomic_file
 from ssd.labels import category_ids
 
 CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "bottom")
@@ -27,11 +27,7 @@ CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "b
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-# Pixels of the shorter and the longer side under which a picture is enlarged before it is drawn on.
-_SMALLEST_PICTURE = (160, 320)
-_LARGEST_PREVIEW = 960
-_GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
-_SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
+_LARGEST_PREVIEW = 960  # pixels of a side, in a notebook
 
 
 class Detection(NamedTuple):
@@ -74,12 +70,14 @@ class Detections:
     image_size: tuple[int, int]
     """Height and width of the upright source image."""
     source: str = ""
-    """Path or URL of the image, if it has one."""
+    """Path or URL of the image; of one in a list or stream that has none, "image" and its number."""
     image: Image.Image | None = field(default=None, repr=False)
     """The upright RGB image, for `draw`."""
     category_ids: tuple[int, ...] = field(default=(), repr=False)
     """The id of each class in COCO files; by default the official ones of COCO's 80 classes, and numbers
     from 1 for others."""
+    number: int | None = None
+    """Of the image among those of its list or stream, counted from 0; None by itself."""
 
     def __post_init__(self) -> None:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -231,7 +229,7 @@ class Detections:
         try:
             import supervision  # noqa: PLC0415 (an extra)
         except ImportError as error:
-            raise ImportError("supervision is not installed: pip install supervision") from error
+            raise MissingExtra("supervision") from error
         return supervision.Detections(
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
@@ -251,13 +249,8 @@ class Detections:
         """
         if self.image is None:
             raise ValueError("these detections have no image to draw on")
-        shorter, longer = sorted(self.image.size)
-        factor = max(-(-_SMALLEST_PICTURE[0] // shorter), -(-_SMALLEST_PICTURE[1] // longer))
-        size = (self.image.width * factor, self.image.height * factor)
-        picture = self.image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else self.image.copy()
         labels = [" ".join(f"{name} {score:.0%}".split()) for _, score, _, name in self]
-        _draw_boxes(picture, self.boxes * factor, labels, [_color(i) for i in self.class_ids.tolist()])
-        return picture
+        return draw_detections(self.image, self.boxes, labels, self.class_ids)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the drawn picture; the suffix says the format. The source image is never overwritten.
@@ -315,77 +308,3 @@ def _as_integers(values: Any) -> IntArray:
 def _exact(values: FloatArray) -> list[float]:
     """Python floats with the fewest digits that give the same float32 again (0.9, not 0.8999999761581421)."""
     return [float(str(value)) for value in values]
-
-
-def _color(class_id: int) -> tuple[int, int, int]:
-    """The colour of a class: the same in every picture, far from that of its neighbours."""
-    shade = _SHADES[class_id // 27 % len(_SHADES)]
-    red, green, blue = colorsys.hsv_to_rgb((0.58 + class_id * _GOLDEN_RATIO) % 1, *shade)
-    return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def _draw_boxes(
-    picture: Image.Image, boxes: FloatArray, labels: list[str], colors: list[tuple[int, int, int]]
-) -> None:
-    """Draw boxes and labels, best first, on a picture."""
-    canvas = ImageDraw.Draw(picture)
-    font_size = max(14.0, 0.028 * (picture.width * picture.height) ** 0.5)
-    font = _font(font_size, labels)
-    widest = max((canvas.textlength(label, font) for label in labels), default=0)
-    if widest > 0.9 * picture.width:  # a narrow picture
-        font = _font(max(9.0, font_size * 0.9 * picture.width / widest), labels)
-    line = max(2, round(font_size / 7))
-    for box, color in reversed(list(zip(boxes, colors, strict=True))):  # the best on top
-        left, top, right, bottom = (float(value) for value in box)
-        canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
-
-    taken: list[tuple[float, float, float, float]] = []
-    for box, label, color in zip(boxes, labels, colors, strict=True):
-        place = _label_place(box, canvas.textbbox((0, 0), label, font), line, picture.size, taken)
-        taken.append(place)
-        canvas.rectangle(place, fill=color)
-        red, green, blue = color
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue > 140  # ITU-R BT.601 luma
-        offset = canvas.textbbox((0, 0), label, font)
-        at = (place[0] - offset[0] + line, place[1] - offset[1] + line)
-        canvas.text(at, label, "black" if dark else "white", font)
-
-
-def _font(size: float, labels: list[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font; for other letters than English ones the system's DejaVu Sans, if there is one."""
-    if not all(label.isascii() for label in labels):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype("DejaVuSans.ttf", size)
-    return ImageFont.load_default(size)
-
-
-def _label_place(
-    box: FloatArray,
-    text: tuple[float, float, float, float],
-    margin: int,
-    picture: tuple[int, int],
-    taken: list[tuple[float, float, float, float]],
-) -> tuple[float, float, float, float]:
-    """Where a label is whole and hides no other: above its box, inside it, below it, or at its right end."""
-    width, height = text[2] - text[0] + 2 * margin, text[3] - text[1] + 2 * margin
-    left, top, right, bottom = (float(value) for value in box)
-    corners = [
-        (left, top - height),
-        (left, top),
-        (left, bottom),
-        (right - width, top - height),
-        (left, bottom - height),
-        (right - width, top),
-    ]
-    places = []
-    for x, y in corners:
-        x0 = min(max(x, 0), max(picture[0] - width - 1, 0))
-        y0 = min(max(y, 0), max(picture[1] - height - 1, 0))
-        places.append((x0, y0, x0 + width, y0 + height))
-    for place in places:
-        if not any(
-            place[0] < other[2] and other[0] < place[2] and place[1] < other[3] and other[1] < place[3]
-            for other in taken
-        ):
-            return place
-    return places[0]

@@ -8,58 +8,67 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal, SupportsIndex, TypeVar, overload
+from typing import Any, Literal, SupportsIndex, TypeAlias, TypeVar, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ssd import backends, images
+from ssd import backends
 from ssd.backends import Backend, Options
-from ssd.boxes import INPUT_SIZE
+from ssd.choices import Precision
 from ssd.detections import Detections
-from ssd.distributed import usable_device
-from ssd.images import ImageError, ImageSource, load_scaled
-from ssd.model import SSD300, Precision, load_model
-from ssd.postprocess import NonFiniteError, PaddedDetections
+from ssd.devices import choose_precision, usable_device
+from ssd.errors import ImageError, NonFiniteError
+from ssd.images import ImageSource, load_scaled, source_path
+from ssd.model import SSD, load_model
+from ssd.postprocess import PaddedDetections
+from ssd.sources import Named, find_images
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
+AnySource: TypeAlias = ImageSource | Named
 T = TypeVar("T")
 
 _MAX_READERS = 8  # threads: as many as it takes to feed a GPU with common photos
 
 
 @dataclass(frozen=True)
-class _Input:
+class Input:
+    """An image that was read, as the network is to see it."""
+
     name: str
+    """What its result and its errors call it."""
     image: Image.Image | None
-    """None if it is not there at full size."""
+    """Upright, RGB; None if it is not there at full size."""
     size: tuple[int, int]
     """Width and height, at full size."""
     resized: Tensor
-    """uint8 [300, 300, 3]."""
+    """uint8 ``[S, S, 3]``, of the network's size S."""
+    number: int | None = None
+    """Among the images of its list or stream, counted from 0; None by itself."""
 
 
 class Detector:
     """Finds objects in images: reading, transform, network, NMS, boxes in the image's own pixels.
 
     It keeps a copy of the model, prepared for inference, never changes, and may be used from several threads
-    at a time, but not pickled: load it in each process. What it runs on is in `device`, `precision` and
-    `backend`.
+    at a time. Pickled, as for another process, its weights travel and are prepared anew there, for the same
+    device; an exported file is opened again by its path. What it runs on is in `device`, `precision`,
+    `layout` and `backend`.
 
     Args:
         model: on the device and in the precision that detection is to use; or a `ssd.backends.Backend`.
         class_names: one for each class but the background.
         category_ids: the id of each class in COCO files; see `Detections.category_ids`.
 
-    >>> detector = Detector(SSD300(num_classes=3, backbone="resnet18"), ["cat", "dog"])
+    >>> detector = Detector(SSD(num_classes=3, backbone="resnet18"), ["cat", "dog"])
     >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
     Detections(no objects)
     """
 
     def __init__(
-        self, model: SSD300 | Backend, class_names: Sequence[str], category_ids: Sequence[int] = ()
+        self, model: SSD | Backend, class_names: Sequence[str], category_ids: Sequence[int] = ()
     ) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
@@ -68,6 +77,7 @@ class Detector:
             )
         self.backend = model if isinstance(model, Backend) else backends.of_model(model)
         self.device, self.precision = self.backend.device, self.backend.precision
+        self.layout = self.backend.layout
         self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
 
     def __repr__(self) -> str:
@@ -102,14 +112,14 @@ class Detector:
             ImportError: the runtime of an exported file is not installed.
             ValueError: there is no such device here, or an exported file is of another precision.
         """
-        if backends.format_of(weights):
+        if backends.kind_of(weights):
             if compile:
                 raise ValueError(f"{weights} is compiled already, in a way; leave compile out")
             target = None if device is None else usable_device(device)
             backend, metadata = backends.load(weights, target, precision)
             return cls(backend, metadata.class_names, metadata.category_ids)
         target = usable_device(device)
-        precision = backends.choose_precision(precision, target)
+        precision = choose_precision(precision, target)
         model, found = load_model(weights, progress=progress)
         backend = backends.of_model(model.to(target), precision, compile=compile)
         return cls(backend, found.class_names, found.category_ids)
@@ -117,7 +127,7 @@ class Detector:
     @overload
     def __call__(
         self,
-        images: list[ImageSource] | tuple[ImageSource, ...],
+        images: list[AnySource] | tuple[AnySource, ...],
         *,
         score_threshold: float = ...,
         iou_threshold: float = ...,
@@ -138,7 +148,7 @@ class Detector:
     ) -> Detections: ...
     def __call__(
         self,
-        images: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
+        images: ImageSource | list[AnySource] | tuple[AnySource, ...],
         *,
         score_threshold: float = 0.4,
         iou_threshold: float = 0.5,
@@ -165,13 +175,13 @@ class Detector:
             ValueError: an option is out of range or a class unknown.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
-        if isinstance(images, list | tuple):
+        if isinstance(images, list | tuple) and not isinstance(images, Named):
             return list(self._stream(images, _positive(batch_size), options, None))
-        return self._detect([_read(images)], options)[0]
+        return self._detect([self._read(images)], options)[0]
 
     def stream(
         self,
-        sources: str | os.PathLike[str] | Iterable[ImageSource],
+        sources: str | os.PathLike[str] | Iterable[AnySource],
         *,
         batch_size: int = 8,
         score_threshold: float = 0.4,
@@ -187,17 +197,19 @@ class Detector:
         the last one are used.
 
         Args:
-            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes.
+            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes, or of
+                `ssd.sources.Named`, which says what to call an image.
             batch_size: how many images go through the network at a time.
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
             on_error: called with the name and the exception of an image that cannot be read, or for which
-                the network gives NaN; it is then left out. Without it, the exception is raised.
+                the network gives NaN; it is then left out. The exception has the `source` and the `number`
+                that the result would have had. Without it, the exception is raised.
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
-            sources = images.find_images(sources)
+            sources = find_images(sources)
         elif isinstance(sources, Image.Image | bytes) or getattr(sources, "ndim", 4) < 4:
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
@@ -214,13 +226,11 @@ class Detector:
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {value}")
-        if max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1; got {max_detections}")
         if isinstance(classes, str):
             classes = [classes]
         wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
         options = Options(score_threshold, iou_threshold, max_detections, wanted)
-        self.backend.check(options)
+        self.backend.require(options)
         return options
 
     def _class_id(self, wanted: str | int) -> int:
@@ -236,7 +246,7 @@ class Detector:
 
     def _stream(
         self,
-        sources: Iterable[ImageSource],
+        sources: Iterable[AnySource],
         batch_size: int,
         options: Options,
         on_error: OnError | None,
@@ -244,8 +254,8 @@ class Detector:
         scaled: bool = False,
     ) -> Iterator[Detections]:
         pool = ThreadPoolExecutor(1, "ssd-detect")
-        batch: list[_Input] = []
-        under_way: deque[tuple[list[_Input], _Outcome[list[Detections]]]] = deque()
+        batch: list[Input] = []
+        under_way: deque[tuple[list[Input], _Outcome[list[Detections]]]] = deque()
 
         def start() -> None:
             nonlocal batch
@@ -259,15 +269,15 @@ class Detector:
 
         finished = False
         try:
-            for read in _read_ahead(sources, 2 * batch_size, scaled=scaled):
+            for read in self._read_ahead(sources, 2 * batch_size, scaled=scaled):
                 if read is None:  # nobody should wait for images who could have results
                     yield from results()
                     continue
-                name, outcome = read
-                if isinstance(outcome, _Input):
+                name, number, outcome = read
+                if isinstance(outcome, Input):
                     batch.append(outcome)
                 elif on_error is not None and isinstance(outcome, ImageError | OSError):
-                    on_error(name, outcome)
+                    _report(on_error, name, number, outcome)
                 else:
                     start()
                     yield from results()
@@ -283,7 +293,7 @@ class Detector:
 
     def _finite(
         self,
-        batch: list[_Input],
+        batch: list[Input],
         outcome: "_Outcome[list[Detections]]",
         options: Options,
         on_error: OnError | None,
@@ -292,33 +302,75 @@ class Detector:
         found = outcome.get()
         if isinstance(found, NonFiniteError) and on_error is not None:
             for i in found.images:
-                on_error(batch[i].name, found)
+                error = NonFiniteError(str(found), [i])
+                _report(on_error, batch[i].name, batch[i].number, error)
             rest = [each for i, each in enumerate(batch) if i not in found.images]
             return self._detect(rest, options) if rest else []
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def _detect(self, batch: list[_Input], options: Options) -> list[Detections]:
+    def _detect(self, batch: list[Input], options: Options) -> list[Detections]:
         with torch.inference_mode():
-            pixels = self._pixels(batch)
+            pixels = self.pixels(batch)
             try:
                 found = self.backend.finish(self.backend.forward(pixels), options)
             except NonFiniteError as error:
-                names = ", ".join(batch[i].name or f"image {i}" for i in error.images)
+                names = ", ".join(batch[i].name or "image" for i in error.images)
                 raise NonFiniteError(f"{names}: {error}", error.images) from error
-        return self._results(batch, found)
+        return self.results(batch, found)
 
-    def _pixels(self, batch: list[_Input]) -> Tensor:
+    def _read(self, source: AnySource, number: int | None = None, *, scaled: bool = False) -> Input:
+        name, image = _named(source, number)
+        least = self.layout.size if scaled else None
+        whole, size = load_scaled(image, least, name=name or "image")
+        kept = whole if whole.size == size else None
+        return Input(name, kept, size, resize(whole, self.layout.size), number)
+
+    def _read_ahead(
+        self, sources: Iterable[AnySource], ahead: int, *, scaled: bool
+    ) -> Iterator[tuple[str, int, Input | BaseException] | None]:
+        """Name and number of each source, in order, and what reading it gave.
+
+        None comes before each that is not read yet. At most `ahead` are under way, or as many as there are
+        threads.
+        """
+        workers = min(_MAX_READERS, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(workers, "ssd-read")
+        waiting: deque[tuple[str, int, _Outcome[Input]]] = deque()
+
+        def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
+            name, number, outcome = waiting.popleft()
+            if outcome.empty():
+                yield None
+            yield name, number, outcome.get()
+
+        finished = False
+        try:
+            for number, source in enumerate(sources):
+                outcome = _submit(pool, self._read, source, number, scaled=scaled)
+                waiting.append((_named(source, number)[0], number, outcome))
+                if len(waiting) >= max(ahead, workers):
+                    yield from oldest()
+            while waiting:
+                yield from oldest()
+            finished = True
+        finally:
+            # Interrupted, one does not want to wait for a server that stalls.
+            pool.shutdown(wait=finished, cancel_futures=True)
+
+    def pixels(self, batch: Sequence[Input]) -> Tensor:
+        """What `Backend.forward` takes: uint8 ``[N, S, S, 3]`` on the detector's device."""
         pixels = torch.stack([each.resized for each in batch])
         on_gpu = self.device.type == "cuda"
         return (pixels.pin_memory() if on_gpu else pixels).to(self.device, non_blocking=on_gpu)
 
-    def _results(self, batch: list[_Input], found: PaddedDetections) -> list[Detections]:
+    def results(self, batch: Sequence[Input], found: PaddedDetections) -> list[Detections]:
+        """Detections in the pixels of each image, from those of the batch."""
         parts = found.cpu().per_image()
         return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
 
-    def _result(self, of: _Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
+    def _result(self, of: Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
         width, height = of.size
         size = boxes.new_tensor([width, height, width, height])
         boxes = (boxes * size).clamp(min=torch.zeros_like(size), max=size)
@@ -332,13 +384,16 @@ class Detector:
             source=of.name,
             image=of.image,
             category_ids=self.category_ids,
+            number=of.number,
         )
 
 
-def _read(source: ImageSource, nameless: str = "image", *, scaled: bool = False) -> _Input:
-    path = images.source_path(source)
-    image, size = load_scaled(source, INPUT_SIZE if scaled else None, name=path or nameless)
-    return _Input(path, image if image.size == size else None, size, resize(image))
+def _named(source: AnySource, number: int | None) -> Named:
+    """A source with what to call it: its path or URL, else its number in a list; empty for one by itself."""
+    if isinstance(source, Named):
+        return source
+    name = source_path(source) or ("" if number is None else f"image {number}")
+    return Named(name, source)
 
 
 class _Outcome(SimpleQueue[T | BaseException]):
@@ -362,36 +417,9 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any, **
     return outcome
 
 
-def _read_ahead(
-    sources: Iterable[ImageSource], ahead: int, *, scaled: bool
-) -> Iterator[tuple[str, _Input | BaseException] | None]:
-    """The name of each source, in order, and what reading it gave; None before each that is not there yet.
-
-    At most `ahead` are under way, or as many as there are threads.
-    """
-    workers = min(_MAX_READERS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(workers, "ssd-read")
-    waiting: deque[tuple[str, _Outcome[_Input]]] = deque()
-
-    def oldest() -> Iterator[tuple[str, _Input | BaseException] | None]:
-        name, outcome = waiting.popleft()
-        if outcome.empty():
-            yield None
-        yield name, outcome.get()
-
-    finished = False
-    try:
-        for number, source in enumerate(sources):
-            name = images.source_path(source) or f"image {number}"
-            waiting.append((name, _submit(pool, _read, source, name, scaled=scaled)))
-            if len(waiting) >= max(ahead, workers):
-                yield from oldest()
-        while waiting:
-            yield from oldest()
-        finished = True
-    finally:
-        # Interrupted, one does not want to wait for a server that stalls.
-        pool.shutdown(wait=finished, cancel_futures=True)
+def _report(on_error: OnError, name: str, number: int | None, error: Exception) -> None:
+    vars(error).update(source=name, number=number)
+    on_error(name, error)
 
 
 def _positive(batch_size: int) -> int:

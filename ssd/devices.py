@@ -1,7 +1,6 @@
 """Devices that can be used here, and the precisions that they compute in."""
 
 import os
-from typing import cast
 
 import torch
 
@@ -59,7 +58,7 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         return "bf16" if "bf16" in native_precisions(device) else "fp32"
     if wanted not in PRECISIONS:
         raise ValueError(f"precision {wanted!r} is none of auto, {', '.join(PRECISIONS)}")
-    return cast(Precision, wanted)
+    return wanted
 
 
 def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:

@@ -54,3 +54,6 @@ class MissingExtra(UserError, ImportError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"this needs an extra: pip install 'ssd300[{name}]'", name=name)
+
+    def __reduce__(self) -> tuple[type, tuple[str | None]]:
+        return type(self), (self.name,)

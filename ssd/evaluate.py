@@ -13,19 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from ssd.data import (
-    MISSHAPEN,
-    AnnotationError,
-    Annotations,
-    annotations_of,
-    as_targets,
-    check_size,
-    listed,
-)
+from ssd.data.annotations import Annotations
+from ssd.data.dataset import annotations_of, as_array, as_targets, item_name, require_items
+from ssd.data.judge import MISSHAPEN, listed, require_size
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World, alone
-from ssd.images import ImageSource
+from ssd.errors import AnnotationError
+from ssd.sources import Named
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The twelve numbers of COCOeval.summarize, in its order; -1 where there is nothing to measure."""
@@ -108,33 +103,32 @@ def detect_all(
         on_done: called after each image of this process.
 
     Returns:
-        The ground truth, and detections by the place of their image.
+        The ground truth, and detections by the index of their image.
 
     Raises:
         ImageError, FileNotFoundError: an image cannot be read.
-        AnnotationError: an image has another size than its annotations were made for; or other classes.
+        AnnotationError: the dataset is empty, or has other classes; an image has another size than its
+            annotations were made for; an item holds no boxes, labels, "iscrowd" or "area" that fit.
     """
     if (annotations := annotations_of(dataset)) is not None:
         dataset = annotations
-    if isinstance(dataset, Annotations):
-        count = len(dataset)
-        if dataset.class_names != detector.class_names:
-            raise AnnotationError(
-                f"{dataset.source}: read with class_names=detector.class_names; the classes are others"
-            )
-    else:
-        count = len(dataset)  # type: ignore[arg-type]
+    count = require_items(dataset, "to evaluate on")
+    if isinstance(dataset, Annotations) and dataset.class_names != detector.class_names:
+        raise AnnotationError(
+            f"{dataset.source}: read with class_names=detector.class_names; the classes are others"
+        )
     mine = world.share(count, batch_size)
     targets: dict[int, Target] = {}
 
-    def sources() -> Iterator[ImageSource]:
+    def sources() -> Iterator[Path | Named]:
         for i in mine:
             if isinstance(dataset, Annotations):
                 yield dataset.path(i)
             else:
+                name = item_name(dataset, i)
                 image, target = dataset[i]
-                targets[i] = _as_truth(target, f"item {i}")
-                yield image
+                targets[i] = _as_truth(target, name)
+                yield Named(name, image)
 
     found = {}
     results = detector.stream(
@@ -146,7 +140,7 @@ def detect_all(
     )
     for i, each in zip(mine, results, strict=True):
         if isinstance(dataset, Annotations):
-            check_size(dataset, i, (each.image_size[1], each.image_size[0]))
+            require_size(dataset, i, (each.image_size[1], each.image_size[0]))
         found[i] = replace(each, image=None)  # thousands of images do not fit the memory
         on_done()
     merged: dict[int, Detections] = {}
@@ -157,7 +151,7 @@ def detect_all(
     return truth, {i: merged[i] for i in sorted(merged)}
 
 
-def evaluate(
+def evaluate_detector(
     detector: Detector,
     dataset: Annotations | Dataset[Any],
     world: World | None = None,
@@ -181,9 +175,19 @@ Target = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bo
 def _as_truth(target: Mapping[str, Any], name: str) -> Target:
     """Boxes, labels, crowd and areas of an item; the last two as torchvision's datasets call them."""
     boxes, labels = as_targets(target, name)
-    crowd = np.asarray(target.get("iscrowd", np.zeros(len(labels))), np.bool_)
-    areas = np.asarray(target.get("area", (boxes[:, 2:] - boxes[:, :2]).prod(1)), np.float64)
-    return boxes.astype(np.float64), labels, crowd, areas
+    crowd = _column(target, "iscrowd", np.zeros(len(labels)), name)
+    areas = _column(target, "area", (boxes[:, 2:] - boxes[:, :2]).prod(1), name)
+    return boxes.astype(np.float64), labels, crowd.astype(np.bool_), areas.astype(np.float64)
+
+
+def _column(target: Mapping[str, Any], key: str, default: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """What an item says of each of its boxes; the default, which has the right length, where it does not."""
+    values = as_array(target.get(key, default), f'{name}: its "{key}"')
+    if values.shape != default.shape and (values.size or len(default)):
+        raise AnnotationError(
+            f'{name}: "{key}" is [M], a number for each of its {len(default)} boxes; got {list(values.shape)}'
+        )
+    return values.reshape(-1)
 
 
 def _from_targets(targets: Mapping[int, Target], class_names: tuple[str, ...]) -> Annotations:
@@ -194,7 +198,6 @@ def _from_targets(targets: Mapping[int, Target], class_names: tuple[str, ...]) -
     return Annotations(
         root=Path(),
         source=Path("dataset"),
-        format="coco",
         class_names=class_names,
         category_ids=tuple(range(1, len(class_names) + 1)),
         file_names=np.array([f"item {i}" for i in order], np.str_),
@@ -217,7 +220,7 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
 
     Args:
         annotations: the ground truth; all of it counts, crowd boxes as what is ignored.
-        found: detections by the place of their image; images that are not in it have none.
+        found: detections by the index of their image; images that are not in it have none.
     """
     detections = sum(len(each) for each in found.values())
     if not detections:
@@ -245,7 +248,7 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
 
 def run_coco(annotations: Annotations, found: Mapping[int, Detections]) -> Any:
     """The COCOeval of detections, accumulated and summarised; see `measure`."""
-    coco, evaluator = _backend()
+    coco, evaluator = _coco_package()
     with contextlib.redirect_stdout(io.StringIO()):
         truth, results = coco(), coco()
         truth.dataset = _truth(annotations)
@@ -259,7 +262,7 @@ def run_coco(annotations: Annotations, found: Mapping[int, Detections]) -> Any:
     return run
 
 
-def _backend() -> tuple[Any, Any]:
+def _coco_package() -> tuple[Any, Any]:
     """The classes COCO and COCOeval: faster-coco-eval's where installed, else those of pycocotools."""
     if find_spec("faster_coco_eval"):
         from faster_coco_eval import COCO, COCOeval_faster  # noqa: PLC0415

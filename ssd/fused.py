@@ -15,6 +15,8 @@ from ssd.model import SSD
 class Conv(nn.Module):
     """A convolution with what follows it: BatchNorm folded in, a residual added, ReLU.
 
+    Copied or pickled while packed, it is not packed any more: only the processor that packed it knows how.
+
     Args:
         conv: in any precision.
         norm: that follows it, in eval mode; or nn.Identity.
@@ -43,24 +45,36 @@ class Conv(nn.Module):
         Channels of zeros fill the output up to a multiple of 16, a whole vector, which saves a fifth of the
         time of the largest head.
         """
-        missing = -len(self.weight) % 16
+        self._channels = len(self.weight)
+        missing = -self._channels % 16
         self.bias = nn.Parameter(functional.pad(self.bias, (0, missing)), requires_grad=False)
         weight = functional.pad(self.weight, (0, 0) * 3 + (0, missing)).to_mkldnn()
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         self._packed = reorder(weight, self.padding, self.stride, (1, 1), 1, shape)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)  # not twice in memory
 
-    def widen(self) -> None:
-        """Convolve in float32 what is rounded to fp16 or bf16 before and after.
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._packed is not None:
+            whole = {"weight": self._packed.to_dense(), "bias": self.bias}
+            parameters = {
+                name: nn.Parameter(values[: self._channels].clone(), requires_grad=False)
+                for name, values in whole.items()
+            }
+            state |= {"_parameters": parameters, "_packed": None}
+        return state
 
-        That is what processors with instructions for those do. On others torch falls back to loops that take
-        forty times as long as this.
+    def widen(self) -> None:
+        """Keep weights in float32, and convolve in it, for inputs and outputs in fp16 or bf16.
+
+        Processors with instructions for these precisions compute the same: products and sums are float32
+        there too. On others torch falls back to loops that take forty times as long as this.
         """
         self.weight = nn.Parameter(self.weight.float(), requires_grad=False)
         self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of ``[N, C, H, W]``; a packed one writes into `residual`."""
+        """Of ``[N, C, H, W]``; the result may be written into `residual`."""
         if self._packed is not None:
             shape = self.padding, self.stride, (1, 1), 1
             if residual is None:
@@ -113,9 +127,10 @@ class Block(nn.Module):
 class FusedSSD(nn.Module):
     """What an SSD computes in eval mode, prepared for inference; made by `fuse`.
 
-    BatchNorm is folded into the convolutions, and the two heads of a level are one convolution, whose output
-    channels are ordered so that a channels-last result needs no transposition: boxes come by place, then by
-    shape, and `default_boxes` are in the same order. There is no way back to a checkpoint.
+    BatchNorm is folded into the convolutions, and the two heads of a feature map are one convolution, whose
+    output channels are ordered so that a channels-last result needs no transposition. Boxes then come by map,
+    by cell, and by their number in the cell, and `default_boxes` are in the same order. There is no way back
+    to a checkpoint.
     """
 
     default_boxes: Tensor
@@ -135,13 +150,16 @@ class FusedSSD(nn.Module):
         self.layout = layout = model.layout
         heads: Any = (model.loc, model.loc_norm, model.conf, model.conf_norm)
         self.heads = nn.ModuleList(
-            _merged(Conv(loc, loc_norm, relu=False), Conv(conf, conf_norm, relu=False), shapes)
-            for loc, loc_norm, conf, conf_norm, shapes in zip(*heads, layout.boxes_per_cell, strict=True)
+            _merged(Conv(loc, loc_norm, relu=False), Conv(conf, conf_norm, relu=False), boxes)
+            for loc, loc_norm, conf, conf_norm, boxes in zip(*heads, layout.boxes_per_cell, strict=True)
         )
-        self.register_buffer("default_boxes", _by_place(layout), persistent=False)
+        self.register_buffer("default_boxes", _by_cell(layout), persistent=False)
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """What the heads give, ``[N, S * (4 + C), H, W]`` of each level: loc and conf of each of S shapes."""
+        """What the heads give for each feature map: ``[N, B * (4 + C), H, W]``.
+
+        B is the number of default boxes of a cell; each has its 4 numbers of loc, then its C of conf.
+        """
         x = self.trunk(self.pool(self.stem(images)))
         outputs = [self.heads[0](x)]
         for block, head in zip(self.additional_blocks, self.heads[1:], strict=True):
@@ -153,44 +171,45 @@ class FusedSSD(nn.Module):
         """Raw outputs of a batch.
 
         Args:
-            images: ``[N, 3, size, size]`` of the layout, normalised, in the dtype of the convolutions; channels-last is fast.
+            images: ``[N, 3, size, size]`` of the layout, normalised, in the dtype of the convolutions;
+                channels-last is fast.
 
         Returns:
-            loc ``[N, 4, B]`` and conf ``[N, num_classes, B]``, in the order of the `default_boxes` of
-            this module; views of memory where each box has its numbers side by side.
+            loc ``[N, 4, P]`` and conf ``[N, num_classes, P]`` of the P default boxes, in the order of the
+            `default_boxes` of this module; views of memory where each box has its numbers side by side.
         """
         levels = self.levels(images)
         numbers = 4 + self.num_classes
         merged = levels[0].new_empty(images.shape[0], len(self.default_boxes), numbers)
         start = 0
-        for level, shapes in zip(levels, self.layout.boxes_per_cell, strict=True):
-            places = level[:, : shapes * numbers].permute(0, 2, 3, 1)  # [N, H, W, S * (4 + C)]
-            end = start + places.shape[1] * places.shape[2] * shapes
-            merged[:, start:end].view(places.shape).copy_(places)
+        for level, boxes in zip(levels, self.layout.boxes_per_cell, strict=True):
+            cells = level[:, : boxes * numbers].permute(0, 2, 3, 1)  # [N, H, W, B * (4 + C)]
+            end = start + cells.shape[1] * cells.shape[2] * boxes
+            merged[:, start:end].view(cells.shape).copy_(cells)
             start = end
         merged = merged.transpose(1, 2)
         return merged[:, :4], merged[:, 4:]
 
 
-def _by_place(layout: Layout) -> Tensor:
-    """Default boxes in the order in which channels-last maps hold them: by map, then place, then shape."""
+def _by_cell(layout: Layout) -> Tensor:
+    """Default boxes in the order in which channels-last maps hold them: by map, by cell, then within it."""
     levels = layout.default_boxes().split(layout.boxes_per_map)
     return torch.cat(
         [
-            level.unflatten(0, (shapes, -1)).transpose(0, 1).flatten(0, 1)
-            for level, shapes in zip(levels, layout.boxes_per_cell, strict=True)
+            level.unflatten(0, (boxes, -1)).transpose(0, 1).flatten(0, 1)
+            for level, boxes in zip(levels, layout.boxes_per_cell, strict=True)
         ]
     )
 
 
-def _merged(loc: Conv, conf: Conv, shapes: int) -> Conv:
-    """Both heads of a level as one; of each shape, loc's channels and then conf's."""
+def _merged(loc: Conv, conf: Conv, boxes: int) -> Conv:
+    """Both heads of a feature map as one; for each box of a cell, loc's channels and then conf's."""
 
-    def by_shape(values: str) -> nn.Parameter:
-        parts = [getattr(head, values).unflatten(0, (-1, shapes)) for head in (loc, conf)]
+    def by_box(name: str) -> nn.Parameter:
+        parts = [getattr(head, name).unflatten(0, (-1, boxes)) for head in (loc, conf)]
         return nn.Parameter(torch.cat(parts).transpose(0, 1).flatten(0, 1).contiguous(), requires_grad=False)
 
-    loc.weight, loc.bias = by_shape("weight"), by_shape("bias")
+    loc.weight, loc.bias = by_box("weight"), by_box("bias")
     return loc
 
 
@@ -203,8 +222,7 @@ def fuse(model: SSD, dtype: torch.dtype | None = None, *, pack: bool = True) -> 
     Args:
         model: in any precision and mode; not changed.
         dtype: of the fast one; by default that of the model's convolutions.
-        pack: bring weights into oneDNN's layout, on CPUs where it can be used, or into float32 on those that
-            cannot compute in `dtype`. What is packed can neither be copied to another device, nor compiled or
+        pack: as `pack_weights` does. What is packed can neither be moved to another device, nor compiled or
             exported.
 
     >>> model = SSD(num_classes=3, backbone="resnet18").eval()
@@ -218,28 +236,48 @@ def fuse(model: SSD, dtype: torch.dtype | None = None, *, pack: bool = True) -> 
     # Folded on the CPU where the device has no float64; and default boxes go where the weights are.
     source = copy.deepcopy(model).cpu() if weight.device.type == "mps" else model
     fast = FusedSSD(source).to(weight.device).eval()
-    for module in fast.modules():
-        if isinstance(module, Conv):
-            module.to(dtype=dtype).to(memory_format=torch.channels_last)
-    if pack and can_pack(weight.device, dtype):
-        for conv, shape in _input_shapes(fast).items():
-            conv.pack(shape)
-    elif pack and is_emulated(weight.device, dtype):
-        for module in fast.modules():
-            if isinstance(module, Conv):
-                module.widen()
+    for conv in _convs(fast):
+        conv.to(dtype=dtype).to(memory_format=torch.channels_last)
+    if pack:
+        pack_weights(fast, dtype)
     return fast
 
 
+def pack_weights(fast: FusedSSD, dtype: torch.dtype) -> None:
+    """Bring the weights into the form that is fastest where they are, in place.
+
+    That is oneDNN's own on CPUs where it can be used; float32 on CPUs that cannot compute in `dtype`; on
+    other devices, what they are.
+
+    Args:
+        fast: of `fuse` without packing, or a copy of a packed one.
+        dtype: what the network takes and gives.
+    """
+    device = fast.default_boxes.device
+    for conv in _convs(fast):
+        conv.to(dtype=dtype).to(memory_format=torch.channels_last)
+    if can_pack(device, dtype):
+        for conv, shape in _input_shapes(fast).items():
+            conv.pack(shape)
+    elif is_emulated(device, dtype):
+        for conv in _convs(fast):
+            conv.widen()
+
+
+def _convs(fast: FusedSSD) -> list[Conv]:
+    return [module for module in fast.modules() if isinstance(module, Conv)]
+
+
 def _input_shapes(fast: FusedSSD) -> dict[Conv, tuple[int, ...]]:
-    """What each convolution takes for one image; the layout that is best for one serves more as well."""
+    """Shape of each convolution's input for one image; what is packed for one serves more as well."""
     shapes: dict[Conv, tuple[int, ...]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(module, Conv):
             shapes[module] = tuple(inputs[0].shape)
 
-    weights = {name: value.to("meta") for name, value in fast.named_parameters()}  # nothing is computed
+    # On the meta device, where nothing is computed.
+    weights = {name: value.to("meta") for name, value in fast.named_parameters()}
     images = torch.empty(
         1, 3, fast.layout.size, fast.layout.size, dtype=fast.stem.weight.dtype, device="meta"
     )

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ssd import images
-from ssd.boxes import default_boxes
+from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.choices import Precision
+from ssd.errors import ImageError
 from ssd.labels import COCO_NAMES
-from ssd.model import SSD300, Precision, load_model, set_precision
+from ssd.model import SSD, load_model, set_precision
 from ssd.postprocess import postprocess
 
 Array = npt.NDArray[Any]
@@ -26,7 +28,7 @@ def nvidia_ssd(
     model_math: Precision = "fp32",
     force_reload: bool = False,
     progress: bool = True,
-) -> SSD300:
+) -> SSD:
     """SSD300 with a ResNet-50 trunk, as published by NVIDIA on torch.hub; 0.25 AP on COCO val2017.
 
     Args:
@@ -42,12 +44,15 @@ def nvidia_ssd(
         The model on the CPU, in training mode: call ``.to(device).eval()``. It maps images
         ``[N, 3, 300, 300]`` to loc ``[N, 4, 8732]`` and conf ``[N, 81, 8732]``.
 
+    A process that is started with "spawn" and is handed the model imports its class, so `ssd` has to be found
+    there: this works for models of torch.hub too, whose folder hubconf.py leaves on the path.
+
     Raises:
         DownloadError: the weights are not in the cache and cannot be downloaded.
         CheckpointError: the file is damaged, or of another network.
     """
     if not pretrained and weights is None:
-        model = SSD300()
+        model = SSD()
         set_precision(model, model_math)
         return model
     model, _ = load_model(weights or "coco", precision=model_math, force=force_reload, progress=progress)
@@ -74,7 +79,7 @@ class Processing:
 
         height, width = img.shape[:2]
         if max(height, width) > images.MAX_ASPECT * min(height, width):
-            raise images.ImageError(f"{width}x{height} is too thin to be resized and cropped")
+            raise ImageError(f"{width}x{height} is too thin to be resized and cropped")
         aspect = width / height
         if aspect > 1:
             size = (input_height, int(aspect * input_height))
@@ -98,8 +103,8 @@ class Processing:
     def prepare_input(img_uri: images.ImageSource) -> Array:
         """Load, rescale, crop and normalise an image: floats ``[300, 300, 3]`` in [-1, 1]."""
         img = Processing.load_image(img_uri)
-        img = Processing.rescale(img, 300, 300)
-        img = Processing.crop_center(img, 300, 300)
+        side = PUBLISHED_LAYOUT.size
+        img = Processing.crop_center(Processing.rescale(img, side, side), side, side)
         return Processing.normalize(img)
 
     @staticmethod
@@ -133,7 +138,8 @@ class Processing:
             NonFiniteError: the outputs hold NaN or infinity.
         """
         loc, conf = predictions
-        found = postprocess(loc, conf, default_boxes().to(loc.device), iou_threshold=0.5, max_detections=20)
+        defaults = PUBLISHED_LAYOUT.default_boxes().to(loc.device)
+        found = postprocess(loc, conf, defaults, iou_threshold=0.5, max_detections=20)
         return [
             [boxes.numpy(), class_ids.numpy() + 1, scores.numpy()]
             for boxes, scores, class_ids in found.cpu().per_image()

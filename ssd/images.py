@@ -1,23 +1,26 @@
 """Reading images of any kind as upright RGB; every refusal is an `ImageError` that names the image."""
 
-import glob
 import io
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, TypeAlias, TypeGuard, Union, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from ssd import web
 from ssd.errors import ImageError
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.generic] | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Not with "|", which takes no name in quotes.
+ImageSource: TypeAlias = Union[str, os.PathLike[str], bytes, Image.Image, npt.NDArray[np.generic], "Tensor"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's decoders that may run; the others (EPS and its kind start other programs) never do."""
@@ -112,7 +115,7 @@ def load_scaled(
                 source.load()
             image = _upright_rgb(source, name)
             image = image.copy() if image is source else image
-    elif isinstance(source, Tensor):
+    elif _is_tensor(source):
         image = _from_array(_tensor_to_array(source, name), name)
     elif isinstance(source, np.ndarray):
         image = _from_array(np.asarray(source), name)
@@ -133,28 +136,6 @@ def source_path(source: object) -> str:
 def source_name(source: object) -> str:
     """What to call an image source: its path or URL, or the kind of object that it is."""
     return source_path(source) or type(source).__name__
-
-
-def find_images(source: str | os.PathLike[str]) -> Iterator[str]:
-    """The images that a path, URL, folder or glob stands for.
-
-    A folder gives the image files in it (by suffix, not below it), sorted; a glob, which may hold ``**``,
-    the image files that it matches, sorted; anything else itself, whether or not it exists.
-    """
-    text = os.fspath(source)
-    if web.is_url(text) or os.path.isfile(text):
-        yield text
-    elif os.path.isdir(text):
-        for entry in sorted(os.listdir(text)):
-            path = os.path.join(text, entry)
-            if is_image_name(entry) and os.path.isfile(path):
-                yield path
-    elif glob.has_magic(text):
-        for path in sorted(glob.glob(text, recursive=True)):
-            if is_image_name(path) and os.path.isfile(path):
-                yield path
-    else:
-        yield text
 
 
 def is_image_name(name: str) -> bool:
@@ -256,7 +237,13 @@ def _wide_grey(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return values
 
 
-def _tensor_to_array(tensor: Tensor, name: str) -> npt.NDArray[np.generic]:
+def _is_tensor(source: object) -> "TypeGuard[Tensor]":
+    # Whoever has a tensor has imported torch; whoever has none need not wait for it.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
+def _tensor_to_array(tensor: "Tensor", name: str) -> npt.NDArray[np.generic]:
     if tensor.ndim == 3:
         if tensor.shape[0] not in (1, 3, 4):
             raise ImageError(

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
 
 def build(found: checkpoint.Checkpoint) -> SSD:
     """The network that a checkpoint describes, with random weights."""
-    return SSD(found.num_classes, cast(Backbone, found.backbone), found.head_norm, layout=found.layout)
+    return SSD(found.num_classes, found.backbone, found.head_norm, layout=found.layout)
 
 
 def load_model(

@@ -10,10 +10,11 @@ import numpy.typing as npt
 from PIL import ImageDraw
 from pycocotools import mask
 
-from ssd.checkpoint import atomic_file
-from ssd.data import Annotations
+from ssd.data.annotations import Annotations
 from ssd.detections import Detections
+from ssd.errors import MissingExtra
 from ssd.evaluate import run_coco
+from ssd.files import atomic_file
 from ssd.images import load_image
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder
     """Write ``precision_recall.png``, ``confusion.png`` and ``worst/*.jpg``; returns what was written.
 
     Raises:
-        ImportError: matplotlib, an extra, is not installed; the message names the command.
+        MissingExtra: matplotlib is not installed; the message names the command.
     """
     require_matplotlib()
     mistakes = {i: compare(annotations, i, each) for i, each in found.items()}
@@ -64,11 +65,15 @@ def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that names the command to install it, if it is not there."""
+    """Require what the pictures are drawn with.
+
+    Raises:
+        MissingExtra: it is not installed; the message names the command.
+    """
     try:
         import matplotlib.figure  # noqa: PLC0415, F401
     except ImportError as error:
-        raise ImportError("plots need an extra: pip install 'ssd300[plots]'") from error
+        raise MissingExtra("plots") from error
 
 
 def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:

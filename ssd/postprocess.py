@@ -13,6 +13,9 @@ from torch import Tensor
 from ssd.boxes import decode
 from ssd.errors import NonFiniteError
 
+MAX_DETECTIONS = 1_000_000
+"""Most detections of an image that can be asked for: more than the published network could give."""
+
 # How many candidates of an image are compared with each other at a time, best first. Most images are
 # done after one block; the cost of a block grows with its square.
 _BLOCK = 256
@@ -75,24 +78,23 @@ def postprocess(
 
     Raises:
         NonFiniteError: loc or conf holds NaN or infinity; it names the images of the batch.
-        ValueError: shapes do not fit; or `max_detections` is no number from 1 to how many there can be.
+        ValueError: shapes do not fit; or `max_detections` is not from 1 to `MAX_DETECTIONS`.
     """
     if loc.ndim != 3 or conf.ndim != 3 or loc.shape != (len(conf), 4, len(default_boxes)):
         raise ValueError(
             f"expected loc [N, 4, {len(default_boxes)}] and conf [N, C, {len(default_boxes)}]; "
             f"got {list(loc.shape)} and {list(conf.shape)}"
         )
-    most = len(default_boxes) * (conf.shape[1] - 1)
-    if not 1 <= max_detections <= most:
-        raise ValueError(f"max_detections must be from 1 to {most:,}; got {max_detections:,}")
+    if not 1 <= max_detections <= MAX_DETECTIONS:
+        raise ValueError(f"max_detections must be from 1 to {MAX_DETECTIONS:,}; got {max_detections:,}")
     loc, conf = loc.detach(), conf.detach()
     _require_finite(loc, conf)
 
     image, class_id, box, score = _candidates(conf, score_threshold, classes)
-    place, counts = _place_in_row(image, len(conf))
+    column, counts = _column_in_row(image, len(conf))
 
     def padded(values: Tensor, fill: float) -> Tensor:
-        return _pad(values, image, place, counts, fill)
+        return _pad(values, image, column, counts, fill)
 
     # Candidates come ordered by class, then default box; a stable sort keeps that among equal scores.
     scores, order = padded(score, -1).sort(dim=1, descending=True, stable=True)
@@ -126,36 +128,36 @@ def _candidates(
     margin = math.log(odds) - 1e-3 if odds > 0 else -math.inf
     likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
     image, box = likely.nonzero(as_tuple=True)
-    place, counts = _place_in_row(image, len(conf))
+    column, counts = _column_in_row(image, len(conf))
     # Rows of equal length, although some boxes come twice: gather along memory is five times as fast as
     # picking the columns one by one. And of whole vectors: on CPUs softmax treats the rest of a row by other
     # code, which may round otherwise, and equal logits would not tie.
-    boxes = _pad(box, image, place, counts, 0, multiple=16)
+    boxes = _pad(box, image, column, counts, 0, multiple=16)
     scores = conf.gather(2, boxes[:, None].expand(-1, conf.shape[1], -1)).float().softmax(1)[:, 1:]
     if classes is not None:
         wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device="cpu")
         wanted[list(classes)] = True
         scores = scores.where(wanted.to(scores.device)[:, None], 0)
-    image, class_id, place = (scores > score_threshold).nonzero(as_tuple=True)
-    real = place < counts[image]
-    image, class_id, place = image[real], class_id[real], place[real]
-    return image, class_id, boxes[image, place], scores[image, class_id, place]
+    image, class_id, column = (scores > score_threshold).nonzero(as_tuple=True)
+    real = column < counts[image]
+    image, class_id, column = image[real], class_id[real], column[real]
+    return image, class_id, boxes[image, column], scores[image, class_id, column]
 
 
-def _place_in_row(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def _column_in_row(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """Where each entry stands among those of its image, and how many those are; `image` ascends."""
     counts = image.bincount(minlength=images)
     return torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image], counts
 
 
 def _pad(
-    values: Tensor, image: Tensor, place: Tensor, counts: Tensor, fill: float, *, multiple: int = 1
+    values: Tensor, image: Tensor, column: Tensor, counts: Tensor, fill: float, *, multiple: int = 1
 ) -> Tensor:
     """Values of all images in rows ``[N, K]``, one image each; K is above 0 and a multiple of `multiple`."""
     width = max(int(counts.max()), 1) if len(counts) else 1
     width = math.ceil(width / multiple) * multiple
     rows = values.new_full((len(counts), width), fill)
-    rows[image, place] = values
+    rows[image, column] = values
     return rows
 
 

@@ -16,7 +16,7 @@ _EXPANSION = 4  # of channels, by the last convolution of a bottleneck
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the way around them: ``[N, C, H, W]`` -> ``[N, channels, H / stride, ...]``."""
+    """Two 3x3 convolutions and the way around them: ``[N, C, H, W]`` -> ``[N, channels, ...]``."""
 
     def __init__(self, c_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, and the way around them; the stride is the middle one's (v1.5)."""
+    """A 3x3 convolution, which has the stride (v1.5), between two of 1x1, and the way around them."""
 
     def __init__(self, c_in: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from ssd.checkpoint import atomic_file
+from ssd.files import atomic_file
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 
@@ -85,7 +85,7 @@ def draw_scene(rng: Rng) -> tuple[Image.Image, npt.NDArray[np.float64], npt.NDAr
     return image, np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
 
 
-def write(
+def write_dataset(
     folder: str | os.PathLike[str],
     train: int,
     val: int,

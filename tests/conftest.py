@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 import warnings
 import zlib
@@ -21,14 +22,24 @@ import torch
 from fake_cuda import FakeCuda
 from PIL import Image
 
-from ssd import checkpoint
+from ssd import checkpoint, pretrained
+from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.detector import Detector
 from ssd.export import export
-from ssd.model import SSD300
+from ssd.model import SSD
 
 HAS_GPU = torch.cuda.is_available()
 DATA = Path(__file__).parent / "data"
 PHOTOS = ("astronaut", "chelsea", "coffee")
+
+
+def command(*arguments: object) -> list[str]:
+    """What starts ``ssd`` in a process that Ctrl-C reaches, whatever this one was made to ignore (nohup)."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ssd.cli import main; main()"
+    )
+    return [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +75,9 @@ def made_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return {key: made_tensor(key, tuple(shape)) for key, shape in shapes.items()}
 
 
-def made_model(num_classes: int = 4, head_norm: bool = False) -> SSD300:
+def made_model(num_classes: int = 4, head_norm: bool = False, layout: Layout = PUBLISHED_LAYOUT) -> SSD:
     """A small network with made weights, tamed so that its scores and boxes spread as a trained one's."""
-    model = SSD300(num_classes, "resnet18", head_norm)
+    model = SSD(num_classes, "resnet18", head_norm, layout=layout)
     model.load_state_dict(made_weights({key: value.shape for key, value in model.state_dict().items()}))
     with torch.no_grad():
         for heads, factor in ((model.loc, 0.03), (model.conf, 0.03)):
@@ -77,46 +88,85 @@ def made_model(num_classes: int = 4, head_norm: bool = False) -> SSD300:
     return model.eval()
 
 
+SMALL_LAYOUT = Layout(
+    size=96,
+    maps=(12, 6, 3, 1),
+    steps=(8, 16, 32, 96),
+    scales=(14, 30, 55, 80, 96),
+    aspect_ratios=((2,), (2, 3), (2,), ()),
+)
+"""Another layout than the published one: other maps, other numbers of shapes."""
+
+
 @pytest.fixture(scope="session")
-def small_model() -> SSD300:
+def small_model() -> SSD:
     """ResNet-18, three classes and the background, plain heads. Do not change it."""
     return made_model()
 
 
 @pytest.fixture(scope="session")
-def scene_model() -> SSD300:
+def scene_model() -> SSD:
     """A small network for the classes of made-up scenes. Do not change it."""
     return made_model(num_classes=7)
 
 
 @pytest.fixture(scope="session")
-def detector(small_model: SSD300) -> Detector:
+def detector(small_model: SSD) -> Detector:
     return Detector(small_model, ("cat", "cup", "person"))
 
 
 @pytest.fixture(scope="session")
-def weights_file(small_model: SSD300, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights_file(small_model: SSD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small_model` as a file."""
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     checkpoint.save(path, small_model.state_dict(), ("cat", "cup", "person"))
     return path
 
 
+EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "onnx": ("raw.onnx", "onnx", {}),
+    "onnx nms": ("nms.onnx", "onnx", {"nms": True, "uint8": True}),
+    "onnx batch": ("batch.onnx", "onnx", {"batch": 2, "uint8": True}),
+    "openvino": ("ir", "openvino", {}),
+    "openvino nms": ("ir_nms", "openvino", {"nms": True}),
+    "pt2": ("raw.pt2", "pt2", {}),
+    "torchscript nms": ("nms.torchscript", "torchscript", {"nms": True, "uint8": True}),
+}
+"""Every kind of exported file; with NMS, fixed batch and uint8 spread over them."""
+
+
+class Exported(dict[str, Path]):
+    """A model as each of `EXPORTS`, which is made when a test first asks for it."""
+
+    def __init__(self, weights: Path, folder: Path) -> None:
+        super().__init__()
+        self.weights, self.folder = weights, folder
+
+    def __missing__(self, key: str) -> Path:
+        name, kind, options = EXPORTS[key]
+        self[key] = export(self.weights, self.folder / name, kind, **options)
+        return self[key]
+
+
 @pytest.fixture(scope="session")
-def exported(weights_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`small_model` in every format; with NMS, fixed batch and uint8 spread over them."""
-    folder = tmp_path_factory.mktemp("exported")
-    return {
-        "onnx": export(weights_file, folder / "raw.onnx"),
-        "onnx nms": export(weights_file, folder / "nms.onnx", nms=True, uint8=True),
-        "onnx batch": export(weights_file, folder / "batch.onnx", batch=2, uint8=True),
-        "openvino": export(weights_file, folder / "ir", "openvino"),
-        "openvino nms": export(weights_file, folder / "ir_nms", "openvino", nms=True),
-        "pt2": export(weights_file, folder / "raw.pt2", "pt2"),
-        "torchscript nms": export(
-            weights_file, folder / "nms.torchscript", "torchscript", nms=True, uint8=True
-        ),
-    }
+def exported(weights_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The files of `EXPORTS` of `small_model`. They take a minute; most tests do with `tiny_exported`."""
+    return Exported(weights_file, tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> SSD:
+    """A network as `small_model`, of `SMALL_LAYOUT`. Do not change it."""
+    return made_model(layout=SMALL_LAYOUT)
+
+
+@pytest.fixture(scope="session")
+def tiny_exported(tiny_model: SSD, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The files of `EXPORTS` of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("tiny_exported")
+    weights = folder / "tiny.safetensors"
+    checkpoint.save(weights, tiny_model.state_dict(), ("cat", "cup", "person"), layout=SMALL_LAYOUT)
+    return Exported(weights, folder)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +184,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are cached in a new folder, and retries do not wait."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
-    monkeypatch.setattr(checkpoint, "RETRY_DELAY", 0)
+    monkeypatch.setattr(pretrained, "RETRY_DELAY", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +303,7 @@ def waiting_for_cuda_fails() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-SLOW_TO_MAKE = {"exported", "unbroken"}
+SLOW_TO_MAKE = {"exported", "tiny_exported", "unbroken"}
 """Fixtures whose tests run in one process, with --dist loadgroup."""
 
 

@@ -2,13 +2,15 @@ import json
 
 import pytest
 import torch
+from conftest import SMALL_LAYOUT
 
-from ssd.benchmark import STAGES, benchmark, draw_images, flops, peak_flops
+from ssd.benchmark import STAGES, draw_images, flops, peak_flops, run_benchmark
+from ssd.detector import Detector
 
 
 def test_report(detector, tmp_path):
     files = draw_images(tmp_path, 3)
-    report = benchmark(detector, files, batch_size=2, rounds=4)
+    report = run_benchmark(detector, files, batch_size=2, rounds=4)
     assert tuple(report.stages) == STAGES
     assert all(value > 0 for value in report.stages.values())
     assert report.latency["p50"] <= report.latency["p90"] <= report.latency["p99"]
@@ -21,7 +23,7 @@ def test_report(detector, tmp_path):
     for word in ("Detector(3 classes", "images/s", "p99", "postprocess", "MB", "GFLOP/s"):
         assert word in text
     with pytest.raises(ValueError, match="at least one source"):
-        benchmark(detector, [])
+        run_benchmark(detector, [])
 
 
 def test_flops_are_those_of_the_layers():
@@ -32,6 +34,14 @@ def test_flops_are_those_of_the_layers():
     shapes = (4, 6, 6, 6, 4, 4)
     expected = sum(2 * 9 * c * s * n * n for n, c, s in zip(cells, channels, shapes, strict=True))
     assert classes == pytest.approx(expected)
+
+
+def test_another_layout(tiny_model, tmp_path):
+    tiny = Detector(tiny_model, ("cat", "cup", "person"))
+    report = run_benchmark(tiny, draw_images(tmp_path, 1), rounds=2)
+    operations = flops(4, "resnet18", SMALL_LAYOUT)
+    assert operations < flops(4, "resnet18") / 8
+    assert report.gflops == pytest.approx(operations / report.stages["forward"] / 1e6)
 
 
 def test_peak_is_a_rate():

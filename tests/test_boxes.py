@@ -1,32 +1,110 @@
+import json
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_LAYOUT
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
+from torchvision import ops
 from torchvision.ops import box_convert
 
-from ssd.boxes import NUM_DEFAULT_BOXES, decode, default_boxes, encode, match
+from ssd.boxes import (
+    LAYOUTS,
+    PUBLISHED_LAYOUT,
+    Layout,
+    box_iou,
+    decode,
+    encode,
+    match,
+    to_centers,
+    to_corners,
+)
 
 
 def test_default_boxes_equal_the_published_ones(figures):
-    boxes = default_boxes()
-    assert boxes.shape == (NUM_DEFAULT_BOXES, 4) == (8732, 4)
+    boxes = PUBLISHED_LAYOUT.default_boxes()
+    assert boxes.shape == (PUBLISHED_LAYOUT.num_default_boxes, 4) == (8732, 4)
     np.testing.assert_array_equal(boxes, figures["dboxes/xywh"])
     np.testing.assert_array_equal(box_convert(boxes, "cxcywh", "xyxy"), figures["dboxes/ltrb"])
 
 
+def test_layouts_go_through_plain_data():
+    for layout in (*LAYOUTS.values(), SMALL_LAYOUT):
+        assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+        assert hash(layout) == hash(Layout.from_dict(layout.to_dict()))
+        assert layout.default_boxes().shape == (layout.num_default_boxes, 4)
+        assert sum(layout.boxes_per_map) == layout.num_default_boxes
+
+
+def test_another_layout_by_hand():
+    assert SMALL_LAYOUT.boxes_per_cell == (4, 6, 4, 2)
+    assert SMALL_LAYOUT.boxes_per_map == (4 * 144, 6 * 36, 4 * 9, 2)
+    boxes = SMALL_LAYOUT.default_boxes() * 96
+    # The second cell of the first map; and both squares of the last, of 80 and sqrt(80 * 96) pixels.
+    np.testing.assert_allclose(boxes[1], [12, 4, 14, 14], rtol=1e-6)
+    np.testing.assert_allclose(boxes[-2:], [[48, 48, 80, 80], [48, 48, 7680**0.5, 7680**0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "reason"),
+    [
+        ({"size": 100}, ValueError, "the first map of an input of 100 has 13 cells; got 12"),
+        ({"size": 7}, ValueError, "size is 8 to 4096"),
+        ({"size": 96.0}, TypeError, "whole"),
+        ({"size": True}, TypeError, "whole"),
+        ({"maps": (12, 6, 3, 0)}, ValueError, "half of 3 cells, or two fewer, comes next; got 0"),
+        ({"maps": (12, 7, 3, 1)}, ValueError, "half of 12 cells, or two fewer, comes next; got 7"),
+        ({"maps": ()}, ValueError, "got 0 maps"),
+        ({"maps": ("12", 6, 3, 1)}, TypeError, "numbers"),
+        ({"steps": (8, 16, 32)}, ValueError, "3 steps"),
+        ({"steps": (8, 16, 32, 0)}, ValueError, "above 0"),
+        ({"scales": (14, 30, 55, 80)}, ValueError, "4 scales"),
+        ({"scales": (14, 30, 55, 80, float("inf"))}, ValueError, "finite"),
+        ({"scales": (14, 30, 55, 80, float("nan"))}, ValueError, "finite"),
+        ({"aspect_ratios": ((2,), (2,), (2,), (2,) * 17)}, ValueError, "at most 16"),
+    ],
+)
+def test_layouts_that_no_network_has_are_refused(changes, error, reason):
+    with pytest.raises(error, match=reason):
+        Layout.from_dict(SMALL_LAYOUT.to_dict() | changes)
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"size": 300}, SMALL_LAYOUT.to_dict() | {"more": 1}])
+def test_other_data_is_no_layout(values):
+    with pytest.raises(ValueError, match="a layout has aspect_ratios, maps, scales, size, steps"):
+        Layout.from_dict(values)
+
+
+@given(arrays(np.float32, (7, 4), elements=st.floats(-10, 10, width=32)))
+def test_conversions_are_those_of_torchvision(values):
+    boxes = torch.from_numpy(values)
+    assert torch.equal(to_corners(boxes), box_convert(boxes, "cxcywh", "xyxy"))
+    assert torch.equal(to_centers(boxes), box_convert(boxes, "xyxy", "cxcywh"))
+
+
+@given(arrays(np.float32, (7, 4), elements=st.floats(0, 1, width=32)))
+def test_overlaps_are_those_of_torchvision(values):
+    boxes = to_corners(torch.from_numpy(values) + 0.01)
+    torch.testing.assert_close(box_iou(boxes, boxes[:3]), ops.box_iou(boxes, boxes[:3]), atol=1e-6, rtol=1e-5)
+
+
 def test_first_default_boxes_by_hand():
     # Map 0 has 38x38 cells of 8 pixels: the first two of its first shape, 21 pixels square, lie side by side.
-    np.testing.assert_allclose(default_boxes()[:2] * 300, [[4, 4, 21, 21], [12, 4, 21, 21]], rtol=1e-6)
+    np.testing.assert_allclose(
+        PUBLISHED_LAYOUT.default_boxes()[:2] * 300, [[4, 4, 21, 21], [12, 4, 21, 21]], rtol=1e-6
+    )
     # The last map has one cell; its last shape is tall: 261 / sqrt(2) by 261 * sqrt(2), clamped to the image.
-    np.testing.assert_allclose(default_boxes()[-1] * 300, [150, 150, 261 / 2**0.5, 300], rtol=1e-6)
+    np.testing.assert_allclose(
+        PUBLISHED_LAYOUT.default_boxes()[-1] * 300, [150, 150, 261 / 2**0.5, 300], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("i", range(4))
 def test_match_equals_the_published_encoder(figures, i):
     boxes, labels = torch.tensor(figures[f"encode{i}/boxes"]), torch.tensor(figures[f"encode{i}/labels"])
-    matched, matched_labels = match(boxes, labels, default_boxes())
+    matched, matched_labels = match(boxes, labels, PUBLISHED_LAYOUT.default_boxes())
     np.testing.assert_array_equal(matched, figures[f"encode{i}/out_boxes_xywh"])
     np.testing.assert_array_equal(matched_labels, figures[f"encode{i}/out_labels"])
 
@@ -41,7 +119,7 @@ def padded_truths(figures, most=61):
 
 
 def test_match_of_a_padded_batch_equals_single_images(figures):
-    matched, labels = match(*padded_truths(figures), default_boxes())
+    matched, labels = match(*padded_truths(figures), PUBLISHED_LAYOUT.default_boxes())
     for i in range(4):
         np.testing.assert_array_equal(matched[i], figures[f"encode{i}/out_boxes_xywh"])
         np.testing.assert_array_equal(labels[i], figures[f"encode{i}/out_labels"])
@@ -49,11 +127,13 @@ def test_match_of_a_padded_batch_equals_single_images(figures):
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3)])
 def test_match_without_ground_truths_is_all_background(shape):
-    matched, labels = match(torch.zeros(*shape, 4), torch.zeros(shape, dtype=torch.int64), default_boxes())
+    matched, labels = match(
+        torch.zeros(*shape, 4), torch.zeros(shape, dtype=torch.int64), PUBLISHED_LAYOUT.default_boxes()
+    )
     assert labels.shape == (*shape[:-1], 8732)
     assert labels.dtype == torch.int64
     assert not labels.any()
-    expected = default_boxes().expand(*shape[:-1], -1, -1)
+    expected = PUBLISHED_LAYOUT.default_boxes().expand(*shape[:-1], -1, -1)
     torch.testing.assert_close(matched, expected, atol=1e-6, rtol=0)
 
 
@@ -66,7 +146,7 @@ def test_of_two_truths_that_want_one_default_box_the_later_has_it():
 
 def test_a_truth_that_overlaps_little_still_takes_its_best_default_box():
     tiny = torch.tensor([[0.5, 0.5, 0.505, 0.505]])
-    _, labels = match(tiny, torch.tensor([7]), default_boxes())
+    _, labels = match(tiny, torch.tensor([7]), PUBLISHED_LAYOUT.default_boxes())
     assert labels.count_nonzero() == 1
     assert labels.max() == 7
 
@@ -74,7 +154,7 @@ def test_a_truth_that_overlaps_little_still_takes_its_best_default_box():
 @pytest.mark.parametrize(("boxes", "labels"), [((3, 4), (2,)), ((4,), ()), ((2, 3, 4), (3,)), ((3, 5), (3,))])
 def test_match_refuses_shapes_that_do_not_fit(boxes, labels):
     with pytest.raises(ValueError, match="boxes must be"):
-        match(torch.zeros(boxes), torch.zeros(labels, dtype=torch.int64), default_boxes())
+        match(torch.zeros(boxes), torch.zeros(labels, dtype=torch.int64), PUBLISHED_LAYOUT.default_boxes())
 
 
 def test_encode_by_hand():
@@ -99,11 +179,11 @@ def test_decode_inverts_encode(boxes, defaults):
 def test_decode_computes_in_float32_and_leaves_its_input(dtype):
     offsets = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = offsets.clone()
-    boxes = decode(offsets, default_boxes()[:100])
+    boxes = decode(offsets, PUBLISHED_LAYOUT.default_boxes()[:100])
     assert boxes.dtype == torch.float32
-    assert torch.equal(boxes, decode(offsets.float(), default_boxes()[:100]))
+    assert torch.equal(boxes, decode(offsets.float(), PUBLISHED_LAYOUT.default_boxes()[:100]))
     assert torch.equal(offsets, before)
 
 
 def test_decode_of_absurd_sizes_is_finite():
-    assert decode(torch.full((1, 4), 1e4), default_boxes()[:1]).isfinite().all()
+    assert decode(torch.full((1, 4), 1e4), PUBLISHED_LAYOUT.default_boxes()[:1]).isfinite().all()

@@ -2,22 +2,23 @@ import json
 import shutil
 
 import pytest
+from made_data import annotation, coco, plain
 from PIL import Image
-from test_data import annotation, coco, plain
 
 from ssd import shapes
-from ssd.check import check
+from ssd.boxes import Layout
+from ssd.check import check_dataset, size_limits
 from ssd.data import load
 
 
 @pytest.fixture
 def scenes(tmp_path):
-    shapes.write(tmp_path, 4, 2, seed=1)
+    shapes.write_dataset(tmp_path, 4, 2, seed=1)
     return tmp_path
 
 
 def report(folder, *splits):
-    return check({split: load(folder, split) for split in splits or ("train",)})
+    return check_dataset({split: load(folder, split) for split in splits or ("train",)})
 
 
 def test_a_clean_dataset(scenes):
@@ -46,7 +47,7 @@ def test_what_default_boxes_can_match(tmp_path):
         [annotation(id=i, bbox=list(box)) for i, box in enumerate(boxes)],
     )
     (tmp_path / "x.json").write_text(json.dumps(content))
-    (split,) = check({"train": load(tmp_path / "x.json")}).splits
+    (split,) = check_dataset({"train": load(tmp_path / "x.json")}).splits
     assert split.matched == pytest.approx(1 / 3)
     assert {name: (count, part) for name, count, part in split.sizes} == {
         "under 8 px": (1, 0.0),
@@ -88,3 +89,52 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     assert found.fatal == 9
     assert "and 4 more (--json lists all)" in str(found)
     assert len(found.to_dict()["splits"][0]["problems"]) == 9
+
+
+SMALL = Layout(
+    size=64, maps=(8, 4, 2), steps=(8, 16, 32), scales=(8, 20, 40, 60), aspect_ratios=((2,), (2, 3), (2,))
+)
+
+
+def test_sizes_and_matches_are_those_of_the_layout(tmp_path):
+    """Of a 300x300 image: a box that is a default box of the small layout, and one that is one at 300."""
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.jpg")
+    factor = 300 / 64
+    boxes = [(8 * factor, 8 * factor, 8 * factor, 8 * factor), (142 - 10.5, 142 - 10.5, 21, 21)]
+    content = coco(
+        [{"id": 1, "file_name": "a.jpg", "width": 300, "height": 300}],
+        [annotation(id=i, bbox=list(box)) for i, box in enumerate(boxes)],
+    )
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    found = check_dataset({"train": load(tmp_path / "x.json")}, SMALL)
+    (split,) = found.splits
+    assert {name: (count, part) for name, count, part in split.sizes} == {
+        "under 8 px": (1, 0.0),
+        "8 to 16 px": (1, 1.0),
+        "16 to 32 px": (0, 0.0),
+        "32 to 64 px": (0, 0.0),
+    }
+    assert "boxes by size at 64x64, and" in str(found)
+    assert found.to_dict()["size"] == 64
+    assert "boxes by size at 300x300, and" in str(check_dataset({"train": load(tmp_path / "x.json")}))
+
+
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [
+        (300, [0, 8, 16, 32, 64, 128, 300]),
+        (512, [0, 8, 16, 32, 64, 128, 256, 512]),
+        (64, [0, 8, 16, 32, 64]),
+        (15, [0, 15]),
+        (8, [0, 8]),
+    ],
+)
+def test_limits_of_the_size_classes(size, limits):
+    assert size_limits(size) == limits
+
+
+def test_an_image_that_vanishes_while_it_is_checked_is_told(scenes):
+    annotations = load(scenes, "train")
+    (scenes / "train" / "000000.jpg").unlink()
+    (problem,) = check_dataset({"train": annotations}).splits[0].problems
+    assert (problem.kind, problem.file) == ("unreadable image", "000000.jpg")

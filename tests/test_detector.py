@@ -1,8 +1,11 @@
 import copy
 import os
+import pickle
 import shutil
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -12,11 +15,13 @@ from PIL import Image
 
 from ssd import detector as detector_module
 from ssd.backends import of_model
-from ssd.boxes import default_boxes
+from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.detections import Detections
-from ssd.detector import Detector, _read
-from ssd.images import ImageError, load_image
-from ssd.postprocess import NonFiniteError, postprocess
+from ssd.detector import Detector
+from ssd.errors import ImageError, NonFiniteError
+from ssd.images import load_image
+from ssd.postprocess import postprocess
+from ssd.sources import Named
 from ssd.transforms import evaluation_transform, normalize, resize
 
 LOW = {"score_threshold": 0.3}
@@ -43,8 +48,10 @@ def close(a, b):
 def test_equals_transform_network_and_postprocess(detector, small_model, photo):
     image = Image.open(photo).convert("RGB")
     with torch.no_grad():
-        outputs = small_model(evaluation_transform(image)[None])
-    expected = postprocess(*outputs, default_boxes(), score_threshold=0.3, max_detections=100)
+        outputs = small_model(evaluation_transform(image, 300)[None])
+    expected = postprocess(
+        *outputs, PUBLISHED_LAYOUT.default_boxes(), score_threshold=0.3, max_detections=100
+    )
     boxes, scores, class_ids = expected.per_image()[0]
     found = detector(photo, **LOW)
     assert 3 < len(found) == len(scores) < 100
@@ -125,6 +132,7 @@ def test_options(detector, photo):
         ({"score_threshold": 1.5}, "score_threshold must be in"),
         ({"iou_threshold": -1}, "iou_threshold must be in"),
         ({"max_detections": 0}, "max_detections must be"),
+        ({"max_detections": 10**12}, "max_detections must be from 1 to 26,196"),
         ({"classes": ["persom"]}, "did you mean person"),
         ({"classes": ["zebra"]}, "it knows cat, cup, person"),
         ({"classes": [3]}, "no class 3"),
@@ -158,6 +166,32 @@ def test_stream_of_one_image_is_refused(detector):
 def test_nameless_images_are_counted(detector):
     with pytest.raises(ImageError, match=r"^image 1: .*divide by 255"):
         detector([np.zeros((9, 9)), np.full((9, 9), 255.0)])
+
+
+def test_results_and_errors_of_a_stream_can_be_paired(detector, photo, tmp_path):
+    """Each frame has the name and the number that its error would have, and the other way round."""
+    frame = np.asarray(load_image(photo))
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    frames = [frame, np.full((9, 9), 255.0), photo, str(tmp_path / "bad.jpg"), photo, frame]
+    frames.append(Named("camera 2, frame 17", frame))
+    errors = []
+    found = list(detector.stream(frames, batch_size=2, on_error=lambda *each: errors.append(each)))
+    assert [(each.source, each.number) for each in found] == [
+        ("image 0", 0),
+        (str(photo), 2),
+        (str(photo), 4),
+        ("image 5", 5),
+        ("camera 2, frame 17", 6),
+    ]
+    assert [(name, error.source, error.number) for name, error in errors] == [
+        ("image 1", "image 1", 1),
+        (str(tmp_path / "bad.jpg"), str(tmp_path / "bad.jpg"), 3),
+    ]
+    assert [(each.source, each.number) for each in detector([frame, photo])] == [
+        ("image 0", 0),
+        (str(photo), 1),
+    ]
+    assert (detector(frame).source, detector(frame).number) == ("", None)
 
 
 def test_repr(detector):
@@ -198,15 +232,13 @@ def test_stream_is_lazy_and_reads_only_a_little_ahead(detector, photo):
 
 
 def test_stream_reads_off_the_main_thread_in_order_and_stops_its_threads(detector, photos, monkeypatch):
-    from ssd import detector as module
-
-    threads, original = set(), module.load_scaled
+    threads, original = set(), detector_module.load_scaled
 
     def noted(*arguments, **options):
         threads.add(threading.current_thread().name)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, "load_scaled", noted)
+    monkeypatch.setattr(detector_module, "load_scaled", noted)
     paths = [photos / f"{PHOTOS[i % 3]}.jpg" for i in range(7)]
     assert [each.source for each in detector.stream(paths, batch_size=3)] == [str(path) for path in paths]
     assert threads
@@ -252,7 +284,7 @@ def test_nan_outputs_are_an_error_that_names_the_image(photo):
 def test_nan_for_one_image_leaves_the_others(detector, photos, monkeypatch):
     """As if fp16 overflowed for the second image alone."""
     own = copy.copy(detector)
-    second = resize(load_image(photos / "chelsea.jpg"))
+    second = resize(load_image(photos / "chelsea.jpg"), 300)
 
     def overflowing(pixels):
         loc, conf = detector.backend.forward(pixels)
@@ -266,6 +298,9 @@ def test_nan_for_one_image_leaves_the_others(detector, photos, monkeypatch):
         str(photos / f"{name}.jpg") for name in ("astronaut", "coffee")
     ]
     assert errors == [(str(photos / "chelsea.jpg"), NonFiniteError)]
+    numbers = []
+    list(own.stream(photos, on_error=lambda _, error: numbers.append((error.source, error.number))))
+    assert numbers == [(str(photos / "chelsea.jpg"), 1)]
     with pytest.raises(NonFiniteError, match=rf"^{photos}/chelsea\.jpg: "):
         list(own.stream(photos))
 
@@ -343,7 +378,10 @@ def test_on_cuda_without_mixing_devices(fake_cuda, detector, small_model, photo)
         return tuple(each.to("cuda") for each in small_model(normalize(pixels).cpu()))
 
     on_cuda.backend = replace(
-        detector.backend, device=on_cuda.device, forward=forward, default_boxes=default_boxes().to("cuda")
+        detector.backend,
+        device=on_cuda.device,
+        forward=forward,
+        default_boxes=PUBLISHED_LAYOUT.default_boxes().to("cuda"),
     )
     assert close(on_cuda(photo, **LOW), expected)
 
@@ -372,10 +410,31 @@ def test_a_real_gpu_finds_what_the_cpu_finds(detector, weights_file, photos):
         np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=0.02)
 
 
+# --- Other processes ---
+
+
+def detect_there(detector, path):
+    return detector(path, **LOW)
+
+
+@pytest.mark.parametrize("way", ["copy", "file", "process"])
+def test_a_detector_can_be_copied_and_pickled(detector, photo, way):
+    expected = detector(photo, **LOW)
+    if way == "copy":
+        found = copy.deepcopy(detector)(photo, **LOW)
+    elif way == "file":
+        found = pickle.loads(pickle.dumps(detector))(photo, **LOW)
+    else:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found = pool.submit(detect_there, detector, photo).result(timeout=100)
+    assert close(found, expected)
+    assert (found.class_names, found.source) == (expected.class_names, expected.source)
+
+
 # --- Many images ---
 
 
-def test_the_next_batch_is_computed_while_results_are_used(detector, photos, monkeypatch):
+def test_the_next_batch_is_computed_while_results_are_used(detector, photos):
     started = [threading.Event() for _ in range(3)]
     calls = iter(started)
 
@@ -385,8 +444,8 @@ def test_the_next_batch_is_computed_while_results_are_used(detector, photos, mon
 
     own = copy.copy(detector)
     own.backend = replace(detector.backend, forward=forward)
-    read = [(name, _read(photos / f"{name}.jpg")) for name in PHOTOS]
-    monkeypatch.setattr(detector_module, "_read_ahead", lambda *_, **__: iter(read))  # reading is done
+    read = [(name, i, own._read(photos / f"{name}.jpg", i)) for i, name in enumerate(PHOTOS)]
+    own._read_ahead = lambda *_, **__: iter(read)  # reading is done
     results = own.stream(photos, batch_size=1, **LOW)
     next(results)
     assert started[1].wait(60)  # nobody has asked for the second result yet

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ssd import checkpoint, shapes
-from ssd.distributed import LostContactError, World, world
+from ssd.distributed import LostContactError, World, join
 from ssd.shapes import CLASSES
 
 
@@ -39,7 +39,7 @@ def run(processes, *command, **options):
 def scenes(tmp_path_factory):
     """Scenes of which some are empty, at random."""
     folder = tmp_path_factory.mktemp("scenes")
-    shapes.write(folder, 12, 7, seed=1)
+    shapes.write_dataset(folder, 12, 7, seed=1)
     content = json.loads((folder / "train.json").read_text())
     content["annotations"] = [each for each in content["annotations"] if each["image_id"] % 3]
     (folder / "train.json").write_text(json.dumps(content))
@@ -55,7 +55,7 @@ def scene_weights(scene_model, tmp_path_factory):
 
 def test_alone_there_is_nothing_to_join(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with world("cpu") as alone:
+    with join("cpu") as alone:
         assert alone == World(0, 1, torch.device("cpu"))
         assert alone.is_main
         assert alone.gather("x") == ["x"]
@@ -69,7 +69,7 @@ def test_a_gpu_has_a_number(fake_cuda, monkeypatch):
     chosen = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    with world() as alone:
+    with join() as alone:
         assert alone.device == torch.device("cuda", 0)
     assert chosen == [0]
 
@@ -82,7 +82,7 @@ def test_lost_contact_names_the_rank():
         raise RuntimeError("shapes cannot be multiplied")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_training_with_images_that_are_empty_at_random(scenes, tmp_path, processes):
     options = ["--backbone", "resnet18", "--batch-size", "2", "--epochs", "2", "--workers", "0"]
     options += [
@@ -105,48 +105,48 @@ def test_training_with_images_that_are_empty_at_random(scenes, tmp_path, process
     assert "AP50" in (tmp_path / "run" / "metrics.csv").read_text()
 
 
-def test_evaluation_and_detection_give_identical_files(scenes, scene_weights, tmp_path):
-    files = []
-    for processes in (1, 2, 3):
-        folder = tmp_path / str(processes)
-        command = [
-            "evaluate",
-            scenes,
-            "--weights",
-            scene_weights,
-            "--output",
-            folder / "e",
-            "--device",
-            "cpu",
-        ]
-        code, _, err = run(processes, "-m", "ssd", *command, "--batch-size", "2")
-        assert code == 0, err
-        command = ["detect", scenes / "val", "--weights", scene_weights, "--output", folder / "d"]
-        code, _, err = run(processes, "-m", "ssd", *command, "--device", "cpu", "--batch-size", "2")
-        assert code == 0, err
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        assert len(names) == 10  # three files of results and seven pictures
-        files.append({name: (folder / name).read_bytes() for name in names})
-    assert json.loads(files[0]["e/detections.json"])
-    assert files[0] == files[1] == files[2]
+def evaluate_and_detect(processes, scenes, weights, folder):
+    """The files that two commands write, by name."""
+    on_cpu = ["--device", "cpu", "--batch-size", "2"]
+    command = ["evaluate", scenes, "--weights", weights, "--output", folder / "e"]
+    code, _, err = run(processes, "-m", "ssd", *command, *on_cpu)
+    assert code == 0, err
+    command = ["detect", scenes / "val", "--weights", weights, "--output", folder / "d"]
+    code, _, err = run(processes, "-m", "ssd", *command, *on_cpu)
+    assert code == 0, err
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def files_of_one(scenes, scene_weights, tmp_path_factory):
+    return evaluate_and_detect(1, scenes, scene_weights, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_evaluation_and_detection_give_identical_files(
+    scenes, scene_weights, files_of_one, tmp_path, processes
+):
+    files = evaluate_and_detect(processes, scenes, scene_weights, tmp_path)
+    assert len(files) == 10  # three files of results and seven pictures
+    assert json.loads(files["e/detections.json"])
+    assert files == files_of_one
 
 
 KILLED = """
 import os, signal, sys
-from dataclasses import replace
-from pathlib import Path
-from ssd import train
 from ssd.data import DetectionDataset, load
-from ssd.distributed import world
-config = train.TrainConfig(epochs=50, batch_size=2, backbone="resnet18", precision="fp32", workers=0)
-real = train.learning_rate
-def rate(config, step, *rest):
+from ssd.distributed import join
+from ssd.train import TrainConfig, fit, setup
+config = TrainConfig(epochs=50, batch_size=2, backbone="resnet18", precision="fp32", workers=0)
+real = setup.learning_rate
+def rate(step, **values):
     if step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(config, step, *rest)
-train.learning_rate = rate
-with world("cpu") as place:
-    train.fit(DetectionDataset(load(sys.argv[1], "train")), None, config, sys.argv[2], world=place)
+    return real(step, **values)
+setup.learning_rate = rate
+with join("cpu") as world:
+    fit(DetectionDataset(load(sys.argv[1], "train")), None, config, sys.argv[2], world=world)
 """
 
 

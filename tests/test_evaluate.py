@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_data import blurred, perfect
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -17,8 +18,9 @@ from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World
-from ssd.evaluate import METRICS, coco_results, detect_all, evaluate, measure
+from ssd.evaluate import METRICS, coco_results, detect_all, evaluate_detector, measure
 from ssd.export import export
+from ssd.images import ImageError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -27,45 +29,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 def scenes(tmp_path_factory):
     """A dataset of twelve scenes, in the COCO format."""
     folder = tmp_path_factory.mktemp("scenes")
-    shapes.write(folder, 0, 12, seed=1)
+    shapes.write_dataset(folder, 0, 12, seed=1)
     return folder
-
-
-def perfect(annotations, score=0.9):
-    """Detections that are the boxes."""
-    return {
-        i: Detections(
-            annotations.boxes[part],
-            np.full(part.stop - part.start, score),
-            annotations.labels[part] - 1,
-            annotations.class_names,
-            (480, 480),
-        )
-        for i in range(len(annotations))
-        for part in [annotations.of_image(i)]
-    }
-
-
-def blurred(annotations, seed=0):
-    """Detections as of a mediocre network: moved, missed, mistaken and surplus ones, with scores to match."""
-    random = np.random.default_rng(seed)
-    found = {}
-    for i in range(len(annotations)):
-        part = annotations.of_image(i)
-        boxes, classes = annotations.boxes[part], annotations.labels[part] - 1
-        kept = random.random(len(boxes)) < 0.8
-        boxes, classes = boxes[kept], classes[kept].copy()
-        size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-        boxes = boxes + random.normal(0, 0.06, boxes.shape) * size
-        classes[random.random(len(classes)) < 0.1] = 0
-        extra = random.uniform(0, 200, (3, 2))
-        boxes = np.concatenate([boxes, np.hstack([extra, extra + random.uniform(20, 150, (3, 2))])])
-        classes = np.concatenate([classes, random.integers(0, 6, 3)])
-        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-        order = random.permutation(len(boxes))
-        scores = np.sort(random.uniform(0.05, 1, len(boxes)))[::-1].astype(np.float32)
-        found[i] = Detections(boxes[order], scores, classes[order], annotations.class_names, (480, 480))
-    return found
 
 
 def test_equals_pycocotools_on_files(scenes, tmp_path):
@@ -224,10 +189,10 @@ class Items(torch.utils.data.Dataset):
 
 def test_any_dataset_gives_what_the_folder_gives(scenes, scene_model):
     detector = Detector(scene_model, shapes.CLASSES)
-    expected = evaluate(detector, load(scenes, "val"), ALONE)
+    expected = evaluate_detector(detector, load(scenes, "val"), ALONE)
     assert expected.detections > 20
-    assert evaluate(detector, Items(scenes), ALONE) == expected
-    assert evaluate(detector, DetectionDataset(load(scenes, "val")), ALONE) == expected
+    assert evaluate_detector(detector, Items(scenes), ALONE) == expected
+    assert evaluate_detector(detector, DetectionDataset(load(scenes, "val")), ALONE) == expected
 
 
 def test_a_part_of_a_folder_gives_what_its_annotations_give(scenes, scene_model):
@@ -236,9 +201,67 @@ def test_a_part_of_a_folder_gives_what_its_annotations_give(scenes, scene_model)
     whole = load(scenes, "val", class_names=shapes.CLASSES)
     whole = replace(whole, crowd=np.arange(len(whole.labels)) % 2 == 0, areas=whole.areas / 4)
     part = torch.utils.data.Subset(DetectionDataset(whole), range(0, 12, 2))
-    found = evaluate(detector, part)
-    assert found == evaluate(detector, whole.select(range(0, 12, 2)))
+    found = evaluate_detector(detector, part)
+    assert found == evaluate_detector(detector, whole.select(range(0, 12, 2)))
     assert found.boxes == sum(int((~whole.crowd[whole.of_image(i)]).sum()) for i in range(0, 12, 2))
+
+
+class OneItem(torch.utils.data.Dataset):
+    """An image with two boxes, and what else an item says of them."""
+
+    def __init__(self, **more):
+        self._more = more
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        boxes = torch.tensor([[10.0, 10, 60, 60], [80, 80, 150, 150]])
+        return Image.new("RGB", (200, 200)), {"boxes": boxes, "labels": torch.tensor([1, 2])} | self._more
+
+
+def test_crowd_and_areas_of_items_count(scene_model):
+    detector = Detector(scene_model, shapes.CLASSES)
+    truth, _ = detect_all(detector, OneItem(iscrowd=torch.tensor([0, 1]), area=[9.5, 8]), ALONE)
+    assert truth.crowd.tolist() == [False, True]
+    assert truth.areas.tolist() == [9.5, 8]
+    truth, _ = detect_all(detector, OneItem(), ALONE)
+    assert truth.crowd.tolist() == [False, False]
+    assert truth.areas.tolist() == [2500, 4900]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"iscrowd": torch.zeros(3)}, r'"iscrowd" is \[M\], a number for each of its 2 boxes; got \[3\]'),
+        ({"iscrowd": [0]}, r'"iscrowd" is \[M\].*; got \[1\]'),
+        ({"iscrowd": 0}, r'"iscrowd" is \[M\].*; got \[\]'),
+        ({"iscrowd": []}, r'"iscrowd" is \[M\].*; got \[0\]'),
+        ({"area": torch.ones(2, 1)}, r'"area" is \[M\].*; got \[2, 1\]'),
+        ({"area": ["big", "small"]}, r'its "area" are no numbers'),
+        ({"boxes": torch.ones(4, 2)}, r"boxes are \[M, 4\] .*; got \[4, 2\]"),
+    ],
+)
+def test_an_item_that_does_not_fit_is_told(scene_model, more, message):
+    with pytest.raises(AnnotationError, match=f"item 0: {message}"):
+        detect_all(Detector(scene_model, shapes.CLASSES), OneItem(**more), ALONE)
+
+
+def test_an_item_whose_image_cannot_be_read_is_named(scene_model):
+    class Broken(OneItem):
+        def __getitem__(self, index):
+            return b"no image", super().__getitem__(index)[1]
+
+    with pytest.raises(ImageError, match="^item 0: not an image"):
+        detect_all(Detector(scene_model, shapes.CLASSES), Broken(), ALONE)
+
+
+def test_an_empty_dataset_is_told(scenes, scene_model):
+    detector = Detector(scene_model, shapes.CLASSES)
+    annotations = load(scenes, "val", class_names=shapes.CLASSES)
+    for empty in (annotations.select([]), torch.utils.data.Subset(OneItem(), [])):
+        with pytest.raises(AnnotationError, match="there are no images to evaluate on"):
+            evaluate_detector(detector, empty)
 
 
 def test_what_was_left_out_is_told(scenes):
@@ -273,7 +296,7 @@ def test_other_classes_are_refused(scenes, detector):
 
 
 def test_an_image_of_another_size_is_refused(scenes, tmp_path, scene_model):
-    shapes.write(tmp_path, 0, 1, seed=9)
+    shapes.write_dataset(tmp_path, 0, 1, seed=9)
     Image.new("RGB", (100, 50)).save(tmp_path / "val" / "000000.jpg")
     with pytest.raises(AnnotationError, match="is 100x50, but"):
         detect_all(Detector(scene_model, shapes.CLASSES), load(tmp_path, "val"), ALONE)
@@ -289,16 +312,17 @@ def test_the_table_lines_up(scenes):
     assert len({len(line) for line in table}) == 1
 
 
+@pytest.mark.slow
 def test_shipped_weights_keep_their_ap_in_every_precision(tmp_path):
     """AP on scenes within 0.005 of fp32: in bf16, and in int8 by OpenVINO."""
-    shapes.write(tmp_path / "data", 24, 160, 3)
+    shapes.write_dataset(tmp_path / "data", 24, 160, 3)
     reference = Detector.load("shapes", "cpu", "fp32")
     val = load(tmp_path / "data", "val", class_names=reference.class_names)
-    expected = evaluate(reference, val, ALONE).metrics
+    expected = evaluate_detector(reference, val, ALONE).metrics
     assert expected["AP"] > 0.7
     path = export(
         "shapes", tmp_path / "ir", "openvino", precision="int8", calibrate=tmp_path / "data" / "train"
     )
     for other in (Detector.load("shapes", "cpu", "bf16"), Detector.load(path)):
-        found = evaluate(other, val, ALONE).metrics
+        found = evaluate_detector(other, val, ALONE).metrics
         assert abs(found["AP"] - expected["AP"]) <= 0.005, other

@@ -10,10 +10,9 @@ import torch
 from conftest import made_weights
 from PIL import Image
 
+from ssd.errors import ImageError, NonFiniteError
 from ssd.hub import Processing, nvidia_ssd, nvidia_ssd_processing_utils
-from ssd.images import ImageError
-from ssd.model import SSD300
-from ssd.postprocess import NonFiniteError
+from ssd.model import SSD
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,7 +174,7 @@ def test_nvidia_ssd_loads_a_published_checkpoint_with_plain_heads(published_file
 
 def test_nvidia_ssd_without_weights_has_head_norms_and_needs_no_network():
     model = nvidia_ssd(pretrained=False)
-    assert isinstance(model, SSD300)
+    assert isinstance(model, SSD)
     assert model.head_norm
 
 
@@ -285,3 +284,34 @@ def test_hub_help_lists_both_entrypoints(tmp_path):
         )
     result = run_in_empty_folder(code, tmp_path, tmp_path)
     assert "['nvidia_ssd', 'nvidia_ssd_processing_utils']" in result.stdout, result.stderr
+
+
+SPAWN = """
+import multiprocessing, torch
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+if __name__ == "__main__":
+    model = torch.hub.load({repo!r}, "nvidia_ssd", source="local", weights={weights!r}, trust_repo=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.apply(count, [model]) == count(model))
+"""
+
+
+def test_a_hub_model_can_be_handed_to_a_spawned_process(weights_file, tmp_path):
+    (tmp_path / "spawn.py").write_text(SPAWN.format(repo=str(ROOT), weights=str(weights_file)))
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'spawn.py')!r}, run_name='__main__')"
+    result = run_in_empty_folder(code, tmp_path, tmp_path)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_another_package_of_this_name_is_named(tmp_path):
+    (tmp_path / "ssd").mkdir()
+    (tmp_path / "ssd" / "__init__.py").write_text("")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ssd, torch\n"
+        f"torch.hub.load({str(ROOT)!r}, 'nvidia_ssd', source='local', pretrained=False)"
+    )
+    result = run_in_empty_folder(code, tmp_path, tmp_path)
+    assert f"another package called ssd was imported before, from {tmp_path}/ssd/__init__.py" in result.stderr

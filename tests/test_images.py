@@ -1,7 +1,6 @@
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,8 @@ import torch
 from PIL import Image
 
 from ssd import images, web
-from ssd.images import ImageError, find_images, load_image, load_scaled
+from ssd.errors import ImageError
+from ssd.images import load_image, load_scaled
 
 
 @pytest.fixture
@@ -392,32 +392,6 @@ def test_a_stalling_server_is_given_up(server, monkeypatch):
     server.pages["/a.jpg"] = lambda _: server.closing.wait(30)
     with pytest.raises(ImageError, match="stopped answering|timed out"):
         load_image(server.url("/a.jpg"))
-
-
-# --- Finding ---
-
-
-def test_find_images(tmp_path, pixels):
-    for name in ("b.JPG", "a.png", "notes.txt", "sub/c.webp"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-
-    def found(source):
-        return [str(Path(path).relative_to(tmp_path)) for path in find_images(source)]
-
-    assert found(tmp_path) == ["a.png", "b.JPG"]
-    assert found(f"{tmp_path}/**") == ["a.png", "b.JPG", "sub/c.webp"]
-    assert found(f"{tmp_path}/*.png") == ["a.png"]
-    assert found(f"{tmp_path}/*.bmp") == []
-    assert list(find_images("gone.jpg")) == ["gone.jpg"]
-    assert list(find_images("http://x.org/a[1].jpg")) == ["http://x.org/a[1].jpg"]
-
-
-def test_a_file_whose_name_looks_like_a_glob(tmp_path):
-    path = tmp_path / "photo [1].jpg"
-    path.write_bytes(b"")
-    assert list(find_images(path)) == [str(path)]
 
 
 # --- Scaled decoding ---

@@ -1,3 +1,6 @@
+"""What imports what: one way, and nothing heavy before it is needed."""
+
+import ast
 import re
 import subprocess
 import sys
@@ -8,6 +11,118 @@ import pytest
 import ssd
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ssd"
+
+# A module or folder imports only from those before it; so do the modules of a folder, whose kinds (in
+# braces) do not import each other.
+ORDER = [
+    *("errors", "choices", "terminal", "files", "web", "labels"),
+    *("devices", "distributed", "boxes"),
+    *("images", "sources", "drawing", "detections", "transforms", "augment"),
+    *("resnet", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("data", "backends", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
+    *("triton", "export", "train", "cli"),
+]
+FOLDERS = {
+    "data": ["annotations", "judge", "builder", {"coco", "yolo", "voc"}, "formats", "dataset"],
+    "backends": [
+        "base",
+        "graph",
+        "eager",
+        {"onnx", "pt2", "torchscript"},
+        "openvino",
+    ],  # which is made of ONNX
+    "train": ["config", "memory", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
+    "cli": [
+        "options",
+        "common",
+        "results",
+        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights"},
+    ],
+}
+
+ONLY = {
+    "skimage": {"hub"},
+    "matplotlib": {"plots"},
+    "pycocotools": {"evaluate", "plots"},
+    "faster_coco_eval": {"evaluate"},
+    "torchvision": set(),
+    "supervision": {"detections"},
+    "apex": {"train.optim"},
+    "onnx": set(),
+    "onnxscript": {"backends.onnx"},
+    "onnxruntime": {"backends.onnx"},
+    "openvino": {"backends.openvino"},
+    "nncf": {"backends.openvino"},
+    "yaml": {"data.yolo"},
+}
+"""Packages that only some modules import."""
+
+WITHOUT_TORCH = [
+    *("errors", "choices", "terminal", "files", "web", "labels", "images", "sources", "drawing"),
+    *("detections", "data", "data.formats", "backends", "train", "train.config", "cli", "cli.options"),
+]
+
+
+def modules():
+    """Every module's name within the package, and its tree."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name not in ("", "__main__"):
+            yield name, ast.parse(path.read_text())
+
+
+def imported(tree):
+    """The full names of what a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def imports_of_ours(tree):
+    """The parts of the names below ``ssd``: of ``ssd.data.judge.listed``, ("data", "judge", "listed")."""
+    for name in imported(tree):
+        if name.startswith("ssd."):
+            yield tuple(name.split(".")[1:])
+
+
+def test_the_order_names_every_module():
+    there = {name for name, _ in modules()}
+    assert set(ORDER) == {name for name in there if "." not in name}
+    for folder, names in FOLDERS.items():
+        flat = {name for each in names for name in ([each] if isinstance(each, str) else each)}
+        assert flat == {name.split(".")[1] for name in there if name.startswith(f"{folder}.")}
+
+
+def test_imports_go_one_way():
+    for name, tree in modules():
+        top, *rest = name.split(".")
+        for other, *inner in imports_of_ours(tree):
+            if other.startswith("__"):  # ssd's own version
+                continue
+            assert ORDER.index(other) <= ORDER.index(top), (name, other)
+            if other != top or top not in FOLDERS:
+                assert other != top, name
+                continue
+            rank = {
+                module: i
+                for i, each in enumerate(FOLDERS[top])
+                for module in ([each] if isinstance(each, str) else each)
+            }
+            if rest and inner and inner[0] in rank:
+                assert rank[inner[0]] < rank[rest[0]], (name, inner)
+
+
+def test_heavy_packages_are_imported_where_they_are_used_and_nowhere_else():
+    found = {package: set() for package in ONLY}
+    for name, tree in modules():
+        for each in imported(tree):
+            if (package := each.split(".")[0]) in found:
+                found[package].add(name)
+    assert found == ONLY
 
 
 def run(code):
@@ -27,14 +142,27 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr
 
 
-def test_import_alone_does_not_wait_for_torch():
-    result = run("import sys, ssd, ssd.cli; assert 'torch' not in sys.modules")
+@pytest.mark.parametrize("name", ["", *WITHOUT_TORCH])
+def test_what_needs_no_torch_does_not_wait_for_it(name):
+    module = f"ssd.{name}".rstrip(".")
+    result = run(f"import sys, {module}; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["detect", "demo"])
+def test_a_first_picture_does_not_wait_for_what_compiles(verb):
+    """torchvision, and torch's compiler, which it imports, take as long as all the rest."""
+    result = run(
+        f"import sys, torch; before = set(sys.modules); import ssd.cli.{verb}\n"
+        "heavy = {'torchvision', 'torch._dynamo', 'torch._inductor', 'sympy', 'skimage', 'pycocotools'}\n"
+        "assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)"
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -48,26 +176,24 @@ def test_public_names():
         _ = ssd.Detecter
 
 
-def test_imports_go_one_way():
-    """The layers of docs/design.md: a module imports only from those before it."""
-    order = ["labels", "boxes", "web", "distributed", "images", "checkpoint", "loss", "transforms", "model"]
-    order += [
-        "postprocess",
-        "inference",
-        "backends",
-        "detections",
-        "detector",
-        "hub",
-        "data",
-        "shapes",
-        "check",
-        "evaluate",
-        "plots",
-    ]
-    order += ["train", "export", "benchmark", "cli"]
-    assert set(order) == {path.stem for path in (ROOT / "ssd").glob("[!_]*.py")}
-    for place, name in enumerate(order):
-        source = (ROOT / "ssd" / f"{name}.py").read_text()
-        for later in order[place:]:
-            assert f"from ssd.{later} import" not in source, (name, later)
-            assert not re.search(rf"from ssd import .*\b{later}\b", source), (name, later)
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("ssd.data", "load DetectionDataset AnnotationError find_split usable_for_evaluation"),
+        ("ssd.train", "TrainConfig PRESETS fit Result"),
+        ("ssd.backends", "load of_model Backend"),
+        ("ssd.export", "export write_triton"),
+        ("ssd.checkpoint", "save read CheckpointError DownloadError"),
+        ("ssd.cli", "main"),
+        ("ssd", "SSD300 Detector Detections load_image load_model"),
+    ],
+)
+def test_promised_names_stay(module, names):
+    result = run(f"from {module} import {', '.join(names.split())}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_order_is_that_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^ssd/(\w+)(?:\.py|/) {2,}", text, re.MULTILINE)
+    assert [name for name in listed if name != "weights"] == ORDER

@@ -5,8 +5,10 @@ import torch
 from conftest import waiting_for_cuda_fails
 from hypothesis import given, settings
 
-from ssd.boxes import default_boxes, encode, match
-from ssd.loss import MultiBoxLoss
+from ssd.boxes import LAYOUTS, encode, match
+from ssd.loss import LOSSES, MultiBoxLoss
+
+DEFAULT_BOXES = LAYOUTS["300"].default_boxes()
 
 
 def published_inputs(figures):
@@ -25,7 +27,7 @@ def total(losses):
 def test_value_and_gradients_equal_the_published_loss(figures):
     loc, conf, boxes, labels = published_inputs(figures)
     loc.requires_grad_(), conf.requires_grad_()
-    loss = total(MultiBoxLoss(default_boxes())(loc, conf, boxes, labels))
+    loss = total(MultiBoxLoss(DEFAULT_BOXES)(loc, conf, boxes, labels))
     np.testing.assert_allclose(loss.item(), figures["loss/value"], rtol=1e-6)
     loss.backward()
     np.testing.assert_allclose([loc.grad.norm(), conf.grad.norm()], figures["loss/grad_norms"], rtol=1e-5)
@@ -64,8 +66,8 @@ def test_equals_a_slow_oracle(seed, count, classes, share):
 def test_images_without_boxes_give_zero_and_finite_gradients():
     loc = torch.randn(2, 4, 8732, requires_grad=True)
     conf = torch.randn(2, 3, 8732, requires_grad=True)
-    boxes, labels = match(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), default_boxes())
-    loss = total(MultiBoxLoss(default_boxes())(loc, conf, boxes, labels))
+    boxes, labels = match(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), DEFAULT_BOXES)
+    loss = total(MultiBoxLoss(DEFAULT_BOXES)(loc, conf, boxes, labels))
     loss.backward()
     assert loss.item() == 0
     assert loc.grad.abs().sum() == conf.grad.abs().sum() == 0
@@ -74,7 +76,7 @@ def test_images_without_boxes_give_zero_and_finite_gradients():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_is_computed_in_fp32_whatever_comes_in(figures, dtype):
     loc, conf, boxes, labels = published_inputs(figures)
-    loss = MultiBoxLoss(default_boxes())
+    loss = MultiBoxLoss(DEFAULT_BOXES)
     low = loss(loc.to(dtype), conf.to(dtype), boxes, labels)
     assert low.loc.dtype == low.conf.dtype == torch.float32
     same = loss(loc.to(dtype).float(), conf.to(dtype).float(), boxes, labels)
@@ -87,23 +89,21 @@ def test_half_precision_logits_that_would_overflow_a_sum_stay_finite():
     labels = torch.zeros(1, 8732, dtype=torch.int64)
     labels[0, :3000] = 1
     conf[:, 2] = 3e4
-    losses = MultiBoxLoss(default_boxes())(torch.zeros(1, 4, 8732), conf, default_boxes()[None], labels)
+    losses = MultiBoxLoss(DEFAULT_BOXES)(torch.zeros(1, 4, 8732), conf, DEFAULT_BOXES[None], labels)
     assert losses.conf.isfinite().all()
 
 
 def test_a_bad_image_is_told_apart():
     loc, conf = torch.zeros(3, 4, 8732), torch.zeros(3, 3, 8732)
     loc[1, 0, :] = torch.nan
-    boxes, labels = match(
-        torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), default_boxes()
-    )
-    losses = MultiBoxLoss(default_boxes())(loc, conf, boxes, labels)
+    boxes, labels = match(torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), DEFAULT_BOXES)
+    losses = MultiBoxLoss(DEFAULT_BOXES)(loc, conf, boxes, labels)
     assert (losses.loc + losses.conf).isfinite().tolist() == [True, False, True]
 
 
 def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
     device = torch.device("cuda")
-    loss = MultiBoxLoss(default_boxes()).to(device)
+    loss = MultiBoxLoss(DEFAULT_BOXES).to(device)
     boxes, labels = match(
         torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]).to(device),
         torch.ones(1, 1).long().to(device),
@@ -116,10 +116,17 @@ def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
 @pytest.mark.cuda
 def test_no_host_synchronisation_on_cuda():
     device = torch.device("cuda")
-    defaults = default_boxes().to(device)
+    defaults = DEFAULT_BOXES.to(device)
     loss = MultiBoxLoss(defaults)
     truths = torch.tensor([[[0.1, 0.1, 0.5, 0.5]]], device=device), torch.ones(1, 1, device=device).long()
     loc = torch.zeros(1, 4, 8732, device=device, requires_grad=True)
     conf = torch.zeros(1, 3, 8732, device=device, requires_grad=True)
     with waiting_for_cuda_fails():
         total(loss(loc, conf, *match(*truths, defaults))).backward()
+
+
+def test_losses_by_name_are_made_of_default_boxes(figures):
+    inputs = published_inputs(figures)
+    named, plain = LOSSES["multibox"](DEFAULT_BOXES)(*inputs), MultiBoxLoss(DEFAULT_BOXES)(*inputs)
+    assert torch.equal(named.loc, plain.loc)
+    assert torch.equal(named.conf, plain.conf)

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import warnings
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from conftest import made_model, made_weights
 from torch._subclasses import FakeTensorMode
 
-from ssd import checkpoint
-from ssd.checkpoint import CheckpointError
-from ssd.model import SSD300, load_model, native_precisions, set_precision
+from ssd import checkpoint, pretrained
+from ssd.devices import native_precisions
+from ssd.errors import CheckpointError, DownloadError
+from ssd.model import SSD, load_model, set_precision
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -27,7 +29,7 @@ def published_weights(checkpoint_keys, backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_state_dict_of_plain_heads_is_the_published_one(checkpoint_keys, backbone):
     with torch.device("meta"):
-        state = SSD300(backbone=backbone, head_norm=False).state_dict()
+        state = SSD(backbone=backbone, head_norm=False).state_dict()
     ours = [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in state.items()]
     assert ours == checkpoint_keys[backbone]
 
@@ -35,7 +37,7 @@ def test_state_dict_of_plain_heads_is_the_published_one(checkpoint_keys, backbon
 @pytest.mark.parametrize("head_norm", [False, True], ids=["plain heads", "normed heads"])
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_figures(figures, checkpoint_keys, images, backbone, head_norm):
-    model = SSD300(backbone=backbone, head_norm=head_norm).eval()
+    model = SSD(backbone=backbone, head_norm=head_norm).eval()
     result = model.load_state_dict(published_weights(checkpoint_keys, backbone), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -56,8 +58,8 @@ def test_figures(figures, checkpoint_keys, images, backbone, head_norm):
 def test_a_published_state_dict_gives_equal_outputs_with_and_without_head_norms(checkpoint_keys, images):
     weights = published_weights(checkpoint_keys, "resnet18")
     before = {key: value.clone() for key, value in weights.items()}
-    plain = SSD300(backbone="resnet18", head_norm=False).eval()
-    normed = SSD300(backbone="resnet18").eval()
+    plain = SSD(backbone="resnet18", head_norm=False).eval()
+    normed = SSD(backbone="resnet18").eval()
     plain.load_state_dict(weights)
     normed.load_state_dict(weights)
     for a, b in zip(plain(images), normed(images), strict=True):
@@ -67,14 +69,14 @@ def test_a_published_state_dict_gives_equal_outputs_with_and_without_head_norms(
 
 
 def test_loading_published_weights_resets_norms_that_were_trained():
-    model = SSD300(3, "resnet18")
+    model = SSD(3, "resnet18")
     torch.nn.init.constant_(model.conf_norm[0].weight, 5)
-    model.load_state_dict(SSD300(3, "resnet18", head_norm=False).state_dict())
+    model.load_state_dict(SSD(3, "resnet18", head_norm=False).state_dict())
     assert (model.conf_norm[0].weight == 1).all()
 
 
 def test_loading_a_part_leaves_trained_head_norms_alone():
-    model = SSD300(3, "resnet18")
+    model = SSD(3, "resnet18")
     torch.nn.init.constant_(model.loc_norm[0].weight, 5)
     model.load_state_dict({"loc.1.bias": torch.zeros_like(model.loc[1].bias)}, strict=False)
     assert (model.loc_norm[0].weight == 5).all()
@@ -86,14 +88,14 @@ def test_an_empty_batch(small_model):
 
 
 def test_a_state_dict_with_some_head_norms_missing_is_refused():
-    state = SSD300(3, "resnet18").state_dict()
+    state = SSD(3, "resnet18").state_dict()
     del state["loc_norm.2.bias"]
     with pytest.raises(RuntimeError, match=r"loc_norm\.2\.bias"):
-        SSD300(3, "resnet18").load_state_dict(state)
+        SSD(3, "resnet18").load_state_dict(state)
 
 
 def test_a_batch_norm_follows_each_of_the_twelve_head_convolutions():
-    model = SSD300(5, "resnet18")
+    model = SSD(5, "resnet18")
     assert [norm.num_features for norm in model.loc_norm] == [conv.out_channels for conv in model.loc]
     assert [norm.num_features for norm in model.conf_norm] == [conv.out_channels for conv in model.conf]
     called = []
@@ -105,7 +107,7 @@ def test_a_batch_norm_follows_each_of_the_twelve_head_convolutions():
 
 def test_size_as_published():
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in SSD300(head_norm=False).parameters())
+        parameters = sum(p.numel() for p in SSD(head_norm=False).parameters())
     assert round(parameters / 1e6, 1) == 22.9
 
 
@@ -119,7 +121,7 @@ def test_size_as_published():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SSD300(**arguments)
+        SSD(**arguments)
 
 
 # --- Precision ---
@@ -151,7 +153,7 @@ def test_head_norms_work_in_half_precision():
 
 def test_unknown_precision_is_named():
     with pytest.raises(ValueError, match="fp8"):
-        set_precision(SSD300(2, "resnet18"), "fp8")
+        set_precision(SSD(2, "resnet18"), "fp8")
 
 
 def test_fp32_is_native_everywhere():
@@ -197,7 +199,7 @@ def test_compile_in_one_graph(small_model, images):
 @pytest.mark.parametrize("head_norm", [False, True])
 def test_forward_under_fake_cuda_tensors(head_norm):
     with FakeTensorMode(), torch.device("cuda"):
-        model = SSD300(3, "resnet18", head_norm)
+        model = SSD(3, "resnet18", head_norm)
         loc, conf = model(torch.zeros(2, 3, 300, 300))
         assert (loc.device.type, conf.device.type) == ("cuda", "cuda")
         with pytest.raises(Exception, match=r"(?i)device"):
@@ -220,7 +222,7 @@ def test_a_real_gpu_gives_what_the_cpu_gives(small_model, images, precision, dty
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_load_model_reads_the_network_off_the_file(tmp_path, backbone):
     with torch.device("meta"):
-        state = SSD300(3, backbone, head_norm=False).state_dict()
+        state = SSD(3, backbone, head_norm=False).state_dict()
     path = tmp_path / "weights.pt"
     torch.save({"model": {key: torch.zeros_like(value, device="cpu") for key, value in state.items()}}, path)
     model, found = load_model(path)
@@ -256,9 +258,7 @@ def test_weights_saved_in_half_precision_are_loaded_as_float32(tmp_path, small_m
 
 def test_a_plain_model_is_saved_as_the_published_code_expects(tmp_path, checkpoint_keys):
     path = tmp_path / "model.pt"
-    checkpoint.save(
-        path, SSD300(backbone="resnet18", head_norm=False).state_dict(), tuple(map(str, range(80)))
-    )
+    checkpoint.save(path, SSD(backbone="resnet18", head_norm=False).state_dict(), tuple(map(str, range(80))))
     saved = torch.load(path, weights_only=True)
     assert [key for key, *_ in checkpoint_keys["resnet18"]] == list(saved["model"])
     assert saved["label_map"][0] == "background"
@@ -293,7 +293,7 @@ def torchvision_resnet18():
 def test_backbone_weights_from_a_file_give_torchvisions_features(tmp_path):
     resnet = torchvision_resnet18()
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    trunk = SSD300(2, "resnet18", backbone_weights=tmp_path / "resnet18.pth").eval().feature_extractor
+    trunk = SSD(2, "resnet18", backbone_weights=tmp_path / "resnet18.pth").eval().feature_extractor
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = resnet.layer2(resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images))))))
     assert torch.equal(trunk.feature_extractor[:6](images), expected)
@@ -302,29 +302,18 @@ def test_backbone_weights_from_a_file_give_torchvisions_features(tmp_path):
 def test_backbone_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(CheckpointError, match="does not fit"):
-        SSD300(2, "resnet34", backbone_weights=tmp_path / "resnet18.pth")
+        SSD(2, "resnet34", backbone_weights=tmp_path / "resnet18.pth")
 
 
 def test_imagenet_weights_are_fetched_by_name_and_checked(tmp_path, server, monkeypatch):
-    import hashlib
-
-    import torchvision
-
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "resnet18.pth")
     body = (tmp_path / "resnet18.pth").read_bytes()
     url = server.serve(f"/resnet18-{hashlib.sha256(body).hexdigest()[:8]}.pth", body)
-
-    class Known:
-        __members__ = {"DEFAULT": None}
-
-        def __class_getitem__(cls, name):
-            return type("Record", (), {"url": url})
-
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _: Known)
-    model = SSD300(2, "resnet18", backbone_weights="imagenet")
+    monkeypatch.setitem(pretrained.BACKBONES, "resnet18", {"IMAGENET1K_V1": "https://x.org/old", "V2": url})
+    model = SSD(2, "resnet18", backbone_weights="imagenet")
     expected = torchvision_resnet18().conv1.weight
     assert torch.equal(model.feature_extractor.feature_extractor[0].weight, expected)
     server.serve(f"/{url.rsplit('/', 1)[1]}", body[:-1] + b"x")
-    (checkpoint.cache_dir() / url.rsplit("/", 1)[1]).unlink()
-    with pytest.raises(checkpoint.DownloadError, match="SHA-256"):
-        SSD300(2, "resnet18", backbone_weights="imagenet")
+    (pretrained.cache_dir() / url.rsplit("/", 1)[1]).unlink()
+    with pytest.raises(DownloadError, match="SHA-256"):
+        SSD(2, "resnet18", backbone_weights="imagenet")

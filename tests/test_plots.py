@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_data import blurred, perfect
 from PIL import Image
-from test_evaluate import blurred, perfect
 
 from ssd import shapes
 from ssd.data import load
@@ -15,7 +15,7 @@ from ssd.plots import compare, draw_plots
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    shapes.write(folder, 0, 8, seed=1)
+    shapes.write_dataset(folder, 0, 8, seed=1)
     return load(folder, "val")
 
 

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from conftest import made_model
 
-from ssd import checkpoint, cli, shapes
+from ssd import checkpoint, cli, pretrained, shapes
 from ssd.export import export
 from ssd.labels import COCO_NAMES
 
@@ -31,10 +31,10 @@ def folder(tmp_path, photos, monkeypatch):
     shutil.copy(photos / "chelsea.jpg", tmp_path / "photo.jpg")
     state = made_model(num_classes=81).state_dict()
     checkpoint.save(tmp_path / "my-model.pt", state, COCO_NAMES)
-    path = checkpoint.cached_path("coco")
+    path = pretrained.cached_path("coco")
     path.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "my-model.pt", path)
-    shapes.write(tmp_path / "data", 4, 2)
+    shapes.write_dataset(tmp_path / "data", 4, 2)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,11 +88,15 @@ def test_commands_run(folder, server, photos, commands, monkeypatch):
 
 
 def test_the_list_of_files_is_complete():
-    listed = set(re.findall(r"^(\S+\.py) {2,}\S", README, re.MULTILINE))
+    listed = set(re.findall(r"^(\S+(?:\.py|/)) {2,}\S", README, re.MULTILINE))
     modules = {f"ssd/{path.name}" for path in (ROOT / "ssd").glob("[!_]*.py")}
-    assert listed == modules | {"hubconf.py"}
+    folders = {f"ssd/{path.parent.name}/" for path in (ROOT / "ssd").glob("*/__init__.py")}
+    others = {"hubconf.py", "ssd/weights/", "tests/", "benchmarks/", "examples/"}
+    assert listed == modules | folders | others
+    assert all((ROOT / name).exists() for name in listed)
 
 
 def test_links_to_files_of_the_project():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)

@@ -1,0 +1,70 @@
+"""What verbs share: options, usage errors, the detector and the folder of all processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import torch
+import typer
+
+from ssd.backends import kind_of
+from ssd.choices import PRECISIONS
+from ssd.cli.options import OneOf
+from ssd.detector import Detector
+from ssd.devices import usable_device
+from ssd.distributed import World
+from ssd.errors import UserError
+from ssd.files import new_run_folder
+
+INTERRUPTED = 130
+
+AUTO = "auto"
+Precision: TypeAlias = Annotated[
+    str,
+    OneOf((AUTO, *PRECISIONS)),
+    typer.Option(help="Of the network; auto is bf16 where it is native, else fp32."),
+]
+Weights: TypeAlias = Annotated[
+    str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL.')
+]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
+]
+BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images in the network at a time.")]
+Data: TypeAlias = Annotated[Path, typer.Argument(help="A COCO, YOLO or VOC folder, data.yaml, COCO .json.")]
+Images: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@contextmanager
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """Within the block, a ValueError is about the command's arguments, unless it is an error of ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of ``--device``."""
+    with usage_errors("--device"):
+        return usable_device(name)
+
+
+def load_detector(
+    weights: str, world: World, device: str | None, precision: str, *, compile: bool = False
+) -> Detector:
+    """The detector of this process; an exported file chooses its device where none was asked for."""
+    target = None if device is None and kind_of(weights) else world.device
+    with usage_errors():
+        return Detector.load(weights, target, precision, compile=compile)  # type: ignore[arg-type]
+
+
+def folder_of_all(output: Path | None, verb: str, world: World) -> Path:
+    """The folder that all processes write to: the one that is asked for, or a new run folder."""
+    folder = world.gather(output or new_run_folder(verb) if world.is_main else Path())[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

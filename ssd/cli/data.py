@@ -1,0 +1,46 @@
+"""``ssd check`` and ``ssd shapes``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ssd.check import check_dataset
+from ssd.cli import FAILED
+from ssd.cli.common import Data, Images
+from ssd.data import SPLITS, Annotations, find_split, load
+from ssd.shapes import CLASSES, write_dataset
+
+
+def check(
+    data: Data,
+    images: Images = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; lists every problem.")] = False,
+) -> None:
+    """The exit status is 1 if there is anything that training refuses."""
+    splits = [split for split in SPLITS if find_split(data, split)] or ["train"]
+    read: dict[str, Annotations] = {}
+    for split in splits:
+        names = read[splits[0]].class_names if read else None
+        read[split] = load(data, split, images=images, class_names=names)
+    with tqdm(
+        total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
+    ) as bar:
+        report = check_dataset(read, on_done=bar.update)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    raise typer.Exit(FAILED if report.fatal else 0)
+
+
+def shapes(
+    folder: Annotated[Path, typer.Argument(help="Where to write train.json, train/, val.json and val/.")],
+    images: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 200,
+    val: Annotated[int | None, typer.Option(min=0, help="Scenes to evaluate on; by default a fifth.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same scenes.")] = 0,
+) -> None:
+    """They are a COCO dataset: six kinds of shapes on cluttered backgrounds."""
+    val = max(images // 5, 1) if val is None else val
+    with tqdm(total=images + val, unit="image", disable=None, leave=False) as bar:
+        write_dataset(folder, images, val, seed, on_done=bar.update)
+    typer.echo(f"{images} scenes to train on and {val} to evaluate on in {folder}; {', '.join(CLASSES)}")

@@ -1,0 +1,124 @@
+"""The record of what the annotation files of one split say, whatever their format."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ssd.errors import AnnotationError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a dataset that is wrong, or that one may want to know."""
+
+    kind: str
+    """A short name, the same for all of its kind, such as "zero area"; see `ssd.data.judge`."""
+    file: str
+    """The image, or the annotation file."""
+    annotation: str
+    """The annotation's id, or where it stands in the file; empty where the problem is the file's."""
+    message: str
+    fatal: bool = True
+    """Whether training refuses it."""
+
+    def __str__(self) -> str:
+        where = f"{self.file}, annotation {self.annotation}" if self.annotation else self.file
+        return f"{where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What the files of one split say, in flat arrays; image i has the boxes from ``starts[i]`` on."""
+
+    root: Path
+    """The folder of the images."""
+    source: Path
+    """The annotation file, or the folder of them."""
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """The file's own id of each class, or numbers from 1 where those are no integers."""
+    file_names: npt.NDArray[np.str_]
+    """``[N]``, relative to `root`."""
+    image_ids: tuple[int | str, ...]
+    sizes: npt.NDArray[np.int64]
+    """Width and height ``[N, 2]``; 0 where the file does not say."""
+    starts: npt.NDArray[np.int64]
+    """``[N + 1]``."""
+    boxes: npt.NDArray[np.float64]
+    """xyxy in pixels of the upright image, as the file says, not clipped, ``[T, 4]``."""
+    labels: npt.NDArray[np.int64]
+    """``[T]``, counted from 1; 0 is left to the background."""
+    crowd: npt.NDArray[np.bool_]
+    """``[T]``: COCO's iscrowd, VOC's difficult. Not trained on, and ignored by evaluation."""
+    areas: npt.NDArray[np.float64]
+    """``[T]``: COCO's area, by which sizes are told apart; the box's where the file has none."""
+    usable: npt.NDArray[np.bool_]
+    """``[T]``: whether a box can be trained on; `problems` says why not."""
+    problems: tuple[Problem, ...] = field(repr=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Where bad ones are allowed: how many images and boxes are not used, by what is wrong with them."""
+    follow_links: bool = False
+    """Whether links may lead out of `root`: only where the images were found by listing folders of the user,
+    not where a file, which may come from a stranger, names them."""
+    labels_hint: str = field(default="", repr=False)
+    """Where the boxes were looked for, for the message that there are none; empty where `source` tells it."""
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def path(self, i: int) -> Path:
+        """The file of an image.
+
+        Raises:
+            AnnotationError: a link in its name leads out of the image folder, which is not allowed there.
+        """
+        path = self.root / str(self.file_names[i])
+        if not self.follow_links and leads_out(path, self.root):
+            raise AnnotationError(f"{self.source}: {self.file_names[i]} {told_link(self.root)}")
+        return path
+
+    def without(self, names: set[str]) -> "Annotations":
+        """The same without some images and their boxes."""
+        return self.select([i for i, name in enumerate(self.file_names.tolist()) if name not in names])
+
+    def select(self, images: Sequence[int]) -> "Annotations":
+        """Some of the images, by their indices and in that order, with their boxes."""
+        kept = np.arange(len(self))[np.asarray(images, np.int64).reshape(-1)]  # from the end, where negative
+        counts = np.diff(self.starts)[kept]
+        starts = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+        boxes = np.repeat(self.starts[kept] - starts[:-1], counts) + np.arange(starts[-1])
+        gone = set(self.file_names.tolist()) - set(self.file_names[kept].tolist())
+        return replace(
+            self,
+            file_names=self.file_names[kept],
+            image_ids=tuple(self.image_ids[i] for i in kept),
+            sizes=self.sizes[kept],
+            starts=starts,
+            boxes=self.boxes[boxes],
+            labels=self.labels[boxes],
+            crowd=self.crowd[boxes],
+            areas=self.areas[boxes],
+            usable=self.usable[boxes],
+            problems=tuple(problem for problem in self.problems if problem.file not in gone),
+        )
+
+    def of_image(self, i: int) -> slice:
+        """Where the boxes of an image are."""
+        i = range(len(self))[i]  # negative ones count from the end
+        return slice(int(self.starts[i]), int(self.starts[i + 1]))
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether links take a path out of a folder."""
+    return not path.resolve().is_relative_to(root.resolve())
+
+
+def told_link(root: Path) -> str:
+    """What messages say of an image that is reached by such a link."""
+    return (
+        f"is reached by a link that leads out of {root}; copy the image there, or give the folder that the "
+        "links point into with --images (images=...)"
+    )

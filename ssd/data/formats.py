@@ -1,0 +1,108 @@
+"""The data formats that can be read: one row each. `load` and `find_split` only walk the table.
+
+Another format is one file, with the functions of a row, and one row.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssd.data import coco, voc, yolo
+from ssd.data.annotations import Annotations
+from ssd.data.builder import SPLITS
+from ssd.errors import AnnotationError
+
+__all__ = ["FORMATS", "SPLITS", "Format", "find_split", "load"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to read datasets of one kind; `path` is what the user gave, a folder or a file that exists."""
+
+    titles: tuple[str, ...]
+    """What messages call it, with a file by which it is known: "YOLO (data.yaml)"."""
+    file: str | None
+    """The kind of file that may stand for the folder, as in messages: "a YOLO data.yaml"; None for none."""
+    is_at: Callable[[Path], bool]
+    """``is_at(path)``: whether a path looks like one, so that `read` may tell what is wrong with it."""
+    has_split: Callable[[Path, str], bool]
+    """``has_split(path, split)``: whether it is one that has a split, as far as its files show."""
+    read: Callable[[Path, str, Path | None, Sequence[str] | None], Annotations]
+    """``read(path, split, images, class_names)``; see `load`. Raises an AnnotationError where it cannot."""
+
+
+FORMATS = {
+    "coco": Format(
+        titles=("COCO (train.json + train/)", "Roboflow COCO"),
+        file="a COCO .json file",
+        is_at=coco.is_at,
+        has_split=coco.has_split,
+        read=coco.read,
+    ),
+    "yolo": Format(
+        titles=("YOLO (data.yaml)",),
+        file="a YOLO data.yaml",
+        is_at=yolo.is_at,
+        has_split=yolo.has_split,
+        read=yolo.read,
+    ),
+    "voc": Format(
+        titles=("VOC (Annotations/*.xml)",),
+        file=None,
+        is_at=voc.is_at,
+        has_split=voc.has_split,
+        read=voc.read,
+    ),
+}
+"""By name, in the order in which they are tried."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    images: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Annotations:
+    """Read the annotations of one split of a dataset of any format in `FORMATS`.
+
+    Folders: COCO (``train.json`` with ``train/``; ``annotations/instances_train2017.json`` with
+    ``train2017/`` or ``images/train2017/``; Roboflow's ``train/_annotations.coco.json``), YOLO
+    (``data.yaml``), VOC (``Annotations/*.xml``, ``JPEGImages/``, ``ImageSets/Main/train.txt``).
+
+    Args:
+        path: the dataset's folder, its ``data.yaml``, or one COCO JSON file.
+        split: "train", "val" or "test"; of a single JSON file it is not asked.
+        images: the folder of the images, where it cannot be found by the layout.
+        class_names: the classes of a model, in its order; by default the dataset's own, by category id.
+
+    Raises:
+        AnnotationError: no dataset of a known layout, no such split, or files that cannot be read. What is
+            wrong with single annotations is listed in `Annotations.problems` instead.
+        FileNotFoundError: there is no such path.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"no dataset at {root}")
+    folder = None if images is None else Path(images)
+    for data_format in FORMATS.values():
+        if data_format.has_split(root, split):
+            return data_format.read(root, split, folder, class_names)
+    for data_format in FORMATS.values():
+        if data_format.is_at(root):
+            return data_format.read(root, split, folder, class_names)  # it tells what is wrong
+    if root.is_file():
+        files = [each.file for each in FORMATS.values() if each.file]
+        raise AnnotationError(f"{root}: a dataset is {_either(['a folder', *files])}")
+    titles = [title for each in FORMATS.values() for title in each.titles]
+    raise AnnotationError(f"{root}: no dataset of a known layout: {_either(titles)}")
+
+
+def find_split(path: str | os.PathLike[str], split: str) -> bool:
+    """Whether a dataset has a split, as far as its files show; a single COCO file has only "train"."""
+    return any(data_format.has_split(Path(path), split) for data_format in FORMATS.values())
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]])

@@ -1,0 +1,162 @@
+"""The choices of a training run. Its fields are also the options of the command; torch is not needed."""
+
+import ast
+import inspect
+import math
+import textwrap
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+from ssd.choices import Backbone, Precision, Recipe
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All choices of a training run; it is saved with every checkpoint.
+
+    The text below a field is what ``ssd train --help`` says of its option.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
+    epochs: int = 60
+    """Times that each image is seen."""
+    batch_size: int = 8
+    """Images in the network at a time, in each process; at least 2, for BatchNorm."""
+    accumulate: int = 1
+    """Batches whose gradients make one step of the optimiser."""
+    lr: float | None = None
+    """Highest learning rate, for 32 images a step; it is scaled to the images of a step.
+
+    By default 0.08, and a tenth of that where `weights` are given."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD, except on biases and norms."""
+    warmup: int = 300
+    """Steps in which the learning rate rises linearly; at most a tenth of all."""
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    """How the learning rate falls: to 0 along a cosine, or to a tenth at each of the milestones."""
+    milestones: tuple[float, ...] = (43 / 65, 54 / 65)
+    """Parts of the whole run after which the rate falls, for multistep; as 0.66,0.83."""
+    augmentation: Recipe = "default"
+    """Recipe of augmentation."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights that is evaluated and saved; 0 for none."""
+    clip: float = 0.0
+    """Largest norm of all gradients; 0 for no limit."""
+    loss: str = "multibox"
+    """Name of the loss."""
+    iou_threshold: float = 0.5
+    """Overlap (IoU) above which a default box takes a ground truth."""
+    precision: Literal["auto", Precision] = "auto"
+    """Precision of the network; auto is bf16 where the device computes it natively, else fp32."""
+    layout: str = "300"
+    """Name of the layout of default boxes, which is also the size of the input."""
+    backbone: Backbone | None = None
+    """Trunk of the network; by default that of `weights`, or resnet50."""
+    weights: str | None = None
+    """Starting point: coco, shapes, a file or a URL.
+
+    Class heads are kept if the classes are the same."""
+    backbone_weights: str | None = None
+    """Starting point of the trunk alone: imagenet, a name of torchvision's, or a file."""
+    head_norm: bool = field(default=True, metadata={"flags": "--head-norm/--plain-heads"})
+    """BatchNorm in the heads, where `weights` does not decide it."""
+    freeze: int = 0
+    """Stages of the trunk that stay as they are: 1 is the stem, 2 to 4 are layer1 to layer3."""
+    sync_batchnorm: bool = False
+    """BatchNorm over all processes; CUDA only."""
+    channels_last: bool = True
+    """Memory of the network and its images ordered channels-last, which most processors prefer."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    crowd: bool = False
+    """Train on crowd boxes too, as NVIDIA's code does.
+
+    In Python, the `DetectionDataset` is to be made likewise."""
+    workers: int | None = None
+    """Processes that read and augment images; by default half of the cores, at most 8."""
+    evaluate_every: int = 5
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where they come from JSON
+        least: dict[str, float] = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1}
+        least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze", "seed"), 0)
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be above 0; got {self.lr}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be at least 0; got {self.workers}")
+        if self.ema >= 1 or self.momentum >= 1:
+            raise ValueError("ema and momentum must be below 1")
+        if self.freeze > 4:
+            raise ValueError(f"freeze is at most 4, the whole trunk; got {self.freeze}")
+        if not 0 <= self.iou_threshold <= 1:
+            raise ValueError(f"iou_threshold must be in [0, 1]; got {self.iou_threshold}")
+        if not all(0 < each < 1 for each in self.milestones):
+            raise ValueError(f"milestones are parts of the run, between 0 and 1; got {self.milestones}")
+        for each in fields(self):
+            value, known = getattr(self, each.name), field_choices(each.type)
+            if known and value not in known and not (value is None and NoneType in get_args(each.type)):
+                raise ValueError(f"{each.name} {value!r} is none of {', '.join(known)}")
+
+    def peak_lr(self) -> float:
+        """The highest learning rate for 32 images a step."""
+        return self.lr if self.lr is not None else 0.008 if self.weights else 0.08
+
+
+def field_choices(kind: object) -> tuple[str, ...]:
+    """The names that a field's type allows; empty where it is no Literal, or one or None.
+
+    >>> field_choices(Literal["cosine", "multistep"] | None), field_choices(float)
+    (('cosine', 'multistep'), ())
+    """
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return get_args(part)
+    return ()
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The text below each field of a dataclass, by the field's name; nothing where there is no source file.
+
+    >>> field_docs(TrainConfig)["momentum"]
+    'Momentum of SGD.'
+    """
+    try:
+        source = inspect.getsource(kind)
+    except OSError:
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match below:
+                case ast.Expr(ast.Constant(str(text))):
+                    docs[statement.target.id] = inspect.cleandoc(text)
+    return docs
+
+
+PRESETS = {
+    "default": TrainConfig(),
+    # NVIDIA DeepLearningExamples, SSD300 v1.1: `main.py`'s defaults and the 65 epochs of its README.
+    "published": TrainConfig(
+        epochs=65,
+        lr=2.6e-3,
+        schedule="multistep",
+        augmentation="published",
+        ema=0.0,
+        head_norm=False,
+        crowd=True,
+    ),
+}
+"""Configurations by name; ``dataclasses.replace(PRESETS["published"], epochs=20)`` changes one."""

@@ -1,0 +1,178 @@
+"""Training examples: augmented images with their boxes, in batches whose order depends on the seed alone."""
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ssd.augment import augment
+from ssd.choices import Recipe
+from ssd.data import as_targets, item_name
+from ssd.distributed import World
+from ssd.errors import AnnotationError, ImageError
+from ssd.images import load_image
+
+
+class Batch(NamedTuple):
+    """What the loader gives: some examples."""
+
+    images: Tensor
+    """uint8 ``[N, size, size, 3]``."""
+    boxes: Tensor
+    """float32 xyxy, normalised, ``[N, M, 4]``, padded."""
+    labels: Tensor
+    """int64 ``[N, M]``; 0 is padding."""
+    indices: Tensor
+    """int64 ``[N]``: which items of the dataset they are."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory (called by DataLoader)."""
+        return Batch(*(values.pin_memory() for values in self))
+
+
+Example = tuple[Tensor, Tensor, Tensor, int]
+"""Image, boxes and labels as in `Batch`, and the index in the dataset."""
+
+
+class Examples(Dataset[Example | Exception]):
+    """Augmented examples of a dataset, by (epoch, index): the same ones in any process, in any order.
+
+    An item that cannot be used is given as its exception: raised in a worker, it would come with the worker's
+    traceback for a message.
+
+    Args:
+        dataset: gives an image and its "boxes" and "labels"; see `ssd.data.DetectionDataset`.
+        num_classes: with the background.
+        recipe: a name in `ssd.augment.STEPS`.
+        seed: of the augmentation.
+        size: width and height of the images.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_classes: int, recipe: Recipe, seed: int, size: int) -> None:
+        self.dataset, self.num_classes, self.recipe = dataset, num_classes, recipe
+        self.seed, self.size = seed, size
+
+    def __getitem__(self, key: tuple[int, int]) -> Example | Exception:
+        try:
+            return self._example(*key)
+        except (ImageError, AnnotationError, OSError) as error:
+            return error
+
+    def _example(self, epoch: int, index: int) -> Example:
+        name = item_name(self.dataset, index)
+        source, target = self.dataset[index]
+        boxes, labels = as_targets(target, name)
+        if len(labels) and labels.max() >= self.num_classes:
+            raise AnnotationError(
+                f"{name}: label {labels.max()}, but there are {self.num_classes - 1} classes"
+            )
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image = load_image(source, name=name)
+        pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, self.size)
+        return pixels, torch.from_numpy(boxes), torch.from_numpy(labels), index
+
+
+def collate(items: Sequence[Example | Exception]) -> Batch | Exception:
+    """A batch of examples, with boxes padded to the most that one of them has; or the first exception."""
+    examples: list[Example] = []
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+        examples.append(item)
+    images, boxes, labels, indices = zip(*examples, strict=True)
+    return Batch(
+        torch.stack(images),
+        nn.utils.rnn.pad_sequence(list(boxes), batch_first=True),
+        nn.utils.rnn.pad_sequence(list(labels), batch_first=True),
+        torch.tensor(indices),
+    )
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """This process's batches of an epoch: a shuffle that depends on seed and epoch alone, without a rest.
+
+    Every process has as many. `epoch` and `start` (batches to pass over) are set before each iteration.
+
+    Args:
+        images: of the dataset.
+        batch_size: images of a batch.
+        accumulate: batches of a step.
+        seed: of the order.
+        world: this process among those of the run.
+    """
+
+    def __init__(self, images: int, *, batch_size: int, accumulate: int, seed: int, world: World) -> None:
+        self._images, self._batch_size, self._accumulate = images, batch_size, accumulate
+        self._seed, self._world = seed, world
+        self.epoch = self.start = 0
+        self.images_per_step = batch_size * accumulate * world.size
+        """Images, of all processes, that a step of the optimiser sees."""
+        self.steps = images // self.images_per_step
+        """Steps of the optimiser in an epoch."""
+
+    def __len__(self) -> int:
+        return self.steps * self._accumulate - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images)
+        size, world = self._batch_size, self._world
+        for number in range(self.start, self.steps * self._accumulate):
+            first = (number * world.size + world.rank) * size
+            yield [(self.epoch, int(index)) for index in order[first : first + size]]
+
+
+@contextlib.contextmanager
+def loading(
+    examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool
+) -> Iterator[DataLoader[Any]]:
+    """The loader of all epochs, which gives a `Batch`, or an exception; its workers end with the block.
+
+    Args:
+        examples: to load.
+        batches: which of them, epoch by epoch.
+        workers: processes that load; with 0, this one does.
+        pin_memory: for a GPU.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        examples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupts,
+    )
+    try:
+        yield loader
+    finally:
+        # Not left to the garbage collector: an exception that someone keeps, as notebooks do, keeps the
+        # loader too, and at its exit Python would wait for ever for workers that ignore SIGTERM.
+        if (iterator := getattr(loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # A terminal's Ctrl-C, and torchrun's or a scheduler's SIGTERM, reach all processes of the group; the main
+    # one decides when to stop, and without it these end by themselves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def whole_steps(batches: Iterable[Batch | Exception], accumulate: int) -> Iterator[Batch]:
+    """The batches, step by step: all of a step's are there before its first one is given.
+
+    So one that cannot be read, whose exception is raised, comes between two steps.
+    """
+    step: list[Batch] = []
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        step.append(batch)
+        if len(step) == accumulate:
+            yield from step
+            step.clear()

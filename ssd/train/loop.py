@@ -1,0 +1,304 @@
+"""The training loop: epochs of steps, evaluations between them, and stopping when asked to."""
+
+import contextlib
+import copy
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ssd.backends import of_model
+from ssd.data import Annotations, item_name
+from ssd.detector import Detector
+from ssd.devices import DTYPES, usable_device
+from ssd.distributed import World, alone
+from ssd.errors import AnnotationError, ImageError
+from ssd.evaluate import Evaluation, evaluate_detector
+from ssd.train.config import TrainConfig
+from ssd.train.examples import Batch, loading, whole_steps
+from ssd.train.folder import RunFolder
+from ssd.train.optim import freeze, update_average
+from ssd.train.setup import Assign, Forward, Loss, set_up
+from ssd.train.state import Run
+from ssd.train.watch import Say, Watch
+from ssd.transforms import normalize
+
+
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over both signals for the time of the block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: object) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    finished: bool
+    """Whether all epochs are done; else it can be continued."""
+    evaluation: Evaluation | None
+    """The last one of this call, if there was any."""
+    best: float
+    """Highest AP; -1 without evaluation."""
+    folder: Path
+    detector: Detector
+    """With the weights of the last epoch, on the CPU, in fp32."""
+
+
+def fit(
+    train: Dataset[Any],
+    val: Annotations | Dataset[Any] | None,
+    config: TrainConfig,
+    folder: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    world: World | None = None,
+    resume: bool = False,
+    say: Say | None = print,
+    source: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+) -> Result:
+    """Train an SSD, or go on with it.
+
+    The folder gets ``config.json``, ``metrics.csv``, ``last.safetensors`` and ``best.safetensors`` (highest
+    AP), ``samples/`` with detections on validation images, and ``state.pt`` for resuming. Ctrl-C and SIGTERM
+    save and return; continued, a run gives on the CPU the same weights as one that was never interrupted.
+
+    Args:
+        train: gives images and targets; see `ssd.data.DetectionDataset`.
+        val: to evaluate on; None for no evaluation.
+        config: all other choices.
+        folder: of the run; made if it is not there.
+        class_names: one for each class but the background; by default `train.class_names`.
+        category_ids: the dataset's own id of each class, for COCO output.
+        world: this process among those of the run, from `ssd.distributed.join`.
+        resume: go on with the run in `folder`, with this config from there on; what cannot change is refused.
+        say: gets lines of text; None for silence.
+        source: where the data came from; noted in ``config.json``.
+        tensorboard: also write for TensorBoard, into the folder.
+
+    Raises:
+        ValueError: too few images for a step; or a choice that does not fit the device or the weights.
+        NonFiniteError: the loss stays NaN or infinite; the message names the images. What was saved stays.
+        AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
+        CheckpointError, DownloadError: starting weights or the state cannot be used.
+        MissingExtra: TensorBoard is not installed.
+    """
+    world = world or alone(usable_device())
+    folder = Path(folder)
+    say = say if world.is_main and say else _quiet
+    ready = set_up(
+        train,
+        val,
+        config,
+        folder / "state.pt",
+        world,
+        class_names=class_names,
+        category_ids=category_ids,
+        resume=resume,
+    )
+    run, val, names = ready.run, ready.val, ready.class_names
+    files = RunFolder(folder, names, ready.category_ids, is_main=world.is_main, tensorboard=tensorboard)
+    files.write_config(run.config, source)
+    for line in ready.introduction:
+        say(line)
+
+    measured: Evaluation | None = None
+    stop = Stop()
+    loader_of_all = loading(
+        ready.examples, ready.batches, workers=ready.workers, pin_memory=world.device.type == "cuda"
+    )
+    with stop.listening(), loader_of_all as loader:
+        while run.progress.epoch < ready.epochs:
+            ready.batches.epoch, ready.batches.start = run.progress.epoch, run.progress.batch
+            watch = Watch(
+                run,
+                loader,
+                epochs=ready.epochs,
+                batch_size=ready.batch_size,
+                fp16=ready.precision == "fp16",
+                name_of=partial(item_name, train),
+                world=world,
+                say=say,
+            )
+            try:
+                train_epoch(
+                    run,
+                    ready.forward,
+                    ready.loss,
+                    whole_steps(watch.batches(), ready.accumulate),
+                    ready.rate,
+                    assign=ready.assign,
+                    accumulate=ready.accumulate,
+                    dtype=DTYPES[ready.precision],
+                    memory_format=ready.memory_format,
+                    clip=ready.clip,
+                    decay=ready.decay,
+                    frozen=ready.frozen,
+                    watch=watch,
+                    stop=stop,
+                    world=world,
+                )
+            except (ImageError, AnnotationError, OSError):
+                if world.size == 1:  # an image that can be mended is no reason to lose the epoch
+                    files.write_state(run)
+                raise
+            stop.asked = world.any(stop.asked)
+            if stop.asked:
+                break
+            number = run.progress.epoch + 1
+            due = val is not None and (number % ready.evaluate_every == 0 or number == ready.epochs)
+            if due:
+                files.write_state(run)  # an evaluation may take long, or fail
+            row = close_epoch(run, ready.rate, world)
+            if val is not None and due:
+                world.share_weights(run.evaluated())
+                detector = Detector(of_model(run.evaluated(), ready.precision), names)
+                measured = evaluate_detector(detector, val, world, batch_size=ready.batch_size)
+                row |= measured.metrics
+                files.write_samples(detector, val, run.progress.epoch)
+            files.write_epoch(run, row)
+            say(_line(row, ready.epochs))
+        if stop.asked:
+            saved = files.write_state(run)
+            what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
+            say(f"stopped; {what}. Go on with: ssd train --resume {folder}")
+    finished = run.progress.epoch >= ready.epochs
+    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ready.category_ids)
+    return Result(finished, measured, run.progress.best, folder, detector)
+
+
+def train_epoch(
+    run: Run,
+    forward: Forward,
+    loss: Loss,
+    batches: Iterable[Batch],
+    rate: Callable[[int], float],
+    *,
+    assign: Assign,
+    accumulate: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    clip: float,
+    decay: float,
+    frozen: int,
+    watch: Watch,
+    stop: Stop,
+    world: World,
+) -> None:
+    """The rest of an epoch, until its end or until asked to stop. Nothing in a step waits for the device.
+
+    Args:
+        run: whose weights and progress change.
+        forward: its model.
+        loss, assign: of each image, and what each default box should find.
+        batches: of whole steps, on the CPU.
+        rate: the learning rate of a step, counted from 0.
+        accumulate: batches of a step.
+        dtype: that the network computes in.
+        memory_format: of the images; channels-last ones would make the whole network compute so.
+        clip: largest norm of all gradients; 0 for no limit.
+        decay: of the moving average, where the run has one.
+        frozen: stages of the trunk that stay as they are.
+        watch: takes note of each batch and step.
+        stop: asked after some of the steps.
+        world: this process among those of the run.
+    """
+    device, progress, optimizer, scaler = world.device, run.progress, run.optimizer, run.scaler
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    run.model.train()
+    freeze(run.model, frozen)
+    for batch in batches:
+        # Equal for all processes: each has as many batches, and an empty image still has a loss, of 0.
+        last = (progress.batch + 1) % accumulate == 0
+        images = normalize(batch.images.to(device, non_blocking=True))
+        images = images.contiguous(memory_format=memory_format)
+        boxes, labels = (each.to(device, non_blocking=True) for each in (batch.boxes, batch.labels))
+        matched, classes = assign(boxes, labels)
+        with world.contact(), contextlib.nullcontext() if last else _no_sync(forward):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loc, conf = forward(images)
+            losses = loss(loc, conf, matched, classes)
+            scaler.scale((losses.loc + losses.conf).mean() / accumulate).backward()
+        progress.batch += 1
+        watch.add(losses.loc.detach(), losses.conf.detach(), batch.indices)
+        if not last:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = rate(progress.step)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(optimizer)  # leaves a step out where a gradient is not finite
+        scaler.update(None if dtype == torch.float16 else 1.0)
+        optimizer.zero_grad()
+        if run.average:
+            update_average(run.average, run.model, decay, progress.step)
+        progress.step += 1
+        watch.step(norm)
+        if watch.is_due() and world.any(stop.asked):
+            break
+    watch.close()
+
+
+def close_epoch(run: Run, rate: Callable[[int], float], world: World) -> dict[str, float]:
+    """The row of an epoch that is done, which is added to the history."""
+    progress = run.progress
+    loc, conf, images, seconds = world.sum(torch.tensor(progress.sums, device=world.device)).tolist()
+    progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, [0.0] * 4
+    row = {
+        "epoch": float(progress.epoch),
+        "lr": rate(progress.step - 1),
+        "loss": (loc + conf) / max(images, 1),
+        "loc_loss": loc / max(images, 1),
+        "conf_loss": conf / max(images, 1),
+        "images_per_second": images * world.size / seconds,
+    }
+    progress.history.append(row)
+    return row
+
+
+def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
+    return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
+
+
+def _line(row: Mapping[str, float], epochs: int) -> str:
+    text = (
+        f"epoch {row['epoch']:.0f}/{epochs}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
+        f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
+    )
+    return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")
+
+
+def _quiet(text: str) -> None:
+    pass

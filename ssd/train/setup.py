@@ -1,0 +1,354 @@
+"""From a config to ready objects: no other module of training reads the config's values."""
+
+import copy
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from ssd import checkpoint
+from ssd.boxes import LAYOUTS, match
+from ssd.choices import Precision
+from ssd.data import (
+    Annotations,
+    DetectionDataset,
+    annotations_of,
+    listed,
+    require_boxes,
+    require_items,
+    usable_for_evaluation,
+)
+from ssd.devices import choose_precision, native_precisions
+from ssd.distributed import World
+from ssd.errors import AnnotationError
+from ssd.loss import LOSSES, Losses
+from ssd.model import SSD, build, transfer
+from ssd.train.config import TrainConfig
+from ssd.train.examples import EpochBatches, Examples
+from ssd.train.optim import freeze, learning_rate, make_optimizer
+from ssd.train.state import Progress, Run, read_state, restore
+
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Normalised images ``[N, 3, size, size]`` to raw loc and conf, as `ssd.model.SSD`."""
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Losses]
+"""Called as `ssd.loss.MultiBoxLoss`."""
+
+Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Boxes ``[N, M, 4]`` and labels ``[N, M]``, padded, to those of each default box, as `ssd.boxes.match`."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that training consists of, ready to go on."""
+
+    run: Run
+    introduction: tuple[str, ...]
+    """What is told at the start: where weights come from, data, choices."""
+    class_names: tuple[str, ...]
+    category_ids: list[int]
+    """The dataset's own id of each class, or none."""
+    val: Annotations | Dataset[Any] | None
+    """To evaluate on."""
+    epochs: int
+    evaluate_every: int
+    examples: Examples
+    batches: EpochBatches
+    workers: int
+    """Processes that load examples."""
+    forward: Forward
+    """The model, compiled or spread over processes where that was chosen."""
+    loss: Loss
+    assign: Assign
+    rate: Callable[[int], float]
+    """The learning rate of a step, counted from 0."""
+    batch_size: int
+    accumulate: int
+    """Batches of a step."""
+    precision: Precision
+    memory_format: torch.memory_format
+    """Of the images."""
+    clip: float
+    """Largest norm of all gradients; 0 for no limit."""
+    decay: float
+    """Of the moving average of the weights."""
+    frozen: int
+    """Stages of the trunk that stay as they are."""
+
+
+def set_up(
+    train: Dataset[Any],
+    val: Annotations | Dataset[Any] | None,
+    config: TrainConfig,
+    state_file: Path,
+    world: World,
+    *,
+    class_names: Sequence[str] | None,
+    category_ids: Sequence[int] | None,
+    resume: bool,
+) -> Setup:
+    """A run at its start, or where its state file left it; see `ssd.train.fit`."""
+    require_items(train, "to train on")
+    names, ids = classes_of(train, class_names, category_ids)
+    val = usable_val(val, names)
+    config = settle(config, world.device)
+    _require_same_crowd(train, crowd=config.crowd)
+    batches = plan(len(train), config, world)  # type: ignore[arg-type]
+    torch.manual_seed(config.seed)
+
+    run, origin = _begin(train, names, config, state_file, world, resume=resume)
+    if not run.progress.batch:  # an epoch that begins may have other steps than those before it
+        run.progress.step = run.progress.epoch * batches.steps
+    layout = run.model.layout
+    default_boxes = layout.default_boxes().to(world.device)
+    assert config.precision != "auto"
+    return Setup(
+        run=run,
+        introduction=(origin, _describe(config, train, batches, world, run.progress)),
+        class_names=names,
+        category_ids=ids,
+        val=val,
+        epochs=config.epochs,
+        evaluate_every=config.evaluate_every,
+        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, layout.size),
+        batches=batches,
+        workers=config.workers or 0,
+        forward=_wrap(run.model, world, compiled=config.compile),
+        loss=LOSSES[config.loss](default_boxes),
+        assign=partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
+        rate=rate_of(config, batches.steps * config.epochs, batches.images_per_step),
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+        clip=config.clip,
+        decay=config.ema,
+        frozen=config.freeze,
+    )
+
+
+# --- Data -------------------------------------------------------------------------------------------------
+
+
+def classes_of(
+    train: Dataset[Any], class_names: Sequence[str] | None, category_ids: Sequence[int] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names and category ids, the dataset's own where none are given.
+
+    Raises:
+        ValueError: there are no class names.
+        AnnotationError: the dataset has no box.
+    """
+    annotations = annotations_of(train)
+    names = class_names or getattr(train if annotations is None else annotations, "class_names", None)
+    if not names:
+        raise ValueError("pass class_names=..., one for each class but the background: the dataset has none")
+    if annotations is not None:
+        require_boxes(annotations)
+        category_ids = category_ids or annotations.category_ids
+    return tuple(names), [int(each) for each in category_ids or ()]
+
+
+def usable_val(
+    val: Annotations | Dataset[Any] | None, names: tuple[str, ...]
+) -> Annotations | Dataset[Any] | None:
+    """What to evaluate on; that it cannot be used should not show after hours of training.
+
+    Raises:
+        AnnotationError: it is empty, of other classes, or cannot be used.
+    """
+    if val is None:
+        return None
+    annotations = annotations_of(val)
+    if annotations is not None and annotations.class_names != names:
+        raise AnnotationError(
+            f"{annotations.source}: its classes are not those of training; read it with class_names=..."
+        )
+    if isinstance(val, Annotations):
+        return usable_for_evaluation(val)
+    # A dataset of ours has been judged when it was made, by its own leniency.
+    require_items(val, "to evaluate on")
+    return val if annotations is None else annotations
+
+
+def _require_same_crowd(train: Dataset[Any], *, crowd: bool) -> None:
+    """Require that a dataset of ours, which holds crowd boxes or not, is what the config says."""
+    while isinstance(train, Subset):
+        train = train.dataset
+    if isinstance(train, DetectionDataset) and train.annotations.crowd.any() and train.crowd != crowd:
+        raise ValueError(
+            f"the config says crowd={crowd}, but the DetectionDataset was made with "
+            f"crowd={train.crowd}; make both the same"
+        )
+
+
+def plan(images: int, config: TrainConfig, world: World) -> EpochBatches:
+    """The batches of this process.
+
+    Raises:
+        ValueError: the images are too few for a step.
+    """
+    batches = EpochBatches(
+        images, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed, world=world
+    )
+    if batches.steps == 0:
+        parts = [f"batch_size {config.batch_size}"]
+        parts += [f"accumulate {config.accumulate}"] if config.accumulate > 1 else []
+        parts += [f"{world.size} processes"] if world.size > 1 else []
+        raise ValueError(
+            f"{images} images are too few for a step of {' x '.join(parts)}; use a smaller batch_size "
+            "(at least 2, for BatchNorm), or add images"
+        )
+    return batches
+
+
+# --- Choices ----------------------------------------------------------------------------------------------
+
+
+def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with everything automatic decided for a device.
+
+    Raises:
+        ValueError: something cannot be done on the device, or no layout or loss has the name.
+    """
+    if config.layout not in LAYOUTS:
+        raise ValueError(f"layout {config.layout!r} is none of {', '.join(LAYOUTS)}")
+    if config.loss not in LOSSES:
+        raise ValueError(f"loss {config.loss!r} is none of {', '.join(LOSSES)}")
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError("sync_batchnorm works on CUDA only; torch has none for the CPU")
+    workers = config.workers
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    precision = choose_precision(config.precision, device)
+    return replace(config, precision=precision, workers=workers, lr=config.peak_lr())
+
+
+def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 0, of `total`."""
+    return partial(
+        learning_rate,
+        total=total,
+        peak=config.peak_lr() * images_per_step / 32,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        milestones=config.milestones,
+    )
+
+
+# --- The network ------------------------------------------------------------------------------------------
+
+
+def new_network(config: TrainConfig, class_names: tuple[str, ...]) -> tuple[SSD, str]:
+    """The network of a config, and a line that says where its weights come from.
+
+    Raises:
+        ValueError: the weights are of another backbone or layout.
+        CheckpointError, DownloadError, FileNotFoundError: they cannot be had.
+    """
+    layout = LAYOUTS[config.layout]
+    if config.weights:
+        model, line = transfer(config.weights, class_names, backbone=config.backbone)
+        if model.layout != layout:
+            theirs = next((name for name, known in LAYOUTS.items() if known == model.layout), None)
+            remedy = "train without weights" if theirs is None else f"choose layout {theirs}"
+            raise ValueError(
+                f"{config.weights} is of a layout of {model.layout.size} pixels, not of layout "
+                f"{config.layout}; {remedy}"
+            )
+        return model, line
+    backbone = config.backbone or "resnet50"
+    model = SSD(len(class_names) + 1, backbone, config.head_norm, config.backbone_weights, layout)
+    origin = f"trunk from {config.backbone_weights}, the rest" if config.backbone_weights else "all weights"
+    return model, f"SSD{layout.size} {backbone}, {len(class_names)} classes; {origin} from random values"
+
+
+def saved_network(path: Path, state: dict[str, Any]) -> tuple[SSD, str]:
+    """The network of a saved state; what it started from need not be there any more.
+
+    Raises:
+        CheckpointError: the state is of no such network.
+    """
+    found = checkpoint.describe(path, state["model"], {"layout": state.get("layout")})
+    return build(found), (
+        f"SSD{found.layout.size} {found.backbone}, {found.num_classes - 1} classes; all of it from {path}"
+    )
+
+
+def _begin(
+    train: Dataset[Any],
+    names: tuple[str, ...],
+    config: TrainConfig,
+    file: Path,
+    world: World,
+    *,
+    resume: bool,
+) -> tuple[Run, str]:
+    """A run at its start, or where its state file left it; and a line on where its weights come from."""
+    if file.exists() and not resume:
+        raise FileExistsError(f"{file.parent} holds a run already; resume it, or choose another folder")
+    state = read_state(file) if resume else None
+    model, origin = saved_network(file, state) if state else new_network(config, names)
+    run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
+    if state:
+        restore(file, state, run)
+    return run, origin
+
+
+def _start(model: SSD, config: TrainConfig, world: World, names: tuple[str, ...], images: int) -> Run:
+    if config.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    freeze(model, config.freeze)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
+    optimizer = make_optimizer(
+        model,
+        world.device,
+        lr=config.peak_lr(),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    # Also without fp16, with a scale of 1: it leaves out steps that are not finite, on the device.
+    scale = 2.0**16 if config.precision == "fp16" else 1.0
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=scale)
+    data = {"class_names": list(names), "images": images, "processes": world.size}
+    data |= {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed}
+    return Run(model, average, optimizer, scaler, Progress(), data, asdict(config))
+
+
+def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:
+    forward: Any = model
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
+    return torch.compile(forward) if compiled else forward
+
+
+def _describe(
+    config: TrainConfig, train: Dataset[Any], batches: EpochBatches, world: World, progress: Progress
+) -> str:
+    shown = {each.name: getattr(config, each.name) for each in fields(config)}
+    used = batches.steps * batches.images_per_step
+    images = len(train)  # type: ignore[arg-type]
+    lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
+    if used < images:
+        lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
+    annotations = annotations_of(train)
+    if annotations is not None and annotations.left_out:
+        lines.append(f"left out of training ({listed(annotations.left_out)})")
+    if config.precision not in native_precisions(world.device):
+        lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
+    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
+    if progress.epoch >= config.epochs:
+        lines.append(f"all {config.epochs} epochs are done already; --epochs asks for more")
+    elif progress.step:
+        lines.append(f"going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+    return "\n".join(lines)

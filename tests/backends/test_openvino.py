@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from ssd.detector import Detector
+from ssd.devices import native_precisions
+
+CPU = torch.device("cpu")
+
+
+def test_it_chooses_as_torch_does(tiny_exported):
+    expected = "bf16" if "bf16" in native_precisions(CPU) else "fp32"
+    assert Detector.load(tiny_exported["openvino"]).precision == expected
+    assert Detector.load(tiny_exported["openvino"] / "model.xml").precision == expected
+
+
+def test_repr_names_the_runtime_and_what_it_computes_in(tiny_exported):
+    assert repr(Detector.load(tiny_exported["openvino"], precision="bf16")).endswith("bf16, cpu, OpenVINO)")
+
+
+def test_it_computes_in_fp16_where_it_says_so_itself(tiny_exported):
+    openvino = pytest.importorskip("openvino")
+    path = tiny_exported["openvino"]
+    if "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert Detector.load(path, precision="fp16").precision == "fp16"
+    else:
+        with pytest.raises(ValueError, match="does not compute in fp16 on this processor"):
+            Detector.load(path, precision="fp16")
+
+
+def test_it_does_not_claim_fp16(tiny_exported, monkeypatch):
+    """On a processor for which OpenVINO does not say that it has fp16."""
+    openvino = pytest.importorskip("openvino")
+    path = tiny_exported["openvino"]
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "BF16", "INT8"])
+    with pytest.raises(ValueError, match="does not compute in fp16 on this processor"):
+        Detector.load(path, precision="fp16")
+
+
+def test_it_runs_on_the_cpu_only(tiny_exported):
+    from ssd.backends import load
+
+    with pytest.raises(ValueError, match="runs on the CPU here, not on cuda"):
+        load(tiny_exported["openvino"], torch.device("cuda"))

@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import struct
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+from conftest import PHOTOS, command
+from PIL import Image
+
+from ssd import detections
+from ssd.detector import Detector
+from ssd.sources import SOURCES, Named, Source
+
+
+def test_detect_a_folder(run, photos, tmp_path, weights_file):
+    status, out, err = run("detect", photos)
+    assert status == 0
+    folder = tmp_path / "runs" / "detect-1"
+    assert sorted(os.listdir(folder)) == [*(f"{name}.jpg" for name in sorted(PHOTOS)), "detections.json"]
+    written = json.loads((folder / "detections.json").read_text())
+    expected = [each.to_dict() for each in Detector.load(weights_file).stream(photos, score_threshold=0.35)]
+    assert written == expected
+    assert sum(len(each["detections"]) for each in written) > 0
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith(f"{photos / 'astronaut.jpg'}: ")
+    assert lines[-1].startswith("3 images, ")
+    assert lines[-1].endswith("; results in runs/detect-1/detections.json, pictures in runs/detect-1")
+    assert "it/s" not in err
+    with Image.open(folder / "coffee.jpg") as picture:
+        assert picture.size == (600, 400)
+
+
+def test_one_image_is_shown_as_a_table(run, photos):
+    _, out, _ = run("detect", photos / "coffee.jpg", "--max-detections", 2)
+    assert len([line for line in out.splitlines() if "%" in line]) == 2
+
+
+def test_one_bad_image_never_stops_the_rest(run, photos, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    status, out, err = run("detect", "bad.jpg", photos / "coffee.jpg", "gone.jpg", "--output", "out")
+    assert status == 1
+    assert "left out bad.jpg: not an image" in err
+    assert "left out gone.jpg: no such file" in err
+    assert "1 image, " in out
+    assert "2 left out" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["coffee.jpg", "detections.json"]
+
+
+def test_only_bad_images(run, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    status, out, _ = run("detect", "bad.jpg", "--output", "out")
+    assert status == 1
+    assert "0 images, 0 objects, 1 left out; results in out/detections.json" in out
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+
+
+def test_urls_and_globs(run, photos, server, tmp_path):
+    url = server.serve("/some%20photo.jpg?x=1", (photos / "coffee.jpg").read_bytes(), kind="image/jpeg")
+    status, _, _ = run("detect", url, f"{photos}/c*.jpg", "--output", "out")
+    assert status == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "chelsea.jpg",
+        "coffee.jpg",
+        "detections.json",
+        "some photo.jpg",
+    ]
+
+
+def test_classes_and_precision(run, photos, tmp_path):
+    status, _, _ = run(
+        "detect", photos, "--classes", "cat, person", "--precision", "bf16", "--output", "out", "--no-images"
+    )
+    assert status == 0
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {found["name"] for each in written for found in each["detections"]} <= {"cat", "person"}
+
+
+def test_a_picture_that_cannot_be_written_never_stops_the_rest(run, photos, tmp_path):
+    Image.new("RGB", (9000, 100)).save(tmp_path / "wide.webp")  # enlarged, it is too wide for WebP
+    status, out, err = run("detect", "wide.webp", photos / "coffee.jpg", "--output", "out")
+    assert status == 1
+    assert "left out wide.webp" in err
+    assert "1 image, " in out
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 1
+
+
+def test_results_are_kept_when_something_unforeseen_happens(run, photos, tmp_path, monkeypatch):
+    def fail_on_chelsea(found):
+        if "chelsea" in found.source:
+            raise RuntimeError("unforeseen")
+        return original(found)
+
+    original = detections.Detections.draw
+    monkeypatch.setattr(detections.Detections, "draw", fail_on_chelsea)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        run("detect", photos, "--output", "out")
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 1
+
+
+def test_missing_weights_end_in_a_line(run, photos, tmp_path):
+    status, _, err = run("detect", photos, weights=False)
+    assert status == 1
+    assert err.splitlines()[0].startswith("downloading https://api.ngc.nvidia.com/")
+    assert err.splitlines()[1].startswith("ssd: could not download https://api.ngc.nvidia.com/")
+    assert "--weights" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+    status, _, err = run("detect", photos, "--weights", "gone.pt", weights=False)
+    assert status == 1
+    assert err.startswith("ssd: no weights at gone.pt")
+
+
+def test_damaged_weights_end_in_a_line(run, photos, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04")
+    status, _, err = run("detect", photos, "--weights", "bad.pt", weights=False)
+    assert status == 1
+    assert err.startswith("ssd: bad.pt: damaged")
+
+
+def test_a_terminal_has_a_progress_bar(photos, tmp_path, weights_file):
+    pty, fcntl, termios = (
+        pytest.importorskip(name) for name in ("pty", "fcntl", "termios")
+    )  # not on Windows
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        command("detect", photos, "--weights", weights_file),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(main, 4096):
+            shown += chunk
+    except OSError:  # the terminal is gone when its last user is
+        pass
+    os.close(main)
+    assert process.wait(60) == 0
+    assert b"3/3" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_is_done(photos, tmp_path, server, weights_file, number):
+    """The third image never comes; the first two are there when the command is interrupted."""
+    asked = threading.Event()
+
+    def stall(handler):
+        asked.set()
+        server.closing.wait(60)
+
+    server.pages["/slow.jpg"] = stall
+    process = subprocess.Popen(
+        command(
+            "detect",
+            photos / "coffee.jpg",
+            photos / "chelsea.jpg",
+            server.url("/slow.jpg"),
+            *("--weights", weights_file, "--output", "out", "--batch-size", 1, "--no-images"),
+        ),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"},
+    )
+    assert asked.wait(60)
+    lines = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(number)
+    out = process.stdout.readline()
+    server.closing.set()  # not earlier: the command would see what came first
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "coffee.jpg" in lines[0]
+    assert "2 images" in out
+    assert "1 not reached" in out
+    assert rest == ""
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2
+
+
+def test_a_toy_source_by_one_row(run, tmp_path, monkeypatch):
+    """Its images come one after another, so that nobody knows how many there are."""
+
+    def squares(text):
+        for i in range(int(text.removeprefix("squares:"))):
+            yield Named(f"square {i}", np.full((64, 64, 3), 50 * i, np.uint8))
+
+    kind = Source(lambda text: text.startswith("squares:"), squares, is_listed=False)
+    monkeypatch.setitem(SOURCES, "squares", kind)
+    status, out, _ = run("detect", "squares:3", "--output", "out")
+    assert status == 0
+    assert out.splitlines()[-1].startswith("3 images, ")
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [each["source"] for each in written] == ["square 0", "square 1", "square 2"]
+    assert {"square 0.jpg", "square 1.jpg", "square 2.jpg"} < set(os.listdir(tmp_path / "out"))
+    status, _, _ = run("detect", "squares:2", "--output", "coco", "--format", "coco", "--score-threshold", 0)
+    assert status == 0
+    entries = json.loads((tmp_path / "coco" / "detections.json").read_text())
+    assert {(each["image_id"], each["file_name"]) for each in entries} == {(1, "square 0"), (2, "square 1")}

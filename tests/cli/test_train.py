@@ -1,0 +1,199 @@
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_LAYOUT
+
+import ssd
+from ssd import checkpoint, shapes
+from ssd.boxes import LAYOUTS
+from ssd.cli.train import _datasets
+from ssd.loss import LOSSES, Losses, MultiBoxLoss
+from ssd.train.config import TrainConfig, field_docs
+
+TINY = ("--backbone", "resnet18", "--epochs", "1", "--batch-size", "2", "--workers", "0")
+
+
+def test_train_then_detect_and_evaluate(run, scenes, tmp_path):
+    status, out, _ = run("train", scenes, *TINY)
+    assert status == 0
+    assert "epoch 1/1  loss" in out
+    assert "AP50" in out
+    assert "runs/train-1/best.safetensors" in out.splitlines()[-1]
+    weights = tmp_path / "runs/train-1/best.safetensors"
+    status, out, _ = run("evaluate", scenes, "--weights", weights, "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["images"] == 3
+    assert set(facts["per_class"]) == set(shapes.CLASSES)
+    folder = tmp_path / "runs/evaluate-1"
+    assert sorted(os.listdir(folder)) == ["detections.json", "metrics.json"]
+    assert json.loads((folder / "metrics.json").read_text()) == facts
+    status, out, _ = run("detect", scenes / "val", "--weights", weights, "--no-images", weights=False)
+    assert status == 0
+
+
+def test_train_goes_on_from_its_folder_alone(run, scenes, tmp_path, monkeypatch):
+    run("train", scenes, *TINY, "--output", "mine")
+    status, out, _ = run("train", "--resume", "mine/last.safetensors", "--epochs", "2")
+    assert status == 0
+    assert "going on at epoch 2" in out
+    assert "epoch 2/2" in out
+    saved = json.loads((tmp_path / "mine/config.json").read_text())
+    assert saved["data"]["data"] == str(scenes)
+    status, _, err = run("train", scenes, *TINY, "--output", "mine")
+    assert status == 1
+    assert "mine holds a run already" in err
+    saved = json.loads((tmp_path / "mine/config.json").read_text())
+    assert saved["config"]["epochs"] == 2
+
+
+def test_a_run_that_python_started_needs_its_dataset_named(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"milestones": [0.5]}, "data": None}))
+    status, _, err = run("train", "--resume", tmp_path)
+    assert status == 2
+    assert "give its dataset too" in " ".join(err.replace("│", " ").split())
+
+
+def test_train_usage_errors(run, scenes, tmp_path):
+    for arguments, message in (
+        ((), "give a dataset, or --resume RUN"),
+        (("--resume", scenes, "--preset", "published"), "leave out --output, --preset"),
+        ((scenes, "--milestones", "a,b"), "give numbers"),
+        ((scenes, "--device", "foo"), "device 'foo' cannot be used here"),
+        ((scenes, "--iou-threshold", "7"), "iou_threshold must be in [0, 1]"),
+        ((scenes, "--batch-size", "1"), "batch_size must be at least 2"),
+        ((scenes, "--batch-size", "100"), "6 images are too few"),
+        ((scenes, "--augmentation", "wild"), "augmentation 'wild' is none of"),
+        ((scenes, "--backbone", "vgg16"), "backbone 'vgg16' is none of"),
+    ):
+        status, _, err = run("train", *arguments)
+        assert status == 2, arguments
+        assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "runs").exists() or not os.listdir(tmp_path / "runs")
+    status, _, err = run("train", tmp_path / "nowhere")
+    assert status == 1
+    assert "no dataset at" in err
+    status, _, err = run("train", "--resume", tmp_path)
+    assert status == 1
+    assert "is no run folder" in err
+
+
+def test_bad_annotations_stop_training_unless_lenient(run, scenes, tmp_path):
+    content = json.loads((scenes / "train.json").read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    arguments = ("train", tmp_path / "bad.json", "--images", scenes / "train", *TINY)
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert "zero area: 1" in err
+    assert "annotation 1: the box at" in err
+    status, out, _ = run(*arguments, "--lenient")
+    assert status == 0
+    assert "left out of training (zero area: 1)" in out
+    status, out, _ = run("check", tmp_path / "bad.json", "--images", scenes / "train")
+    assert status == 1
+    assert "zero area: 1" in out
+    status, out, _ = run("check", tmp_path / "bad.json", "--images", scenes / "train", "--json")
+    assert json.loads(out)["fatal"] == 1
+
+
+def test_one_folder_of_images_serves_training_and_evaluation(scenes, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        shutil.copy(scenes / f"{split}.json", tmp_path / "annotations" / f"instances_{split}.json")
+        for path in (scenes / split).iterdir():
+            (tmp_path / "photos").mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / "photos")
+    train, val = _datasets({"data": tmp_path, "images": tmp_path / "photos"}, crowd=False)
+    assert {train.annotations.root, val.root} == {tmp_path / "photos"}
+
+
+# --- Other kinds, each by one row or one field ---
+
+
+def test_a_toy_layout_and_a_toy_loss_by_a_row(run, scenes, tmp_path, photos, monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "96", SMALL_LAYOUT)
+    made = []
+
+    class Halved(MultiBoxLoss):
+        def forward(self, *arguments):
+            made.append(self)
+            return Losses(*(term / 2 for term in super().forward(*arguments)))
+
+    monkeypatch.setitem(LOSSES, "halved", Halved)
+    status, out, err = run("train", scenes, *TINY, "--layout", "96", "--loss", "halved", "--output", "r")
+    assert status == 0, err
+    assert out.startswith("SSD96 resnet18, 6 classes")
+    assert len(made) == 3  # steps
+    found = checkpoint.read(tmp_path / "r" / "last.safetensors")
+    assert (found.layout, found.config["loss"]) == (SMALL_LAYOUT, "halved")
+    status, out, err = run("train", "--resume", "r", "--epochs", "2")
+    assert status == 0, err
+    detect = ("detect", photos, "--weights", "r/last.safetensors", "--score-threshold", 0, "--no-images")
+    status, out, err = run(*detect, weights=False)
+    assert status == 0, err
+    assert "3 images, 300 objects" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--layout", "7"), "layout '7' is none of 300"),
+        (("--loss", "focal"), "loss 'focal' is none of multibox"),
+    ],
+)
+def test_what_is_no_row_is_told_with_those_that_are(run, scenes, option, message):
+    status, _, err = run("train", scenes, *TINY, *option)
+    assert status == 2
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_every_field_is_an_option_with_its_own_help(run):
+    status, out, _ = run("train", "--help")
+    assert status == 0
+    shown = " ".join(out.replace("│", " ").split())
+    docs = field_docs(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in out, field.name
+        assert all(word in shown for word in docs[field.name].replace("`", "").split()), field.name
+    assert "[cosine|multistep]" in out
+    assert "[default: (60)]" in shown
+
+
+def test_a_toy_option_by_one_field(scenes, tmp_path):
+    """In a copy of the package, whose config gets a field and nothing else."""
+    shutil.copytree(
+        Path(ssd.__file__).parent, tmp_path / "ssd", ignore=shutil.ignore_patterns("__pycache__", "weights")
+    )
+    config = tmp_path / "ssd" / "train" / "config.py"
+    field = '    patience: int | None = None\n    """Epochs without a higher AP, as a toy."""\n'
+    text = config.read_text()
+    config.write_text(text.replace("    seed: int = 0\n", f"{field}    seed: int = 0\n"))
+    assert config.read_text() != text
+
+    def there(*arguments):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "ssd", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "Epochs without a higher AP, as a toy." in " ".join(
+        there("train", "--help").replace("│", " ").split()
+    )
+    there("train", scenes, *TINY, "--patience", "3", "--output", "r")
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3
+    there("train", "--resume", "r", "--epochs", "2")
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3

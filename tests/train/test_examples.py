@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from training import ALONE, CPU
+
+from ssd.data import DetectionDataset, item_name, load
+from ssd.distributed import World
+from ssd.errors import ImageError
+from ssd.train.examples import EpochBatches, Examples, whole_steps
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_process_has_as_many_batches_and_no_image_comes_twice(size, accumulate):
+    samplers = [
+        EpochBatches(29, batch_size=2, accumulate=accumulate, seed=0, world=World(rank, size, CPU))
+        for rank in range(size)
+    ]
+    for epoch in (0, 1):
+        for each in samplers:
+            each.epoch = epoch
+        batches = [list(each) for each in samplers]
+        assert (
+            {len(each) for each in batches}
+            == {len(samplers[0])}
+            == {29 // (2 * size * accumulate) * accumulate}
+        )
+        seen = [index for each in batches for batch in each for _, index in batch]
+        assert len(seen) == len(set(seen))
+        assert all(key[0] == epoch for each in batches for batch in each for key in batch)
+    assert batches[0] != [[(1, index) for _, index in batch] for batch in batches[0][::-1]]
+    samplers[0].start = 1
+    assert list(samplers[0]) == batches[0][1:]
+
+
+def test_the_order_changes_with_epoch_and_seed():
+    def order(epoch, seed):
+        sampler = EpochBatches(50, batch_size=2, accumulate=1, seed=seed, world=ALONE)
+        sampler.epoch = epoch
+        return [index for batch in sampler for _, index in batch]
+
+    assert order(0, 0) != order(1, 0) != order(0, 1)
+    assert order(3, 4) == order(3, 4)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_boxes_of_turned_photos_stay_on_what_they_mark(tmp_path, orientation):
+    """A red quarter, at the top left of the upright image, and the box on it."""
+    upright = Image.new("RGB", (100, 80), "blue")
+    upright.paste("red", (0, 0, 50, 40))
+    stored = upright.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train").mkdir()
+    stored.save(tmp_path / "train" / "a.png", exif=exif)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 40]}],
+        "categories": [{"id": 1, "name": "red"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    examples = Examples(DetectionDataset(load(tmp_path)), 2, "none", 0, 300)
+    image, boxes, _, _ = examples[0, 0]
+    torch.testing.assert_close(boxes, torch.tensor([[0, 0, 0.5, 0.5]]))
+    assert (image[10:140, 10:140] == torch.tensor([255, 0, 0])).all()
+
+
+@pytest.mark.parametrize("recipe", ["none", "default"])
+def test_the_size_is_that_of_the_network(images, recipe):
+    image, boxes, labels, index = Examples(images, 7, recipe, 0, 96)[0, 3]
+    assert image.shape == (96, 96, 3)
+    assert (boxes.dtype, labels.dtype, index) == (torch.float32, torch.int64, 3)
+    assert boxes.numel() == 0 or boxes.max() <= 1
+
+
+def test_a_part_of_a_dataset_keeps_the_names_of_its_items(images):
+    part = torch.utils.data.random_split(images, [4, 2], torch.Generator().manual_seed(0))[1]
+    assert item_name(part, 1) == images.name(part.indices[1])
+
+
+def test_a_batch_that_cannot_be_read_comes_between_two_steps():
+    steps = whole_steps([1, 2, 3, ImageError("damaged")], 2)
+    assert [next(steps), next(steps)] == [1, 2]
+    with pytest.raises(ImageError, match="damaged"):
+        next(steps)
+    assert list(whole_steps([1, 2, 3], 2)) == [1, 2]

@@ -1,0 +1,269 @@
+import contextlib
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from training import CPU, QUICK, SMALL, Background, Broken, Interrupting, assert_equal, rows, weights
+
+from ssd.data import AnnotationError, DetectionDataset, load
+from ssd.devices import native_precisions
+from ssd.errors import ImageError
+from ssd.model import SSD
+from ssd.train import TrainConfig, fit
+from ssd.train.loop import Stop
+from ssd.train.setup import rate_of
+from ssd.train.state import read_state
+
+
+def test_the_loss_falls(images, tmp_path):
+    config = replace(QUICK, epochs=6, precision="auto", augmentation="none", ema=0.0, lr=0.05)
+    fit(images, None, config, tmp_path, say=None)
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_mixed_precision(images, tmp_path, precision):
+    few = torch.utils.data.Subset(images, range(2))  # minutes, where the processor has no such instructions
+    config = replace(QUICK, epochs=1, precision=precision, clip=10.0, workers=1)
+    lines = []
+    result = fit(few, None, config, tmp_path, say=lines.append)
+    told = f"cpu has no instructions for {precision}" in "\n".join(lines)
+    assert told == (precision not in native_precisions(CPU))
+    state = weights(tmp_path)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
+    assert all(value.isfinite().all() for value in state.values())
+    assert result.finished
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(images, tmp_path):
+    for workers in (0, 2):
+        fit(images, None, replace(SMALL, epochs=1, workers=workers), tmp_path / str(workers), say=None)
+    assert_equal(weights(tmp_path / "0"), weights(tmp_path / "2"))
+    fit(images, None, replace(SMALL, epochs=1, seed=1), tmp_path / "other", say=None)
+    key = "conf.0.weight"
+    assert not torch.equal(weights(tmp_path / "other")[key], weights(tmp_path / "0")[key])
+
+
+def test_background_alone_is_a_loss_of_zero(tmp_path):
+    fit(Background(), Background(), replace(QUICK, epochs=1), tmp_path, say=None)
+    (row,) = rows(tmp_path)
+    assert float(row["loss"]) == 0
+    assert float(row["AP"]) == -1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_frozen_stages_stay_as_they_are(images, tmp_path):
+    torch.manual_seed(QUICK.seed)
+    before = SSD(7, "resnet18").state_dict()
+    fit(images, None, replace(QUICK, epochs=1, freeze=2, ema=0.0), tmp_path, say=None)
+    after = weights(tmp_path)
+    for key, value in before.items():
+        parts = key.split(".")
+        frozen = parts[0] == "feature_extractor" and int(parts[2]) <= 4  # conv1, bn1 and layer1
+        assert not frozen or torch.equal(after[key], value), key
+    changed = "feature_extractor.feature_extractor.5.0.conv1.weight"
+    assert not torch.equal(after[changed], before[changed])
+
+
+def test_compile_is_a_flag(images, tmp_path, monkeypatch):
+    compiled = []
+    real = torch.compile
+
+    def with_eager(module):  # inductor needs a C++ compiler
+        compiled.append(module)
+        return real(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", with_eager)
+    fit(images, None, replace(SMALL, epochs=1, compile=True), tmp_path / "a", say=None)
+    fit(images, None, replace(SMALL, epochs=1), tmp_path / "b", say=None)
+    assert len(compiled) == 1
+    assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
+
+
+def test_the_memory_layout_is_that_of_the_images_too(images, tmp_path, monkeypatch):
+    plain, real = [], SSD.forward
+
+    def forward(self, pixels):
+        plain.append(pixels.is_contiguous())
+        return real(self, pixels)
+
+    monkeypatch.setattr(SSD, "forward", forward)
+    two = torch.utils.data.Subset(images, range(2))
+    for channels_last in (True, False):
+        config = replace(QUICK, epochs=1, channels_last=channels_last)
+        fit(two, None, config, tmp_path / str(channels_last), say=None)
+    assert plain == [False, True]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_target_is_named(tmp_path, workers):
+    with pytest.raises(AnnotationError, match=r"^photo-\d\.jpg: the box \[5.*no area$"):
+        fit(Broken(), None, replace(SMALL, workers=workers), tmp_path, say=None)
+
+
+def test_workers_end_with_the_run_although_its_exception_is_kept(tmp_path):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(AnnotationError) as kept:
+        fit(Broken(), None, replace(SMALL, workers=1), tmp_path, say=None)
+    assert kept.tb is not None
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_label_beyond_the_classes_is_named(tmp_path):
+    class Beyond(Broken):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], {"boxes": [[5, 5, 9, 9]], "labels": [3]}
+
+    with pytest.raises(AnnotationError, match=r"photo-\d\.jpg: label 3, but there are 2 classes"):
+        fit(Beyond(), None, SMALL, tmp_path, say=None)
+
+
+LONG = replace(SMALL, epochs=4, precision="auto")
+
+
+@pytest.fixture(scope="module")
+def unbroken(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    dataset = DetectionDataset(load(scenes, "train"))
+    fit(dataset, load(scenes, "val"), replace(LONG, evaluate_every=2), folder, say=None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [(13, signal.SIGTERM), (15, signal.SIGINT)],
+    ids=["first batch of an epoch, SIGTERM", "within an epoch, Ctrl-C"],
+)
+def test_halves_equal_the_whole_to_the_bit(scenes, images, unbroken, tmp_path, after, number):
+    val, config = load(scenes, "val"), replace(LONG, evaluate_every=2)
+    lines = []
+    first = fit(Interrupting(images, after, number), val, config, tmp_path, say=lines.append)
+    assert not first.finished
+    assert f"ssd train --resume {tmp_path}" in lines[-1]
+    torch.manual_seed(999)
+    second = fit(images, val, config, tmp_path, resume=True, say=lines.append)
+    assert second.finished
+    assert any("going on at epoch 3, batch" in line for line in lines)
+    assert_equal(weights(tmp_path), weights(unbroken))
+    a = torch.load(tmp_path / "state.pt", weights_only=True)
+    b = torch.load(unbroken / "state.pt", weights_only=True)
+    assert_equal(a["model"], b["model"])
+    for one, other in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+    columns = ("epoch", "lr", "loss", "AP")
+    resumed, whole = ([[row[c] for c in columns] for row in rows(folder)] for folder in (tmp_path, unbroken))
+    assert resumed == whole
+
+
+def test_signals_are_given_back(images, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_interrupt_does_not_wait():
+    stop = Stop()
+    with stop.listening(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+
+
+TRAIN = """
+import sys
+from dataclasses import replace
+from ssd.data import DetectionDataset, load
+from ssd.train import TrainConfig, fit
+config = TrainConfig(**eval(sys.argv[3]))
+fit(DetectionDataset(load(sys.argv[1], "train")), load(sys.argv[1], "val"), config, sys.argv[2],
+    resume=len(sys.argv) > 4)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_equals_an_unbroken_run(scenes, images, tmp_path):
+    # Of the published size, so that an epoch takes about as long as it is waited for a kill.
+    long = replace(QUICK, epochs=4, precision="auto")
+    config = {
+        name: getattr(long, name)
+        for name in ("epochs", "batch_size", "backbone", "precision", "workers", "lr")
+    }
+    config |= {"evaluate_every": 2}
+    fit(images, load(scenes, "val"), TrainConfig(**config), tmp_path / "unbroken", say=None)
+    command = [sys.executable, "-c", TRAIN, str(scenes), str(tmp_path / "run"), repr(config)]
+    moments = random.Random(0)
+    epochs = kills = 0
+    while epochs < long.epochs:
+        resume = ["resume"] if (tmp_path / "run" / "state.pt").exists() else []
+        with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if done := re.match(r"epoch (\d+)/\d+  loss", line):
+                    epochs = int(done[1])
+                    if kills < 3:  # somewhere in the next epoch, or while this one's files are written
+                        kills += 1
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(moments.uniform(0, 0.8))
+                        process.kill()
+            assert process.wait() in (0, -signal.SIGKILL)
+    assert kills == 3
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(images, tmp_path):
+    fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
+    before = weights(tmp_path)
+    lines = []
+    result = fit(images, None, replace(SMALL, epochs=1), tmp_path, resume=True, say=lines.append)
+    assert result.finished
+    assert "all 1 epochs are done already" in "\n".join(lines)
+    assert_equal(weights(tmp_path), before)
+    assert fit(images, None, SMALL, tmp_path, resume=True, say=None).finished
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("accumulate", "stands"), [(1, (1, 1, 4)), (3, (1, 0, 1))])
+def test_an_image_that_breaks_within_an_epoch_costs_no_step(images, tmp_path, accumulate, stands):
+    """Mended, the run goes on where it was, and ends as if nothing had been wrong."""
+
+    class Breaking(Interrupting):
+        def __getitem__(self, index):
+            self._left -= 1
+            if self._left == 0:
+                raise ImageError("photo.jpg: damaged")
+            return self._dataset[index]
+
+    config = replace(SMALL, epochs=2, accumulate=accumulate)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    with pytest.raises(ImageError, match=r"photo\.jpg: damaged"):
+        fit(Breaking(images, 10), None, config, tmp_path / "run", say=None)
+    state = read_state(tmp_path / "run" / "state.pt")["progress"]
+    assert (state["epoch"], state["batch"], state["step"]) == stands
+    assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_with_steps_of_another_size_the_rate_goes_on_where_the_epoch_is(images, tmp_path):
+    few = replace(SMALL, epochs=2, batch_size=2)
+    fit(images, None, few, tmp_path, say=None)
+    many = replace(SMALL, epochs=4, batch_size=3)
+    fit(images, None, many, tmp_path, resume=True, say=None)
+    expected = [rate_of(many, 2 * 4, 3)(2 * epoch - 1) for epoch in (3, 4)]
+    assert [float(row["lr"]) for row in rows(tmp_path)][2:] == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulated_gradients_survive_an_interrupt(images, tmp_path):
+    """A stop comes after a step, never between the batches of one."""
+    config = replace(SMALL, batch_size=2, accumulate=3)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    assert not fit(Interrupting(images, 8), None, config, tmp_path / "halves", say=None).finished
+    fit(images, None, config, tmp_path / "halves", resume=True, say=None)
+    assert_equal(weights(tmp_path / "halves"), weights(tmp_path / "whole"))

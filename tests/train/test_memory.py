@@ -1,0 +1,27 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+KEEPING = """
+import resource, sys, torch
+from ssd.train import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        blocks = [torch.ones(8, 64, 150, 150) for _ in range(4)]  # 46 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
+assert keep_memory()
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_memory_that_is_kept_is_not_cleared_again():
+    command = [sys.executable, "-c", KEEPING]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    usual, kept = map(int, result.stdout.split())
+    assert kept < usual / 10

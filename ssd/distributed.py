@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those of the run."""
+    """Which of the run's processes this one is."""
 
     rank: int
     size: int
@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def share(self, count: int, batch_size: int) -> list[int]:
-        """The places, of `count`, that are this process's: every so many-th batch, without overlap.
+        """The indices, of `count`, that are this process's: every so many-th batch, without overlap.
 
         Batches are those of a single process, so that results do not depend on the number of processes.
 

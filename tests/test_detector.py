@@ -478,6 +478,7 @@ def test_what_is_wrong_in_the_network_comes_out_of_the_stream(detector, photos, 
     assert threading.active_count() <= before
 
 
+@pytest.mark.slow
 def test_memory_files_and_threads_stay_flat_over_2000_images(detector, tmp_path):
     """All but the network, which benchmarks/soak.py adds: here it answers at once."""
     rng = np.random.default_rng(0)
@@ -514,6 +515,7 @@ def memory():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_compiled(detector, weights_file, photos):
     compiled = Detector.load(weights_file, "cpu", "fp32", compile=True)
     assert repr(compiled) == "Detector(3 classes, fp32, cpu, torch, compiled)"

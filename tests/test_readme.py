@@ -61,6 +61,7 @@ def blocks_of_commands():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", blocks_of_commands(), ids=lambda commands: commands[0])
 def test_commands_run(folder, server, photos, commands, monkeypatch):
     url = server.serve("/000000397133.jpg", (photos / "coffee.jpg").read_bytes(), kind="image/jpeg")

@@ -106,9 +106,10 @@ def test_names_that_triton_would_not_take(weights_file, tmp_path, name):
         write_triton(tmp_path / "model.onnx", tmp_path, name)
 
 
-def test_triton_takes_no_other_format(tiny_exported, tmp_path):
+def test_triton_takes_no_other_format(tmp_path):
+    (tmp_path / "model.torchscript").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"\.onnx file"):
-        write_triton(tiny_exported["torchscript nms"], tmp_path / "models")
+        write_triton(tmp_path / "model.torchscript", tmp_path / "models")
 
 
 def test_ssd_export_has_it_too():

@@ -111,7 +111,6 @@ def _settle(
         source, config = (saved["data"] or {}) | source, saved["config"] | choices
         if "data" not in source:
             raise typer.BadParameter(f"{resume} was not started by this command; give its dataset too")
-        config["milestones"] = tuple(config["milestones"])
     else:
         config = asdict(PRESETS[preset]) | choices
     try:

@@ -73,9 +73,10 @@ def test_a_network_of_another_layout(tiny_model, tiny_exported, photos, key):
     assert loaded.layout == loaded.backend.layout == SMALL_LAYOUT
     assert len(loaded.backend.default_boxes) == SMALL_LAYOUT.num_default_boxes
     paths = [photos / f"{name}.jpg" for name in PHOTOS]
-    low = {"score_threshold": 0.15}
+    # Further down are scores that are equal to four digits, whose order is anybody's.
+    low = {"score_threshold": 0.2, "max_detections": 8}
     expected = Detector(tiny_model, ("cat", "cup", "person"))(paths, **low)
-    assert min(map(len, expected)) > 3
+    assert min(map(len, expected)) == 8
     for size in (1, 2, 3):
         found = loaded(paths, batch_size=size, **low)
         assert all(close(a, b) for a, b in zip(found, expected, strict=True)), (key, size)

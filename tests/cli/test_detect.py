@@ -11,6 +11,8 @@ from conftest import PHOTOS, command
 from PIL import Image
 
 from ssd import detections
+from ssd.cli.detect import _names
+from ssd.cli.results import FreeNames
 from ssd.detector import Detector
 from ssd.sources import SOURCES, Named, Source
 
@@ -203,3 +205,24 @@ def test_a_toy_source_by_one_row(run, tmp_path, monkeypatch):
     assert status == 0
     entries = json.loads((tmp_path / "coco" / "detections.json").read_text())
     assert {(each["image_id"], each["file_name"]) for each in entries} == {(1, "square 0"), (2, "square 1")}
+
+
+class Second:
+    """The second of two processes; the first one has begun to write when this one asks for names."""
+
+    rank, size, is_main = 1, 2, False
+
+    def __init__(self, folder, listed):
+        self.folder, self.listed = folder, listed
+
+    def gather(self, value):
+        first = FreeNames(self.folder, pictures=True, labels=None)
+        names = {name: first(name) for name in self.listed}
+        (self.folder / names[self.listed[0]]).touch()
+        return [names, value]
+
+
+def test_processes_take_the_names_that_the_main_one_gives(tmp_path):
+    listed = ["a/x.jpg", "b/x.jpg"]
+    names = _names(tmp_path, "json", listed, Second(tmp_path, listed), pictures=True)
+    assert [names(name) for name in listed] == ["x.jpg", "x-2.jpg"]

@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh [WHEELS] [options of gpu.py]
 #
 # WHEELS is a folder of wheels that the machine lacks, such as pycocotools; by default .whl where there is one.
-# They are installed for this run alone. PYTHON names another interpreter than python3.
+# They are installed for this run alone; an empty folder brings none. PYTHON names another interpreter than
+# python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -30,7 +30,7 @@ OnError = Callable[[str, Exception], None]
 AnySource: TypeAlias = ImageSource | Named
 T = TypeVar("T")
 
-_MAX_READERS = 8  # threads: as many as it takes to feed a GPU with common photos
+_MAX_READERS = 8  # threads: sixteen read fewer photos a second, for want of the interpreter (docs/performance.md)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ OnError = Callable[[str, Exception], None]
 AnySource: TypeAlias = ImageSource | Named
 T = TypeVar("T")
 
-_MAX_READERS = 8  # threads: sixteen read fewer photos a second, for want of the interpreter (docs/performance.md)
+_MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Detector:
 
         Raises:
             DownloadError, CheckpointError, FileNotFoundError: see `ssd.load_model`, `ssd.backends.load`.
-            ImportError: the runtime of an exported file is not installed.
+            MissingExtra: the runtime of an exported file is not installed.
             ValueError: there is no such device here, or an exported file is of another precision.
         """
         if backends.kind_of(weights):

@@ -1,6 +1,7 @@
 """From a trained network to a fast one: the same function with fewer and better-shaped operations."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -269,24 +270,28 @@ def _convs(fast: FusedSSD) -> list[Conv]:
 
 
 def _input_shapes(fast: FusedSSD) -> dict[Conv, tuple[int, ...]]:
-    """Shape of each convolution's input for one image; what is packed for one serves more as well."""
+    """What each convolution takes for one image; the layout that is best for one serves more as well.
+
+    By arithmetic: to try it on the meta device would import torch's compiler, which takes seconds.
+    """
     shapes: dict[Conv, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, Conv):
-            shapes[module] = tuple(inputs[0].shape)
+    def cells_after(conv: Any, cells: int) -> int:
+        shapes[conv] = (1, conv.weight.shape[1], cells, cells)
+        return int((cells + 2 * conv.padding[0] - conv.weight.shape[2]) // conv.stride[0] + 1)
 
-    # On the meta device, where nothing is computed.
-    weights = {name: value.to("meta") for name, value in fast.named_parameters()}
-    images = torch.empty(
-        1, 3, fast.layout.size, fast.layout.size, dtype=fast.stem.weight.dtype, device="meta"
-    )
-    hooks = [module.register_forward_pre_hook(note) for module in fast.modules()]
-    try:
-        torch.func.functional_call(fast, weights, (images,))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    cells = math.ceil(cells_after(fast.stem, fast.layout.size) / 2)  # and the pool halves it
+    trunk: Any = fast.trunk
+    for block in trunk:
+        if block.downsample is not None:
+            cells_after(block.downsample, cells)
+        for conv in block.convs:
+            cells = cells_after(conv, cells)
+    blocks: Any = [(), *fast.additional_blocks]
+    for block, head in zip(blocks, fast.heads, strict=True):
+        for conv in block:
+            cells = cells_after(conv, cells)
+        cells_after(head, cells)
     return shapes
 
 

@@ -95,7 +95,8 @@ class Trunk(nn.Module):
             *stages,
         )
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On the meta device there are no values, and drawing them would import torch's compiler.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import nn
 
 from ssd import devices, fused
 from ssd.boxes import PUBLISHED_LAYOUT
-from ssd.fused import Conv, can_pack, fuse, pack_weights
-from ssd.model import SSD300, set_precision
+from ssd.fused import Conv, _convs, _input_shapes, can_pack, fuse, pack_weights
+from ssd.model import SSD, SSD300, set_precision
 from ssd.transforms import normalize
 
 CPU = torch.device("cpu")
@@ -192,3 +192,15 @@ def test_a_copy_has_the_weights_that_were_packed(tiny_model, dtype):
         with torch.inference_mode():
             for ours, theirs in zip(other(small), packed(small), strict=True):
                 assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", [PUBLISHED_LAYOUT, SMALL_LAYOUT], ids=["300", "small"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_weights_are_packed_for_what_each_convolution_takes(backbone, layout):
+    fast = fuse(SSD(3, backbone, layout=layout), pack=False)
+    seen = {}
+    for conv in _convs(fast):
+        conv.register_forward_pre_hook(lambda conv, inputs: seen.update({conv: tuple(inputs[0].shape)}))
+    with torch.inference_mode():
+        fast(torch.zeros(1, 3, layout.size, layout.size))
+    assert _input_shapes(fast) == seen

@@ -11,6 +11,7 @@ from ssd.cli.common import usage_errors
 from ssd.cli.options import OneOf
 from ssd.export import export, write_triton
 
+_HELD = "; ".join(f"{name}: {', '.join(kind.precisions)}" for name, kind in BACKENDS.items())
 _PRECISIONS = tuple(dict.fromkeys(name for kind in BACKENDS.values() for name in kind.precisions))
 
 
@@ -28,7 +29,7 @@ def export_weights(
     precision: Annotated[
         str,
         OneOf(_PRECISIONS),
-        typer.Option(help="fp16: not openvino; bf16: pt2, torchscript; int8: openvino."),
+        typer.Option(help=f"{_HELD}."),
     ] = "fp32",
     calibrate: Annotated[
         Path | None, typer.Option(help="For int8: a folder of images like those to detect on.")

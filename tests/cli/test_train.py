@@ -154,7 +154,8 @@ def test_what_is_no_row_is_told_with_those_that_are(run, scenes, option, message
     assert message in " ".join(err.replace("│", " ").split())
 
 
-def test_every_field_is_an_option_with_its_own_help(run):
+def test_every_field_is_an_option_with_its_own_help(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = run("train", "--help")
     assert status == 0
     shown = " ".join(out.replace("│", " ").split())

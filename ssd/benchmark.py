@@ -130,7 +130,7 @@ def run_benchmark(
 
 def _one_batch(detector: Detector, sources: Sequence[ImageSource]) -> dict[str, float]:
     """Seconds of each stage."""
-    options = Options(score_threshold=0.4, iou_threshold=0.5, max_detections=100)
+    options = Options()
     marks = [time.perf_counter()]
 
     def mark() -> None:

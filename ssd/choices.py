@@ -1,4 +1,4 @@
-"""What people choose by name where torch does the work; the names stand here, for help that need not wait."""
+"""What people choose by name where torch does the work: the names, for which nobody need wait for torch."""
 
 from typing import Literal, get_args
 
@@ -9,5 +9,4 @@ Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Recipe = Literal["default", "published", "none"]
-RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 """Of augmentation; see `ssd.augment.STEPS`."""

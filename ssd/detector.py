@@ -29,6 +29,7 @@ from ssd.transforms import resize
 OnError = Callable[[str, Exception], None]
 AnySource: TypeAlias = ImageSource | Named
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
 
@@ -150,9 +151,9 @@ class Detector:
         self,
         images: ImageSource | list[AnySource] | tuple[AnySource, ...],
         *,
-        score_threshold: float = 0.4,
-        iou_threshold: float = 0.5,
-        max_detections: int = 100,
+        score_threshold: float = Options.score_threshold,
+        iou_threshold: float = Options.iou_threshold,
+        max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
         batch_size: int = 8,
     ) -> Detections | list[Detections]:
@@ -184,9 +185,9 @@ class Detector:
         sources: str | os.PathLike[str] | Iterable[AnySource],
         *,
         batch_size: int = 8,
-        score_threshold: float = 0.4,
-        iou_threshold: float = 0.5,
-        max_detections: int = 100,
+        score_threshold: float = Options.score_threshold,
+        iou_threshold: float = Options.iou_threshold,
+        max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
         on_error: OnError | None = None,
         scaled_decoding: bool = False,
@@ -202,8 +203,8 @@ class Detector:
             batch_size: how many images go through the network at a time.
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
             on_error: called with the name and the exception of an image that cannot be read, or for which
-                the network gives NaN; it is then left out. The exception has the `source` and the `number`
-                that the result would have had. Without it, the exception is raised.
+                the network gives NaN; it is then left out. Without it, the exception is raised. Both ways
+                it has the `source` and the `number` that the result would have had.
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
         """
@@ -277,11 +278,11 @@ class Detector:
                 if isinstance(outcome, Input):
                     batch.append(outcome)
                 elif on_error is not None and isinstance(outcome, ImageError | OSError):
-                    _report(on_error, name, number, outcome)
+                    on_error(name, _marked(outcome, name, number))
                 else:
                     start()
                     yield from results()
-                    raise outcome
+                    raise _marked(outcome, name, number)
                 if len(batch) == batch_size:
                     start()
                     yield from results(left=1)
@@ -303,9 +304,12 @@ class Detector:
         if isinstance(found, NonFiniteError) and on_error is not None:
             for i in found.images:
                 error = NonFiniteError(str(found), [i])
-                _report(on_error, batch[i].name, batch[i].number, error)
+                on_error(batch[i].name, _marked(error, batch[i].name, batch[i].number))
             rest = [each for i, each in enumerate(batch) if i not in found.images]
             return self._detect(rest, options) if rest else []
+        if isinstance(found, NonFiniteError) and found.images:
+            first = batch[found.images[0]]
+            raise _marked(found, first.name, first.number)
         if isinstance(found, BaseException):
             raise found
         return found
@@ -417,9 +421,10 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any, **
     return outcome
 
 
-def _report(on_error: OnError, name: str, number: int | None, error: Exception) -> None:
+def _marked(error: E, name: str, number: int | None) -> E:
+    """The error with the `source` and the `number` that the result would have had."""
     vars(error).update(source=name, number=number)
-    on_error(name, error)
+    return error
 
 
 def _positive(batch_size: int) -> int:

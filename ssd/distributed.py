@@ -99,6 +99,9 @@ def alone(device: torch.device) -> World:
 
 
 def _is_about_contact(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo raises plain RuntimeErrors, which nothing but their text tells from those of the network.
     words = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer", "reset")
     return any(word in str(error).lower() for word in words)
 

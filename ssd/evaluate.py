@@ -20,6 +20,7 @@ from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World, alone
 from ssd.errors import AnnotationError
+from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD
 from ssd.sources import Named
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -39,10 +40,6 @@ MEANINGS = {
     "ARm": "recall, medium",
     "ARl": "recall, large",
 }
-
-# As published for validation: candidates above 0.05, 200 an image.
-SCORE_THRESHOLD = 0.05
-MAX_DETECTIONS = 200
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def detect_all(
     *,
     batch_size: int = 8,
     score_threshold: float = SCORE_THRESHOLD,
-    iou_threshold: float = 0.5,
+    iou_threshold: float = IOU_THRESHOLD,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[Annotations, dict[int, Detections]]:
     """Detect on every image of a dataset; each process does its share, without overlap, and all get all.
@@ -136,7 +133,7 @@ def detect_all(
         batch_size=batch_size,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
-        max_detections=MAX_DETECTIONS,
+        max_detections=MOST_KEPT,
     )
     for i, each in zip(mine, results, strict=True):
         if isinstance(dataset, Annotations):

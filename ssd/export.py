@@ -87,7 +87,7 @@ def export(
     path = Path(path)
     if kind_of(weights):
         raise ValueError(f"{weights} is exported already; export the checkpoint that it was made of")
-    _require_place(path, format)
+    _require_free(path, format)
     model, found = load_model(weights)
     model.eval().requires_grad_(False)
     # A tiny layout has fewer default boxes than that.
@@ -141,7 +141,7 @@ def _require_sense(
         raise ValueError(f"batch must be a whole number, at least 1 and at most {MAX_BATCH}; got {batch!r}")
 
 
-def _require_place(path: Path, format: str) -> None:
+def _require_free(path: Path, format: str) -> None:
     kind = BACKENDS[format]
     if not kind.folder:
         if path.suffix.lower() != kind.ending:
@@ -149,7 +149,7 @@ def _require_place(path: Path, format: str) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     elif path.is_file() or (path.is_dir() and {file.name for file in path.iterdir()} - set(kind.folder)):
-        raise FileExistsError(f"{path} is no folder of an earlier export; choose another place")
+        raise FileExistsError(f"{path} is no folder of an earlier export; choose another path")
 
 
 def calibration_images(folder: str | os.PathLike[str], size: int) -> Tensor:

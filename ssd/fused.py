@@ -41,7 +41,7 @@ class Conv(nn.Module):
         self._packed: Tensor | None = None
 
     def pack(self, shape: tuple[int, ...]) -> None:
-        """Bring the weight into the layout that oneDNN wants for inputs of a shape; on a CPU only.
+        """Bring the weight into the order that oneDNN wants for inputs of a shape; on a CPU only.
 
         Channels of zeros fill the output up to a multiple of 16, a whole vector, which saves a fifth of the
         time of the largest head.
@@ -270,7 +270,7 @@ def _convs(fast: FusedSSD) -> list[Conv]:
 
 
 def _input_shapes(fast: FusedSSD) -> dict[Conv, tuple[int, ...]]:
-    """What each convolution takes for one image; the layout that is best for one serves more as well.
+    """What each convolution takes for one image; the order that is best for one image serves more as well.
 
     By arithmetic: to try it on the meta device would import torch's compiler, which takes seconds.
     """

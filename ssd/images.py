@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Not with "|", which takes no name in quotes.
 ImageSource: TypeAlias = Union[str, os.PathLike[str], bytes, Image.Image, npt.NDArray[np.generic], "Tensor"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's decoders that may run; the others (EPS and its kind start other programs) never do."""
 
 SUFFIXES = frozenset(
@@ -147,7 +147,7 @@ def is_image_name(name: str) -> bool:
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Width and height of the image that `load_image` gives, from the file's header; None if it has none."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=DECODERS) as image:
             # A TIFF's size is that of the upright image already.
             turned = image.format != "TIFF" and _orientation(image) >= 5
             return image.size[::-1] if turned else image.size
@@ -158,7 +158,7 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 def _decode(file: IO[bytes], name: str, least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     with _refusals(name):
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=DECODERS)
         except UnidentifiedImageError as error:
             raise ImageError(f"{name}: {_what_it_is(file)}") from error
         with image:
@@ -190,7 +190,7 @@ def _what_it_is(file: IO[bytes]) -> str:
         return "the file is empty"
     if head.lstrip()[:1] == b"<":
         return "this is a web page or other markup, not an image"
-    return f"not an image of a known format ({', '.join(FORMATS)}), or damaged at its start"
+    return f"not an image of a known format ({', '.join(DECODERS)}), or damaged at its start"
 
 
 def _check_shape(width: int, height: int, name: str) -> None:

@@ -250,14 +250,18 @@ def transfer(
     source, found = load_model(weights)
     if backbone not in (None, source.backbone):
         raise ValueError(f"{weights} has the backbone {source.backbone}, not {backbone}")
+    name = f"SSD{source.layout.size} {source.backbone}"
     if found.class_names == tuple(class_names):
-        return source, f"SSD300 {source.backbone} from {weights}: everything loaded, the classes are the same"
+        return (
+            source,
+            f"{name} from {weights}: everything loaded, the classes are the same",
+        )
     model = SSD(len(class_names) + 1, source.backbone, source.head_norm, layout=source.layout)
     kept = {key: value for key, value in source.state_dict().items() if not key.startswith("conf")}
     new = [key for key in model.state_dict() if key not in kept]
     model.load_state_dict(kept, strict=False)
     return model, (
-        f"SSD300 {source.backbone} from {weights}: loaded {len(kept)} tensors (trunk, additional blocks, "
+        f"{name} from {weights}: loaded {len(kept)} tensors (trunk, additional blocks, "
         f"loc); skipped the class heads of its {len(found.class_names)} classes; {len(new)} tensors for "
         f"{len(class_names)} classes are new ({new[0]} to {new[-1]})"
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import ImageDraw
 from pycocotools import mask
 
+from ssd.backends import Options
 from ssd.data.annotations import Annotations
 from ssd.detections import Detections
 from ssd.errors import MissingExtra
@@ -20,7 +21,7 @@ from ssd.images import load_image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCORE_THRESHOLD = 0.4  # of what counts as detected in the matrix and on the images, as in `Detector`
+SCORE_THRESHOLD = Options.score_threshold  # of what counts as detected in the matrix and on the images
 IOU_THRESHOLD = 0.5
 _WORST = 8
 _MOST_CLASSES = 30  # that can be told apart in one picture
@@ -154,11 +155,11 @@ def _matrix(annotations: Annotations, mistakes: list[Mistakes]) -> "Figure":
                 axes.text(
                     column, row, str(part[row, column]), ha="center", va="center", color=color, fontsize=8
                 )
-    places = range(len(shown))
+    ticks = range(len(shown))
     columns, rows = [names[k] for k in shown], [names[k] for k in shown]
     columns[-1], rows[-1] = "(missed)", "(nothing there)"
-    axes.set_xticks(places, columns, rotation=60, ha="right")
-    axes.set_yticks(places, rows)
+    axes.set_xticks(ticks, columns, rotation=60, ha="right")
+    axes.set_yticks(ticks, rows)
     axes.set(xlabel="detected", ylabel="truth", title=f"score {SCORE_THRESHOLD} or more, IoU {IOU_THRESHOLD}")
     return figure
 

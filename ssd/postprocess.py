@@ -13,8 +13,14 @@ from torch import Tensor
 from ssd.boxes import decode
 from ssd.errors import NonFiniteError
 
-MAX_DETECTIONS = 1_000_000
-"""Most detections of an image that can be asked for: more than the published network could give."""
+# As published for validation.
+SCORE_THRESHOLD = 0.05
+IOU_THRESHOLD = 0.5
+MOST_KEPT = 200
+MOST_PER_CLASS = 200
+
+MAX_DETECTIONS = 10_000_000
+"""Most detections of an image that can be asked for: far above any layout, whose own bound backends have."""
 
 # How many candidates of an image are compared with each other at a time, best first. Most images are
 # done after one block; the cost of a block grows with its square.
@@ -52,10 +58,10 @@ def postprocess(
     conf: Tensor,
     default_boxes: Tensor,
     *,
-    score_threshold: float = 0.05,
-    iou_threshold: float = 0.5,
-    max_detections: int = 200,
-    max_per_class: int = 200,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    max_detections: int = MOST_KEPT,
+    max_per_class: int = MOST_PER_CLASS,
     classes: Sequence[int] | None = None,
 ) -> PaddedDetections:
     """Turn raw outputs into detections, as published: softmax, threshold, greedy NMS in each class, top n.

@@ -22,13 +22,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ssd import web
-from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError
 from ssd.files import atomic_file
 from ssd.labels import COCO_NAMES
 from ssd.terminal import is_watched
-from ssd.transforms import describe_transform
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Weights:
     """Bytes, where known."""
     class_names: tuple[str, ...]
     accuracy: str
-    transform: str
 
 
 PUBLISHED = {
@@ -56,7 +53,6 @@ PUBLISHED = {
         size=None,
         class_names=COCO_NAMES,
         accuracy="0.25 AP on COCO val2017, as published by NVIDIA",
-        transform=describe_transform(PUBLISHED_LAYOUT.size),
     ),
     "shapes": Weights(
         url=None,
@@ -65,13 +61,12 @@ PUBLISHED = {
         size=None,
         class_names=("circle", "square", "triangle", "star", "cross", "ring"),
         accuracy="made-up scenes of six shapes; see ssd/weights/README.md",
-        transform=describe_transform(PUBLISHED_LAYOUT.size),
     ),
 }
 """Weights by the name under which `fetch`, `Detector.load` and ``ssd detect --weights`` know them."""
 
 _TORCHVISION = "https://download.pytorch.org/models/"
-BACKBONES: dict[Backbone, dict[str, str]] = {
+BACKBONE_WEIGHTS: dict[Backbone, dict[str, str]] = {
     "resnet18": {"IMAGENET1K_V1": f"{_TORCHVISION}resnet18-f37072fd.pth"},
     "resnet34": {"IMAGENET1K_V1": f"{_TORCHVISION}resnet34-b627a593.pth"},
     "resnet50": {
@@ -170,7 +165,7 @@ def fetch_backbone(backbone: Backbone, weights: str | os.PathLike[str]) -> Path:
         ValueError: neither of these.
         DownloadError, CheckpointError: see `fetch`.
     """
-    known = BACKBONES[backbone]
+    known = BACKBONE_WEIGHTS[backbone]
     name = list(known)[-1] if weights in ("imagenet", "DEFAULT") else os.fspath(weights)
     if name in known:
         url = known[name]

@@ -187,6 +187,9 @@ def test_results_and_errors_of_a_stream_can_be_paired(detector, photo, tmp_path)
         ("image 1", "image 1", 1),
         (str(tmp_path / "bad.jpg"), str(tmp_path / "bad.jpg"), 3),
     ]
+    with pytest.raises(ImageError) as caught:
+        list(detector.stream(frames))
+    assert (caught.value.source, caught.value.number) == ("image 1", 1)
     assert [(each.source, each.number) for each in detector([frame, photo])] == [
         ("image 0", 0),
         (str(photo), 1),

@@ -156,7 +156,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(name):
 
 
 def test_a_first_picture_does_not_wait_for_what_compiles(tmp_path):
-    """torchvision, and torch's compiler, which it and much else imports, would take as long as all the rest."""
+    """Of torchvision, or of torch's compiler, which much of torch imports, it would take twice as long."""
     result = run(
         "import sys, torch; before = set(sys.modules)\n"
         "import ssd.cli.detect, ssd.cli.demo\n"

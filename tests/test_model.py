@@ -309,7 +309,9 @@ def test_imagenet_weights_are_fetched_by_name_and_checked(tmp_path, server, monk
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "resnet18.pth")
     body = (tmp_path / "resnet18.pth").read_bytes()
     url = server.serve(f"/resnet18-{hashlib.sha256(body).hexdigest()[:8]}.pth", body)
-    monkeypatch.setitem(pretrained.BACKBONES, "resnet18", {"IMAGENET1K_V1": "https://x.org/old", "V2": url})
+    monkeypatch.setitem(
+        pretrained.BACKBONE_WEIGHTS, "resnet18", {"IMAGENET1K_V1": "https://x.org/old", "V2": url}
+    )
     model = SSD(2, "resnet18", backbone_weights="imagenet")
     expected = torchvision_resnet18().conv1.weight
     assert torch.equal(model.feature_extractor.feature_extractor[0].weight, expected)

@@ -3,7 +3,7 @@ import torch
 import torchvision
 
 from ssd.choices import BACKBONES
-from ssd.pretrained import BACKBONES as WEIGHTS
+from ssd.pretrained import BACKBONE_WEIGHTS
 from ssd.resnet import Trunk
 
 
@@ -49,6 +49,6 @@ def test_random_weights_spread_as_torchvisions(backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_weights_are_torchvisions_best_last(backbone):
     known = torchvision.models.get_model_weights(backbone)
-    assert WEIGHTS[backbone] == {name: known[name].url for name in WEIGHTS[backbone]}
-    assert set(WEIGHTS[backbone]) == {each.name for each in known}
-    assert list(WEIGHTS[backbone].values())[-1] == known.DEFAULT.url
+    assert BACKBONE_WEIGHTS[backbone] == {name: known[name].url for name in BACKBONE_WEIGHTS[backbone]}
+    assert set(BACKBONE_WEIGHTS[backbone]) == {each.name for each in known}
+    assert list(BACKBONE_WEIGHTS[backbone].values())[-1] == known.DEFAULT.url

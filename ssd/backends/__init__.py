@@ -33,6 +33,8 @@ class Kind:
     """With `load_file` and `write`; imported when used."""
     extra: str | None = None
     """Of pyproject.toml, where loading or writing needs packages that not everybody has."""
+    chooses_precision: bool = False
+    """Whether the runtime chooses between fp32 and bf16 when it loads a file."""
     folder: tuple[str, ...] = ()
     """Where `write` makes a folder: the names of its files. The first is the one that is loaded, by itself
     or by its folder's name."""
@@ -40,12 +42,12 @@ class Kind:
 
 BACKENDS = {
     "onnx": Kind(".onnx", ("fp32", "fp16"), "ssd.backends.onnx", extra="onnx"),
-    # It chooses between fp32 and bf16 when it loads a file.
     "openvino": Kind(
         "_openvino",
         ("fp32", "int8"),
         "ssd.backends.openvino",
         extra="openvino",
+        chooses_precision=True,
         folder=("model.xml", "model.bin"),
     ),
     "pt2": Kind(".pt2", ("fp32", "fp16", "bf16"), "ssd.backends.pt2"),
@@ -64,7 +66,7 @@ _HOMES = {
 }
 
 
-# These need torch, for which the help of a command should not wait.
+# These need torch, which the table does not.
 def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(f"ssd.backends.{_HOMES[name]}"), name)

@@ -21,7 +21,7 @@ from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import BACKBONES, PRECISIONS, Backbone
 from ssd.devices import choose_precision, usable_device
 from ssd.errors import CheckpointError, MissingExtra, NonFiniteError
-from ssd.postprocess import PaddedDetections, postprocess
+from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD, PaddedDetections, postprocess
 from ssd.pretrained import PUBLISHED
 from ssd.transforms import MEAN, STD, describe_transform, normalize
 
@@ -39,9 +39,9 @@ VERSION = 2
 class Options:
     """What a caller wants of the detections; see `Detector`."""
 
-    score_threshold: float
-    iou_threshold: float
-    max_detections: int
+    score_threshold: float = 0.4  # as on the hub page
+    iou_threshold: float = IOU_THRESHOLD
+    max_detections: int = 100
     classes: tuple[int, ...] | None = None
 
 
@@ -49,9 +49,9 @@ class Options:
 class NMS:
     """What an exported file that ends with NMS does in it."""
 
-    score_threshold: float = 0.05
-    iou_threshold: float = 0.5
-    max_detections: int = 200
+    score_threshold: float = SCORE_THRESHOLD
+    iou_threshold: float = IOU_THRESHOLD
+    max_detections: int = MOST_KEPT
 
 
 # --- What a file says of itself ---------------------------------------------------------------------------

@@ -12,11 +12,8 @@ from ssd.choices import Precision
 from ssd.devices import DTYPES
 from ssd.fused import fuse
 from ssd.model import SSD
-from ssd.postprocess import overlap
+from ssd.postprocess import MOST_PER_CLASS, overlap
 from ssd.transforms import MEAN, STD
-
-PER_CLASS = 200
-"""Most candidates of a class that take part in NMS, as in `ssd.postprocess`."""
 
 
 class Graph(nn.Module):
@@ -75,7 +72,7 @@ class Graph(nn.Module):
 
     def _detections(self, loc: Tensor, conf: Tensor, nms: NMS) -> tuple[Tensor, ...]:
         """What `ssd.postprocess` gives, in as many steps for any image; equal scores in any order."""
-        candidates = min(PER_CLASS, self.layout.num_default_boxes)
+        candidates = min(MOST_PER_CLASS, self.layout.num_default_boxes)
         scores = conf.softmax(1)[:, 1:]
         scores = torch.where(scores > nms.score_threshold, scores, 0.0)
         scores, box = scores.topk(candidates, 2)  # [N, classes, candidates]

@@ -20,6 +20,7 @@ from ssd.backends.base import (
 )
 from ssd.devices import usable_device
 from ssd.model import SSD
+from ssd.postprocess import MOST_PER_CLASS
 
 
 def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:
@@ -81,7 +82,7 @@ def _onnx_suppress(onnxscript: Any) -> Callable[..., Any]:
     op = onnxscript.opset18
 
     def suppress(boxes: Any, scores: Any, iou_threshold: float) -> Any:
-        limit = op.Constant(value_int=graph.PER_CLASS)
+        limit = op.Constant(value_int=MOST_PER_CLASS)
         # Candidates are those above 0; what is selected is (group, 0, index in the group).
         selected = op.NonMaxSuppression(
             boxes,

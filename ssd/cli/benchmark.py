@@ -54,8 +54,7 @@ def benchmark(
         used = weights
         if backend not in _IN_TORCH:
             path = Path(folder) / f"model{BACKENDS[backend].ending}"
-            # OpenVINO chooses its precision as it loads.
-            kept = "fp32" if backend == "openvino" or precision == AUTO else precision
+            kept = "fp32" if BACKENDS[backend].chooses_precision or precision == AUTO else precision
             # In a process of its own, since it needs more memory than what is measured.
             with usage_errors(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 used = str(pool.submit(export, weights, path, backend, precision=kept).result())

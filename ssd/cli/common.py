@@ -11,6 +11,7 @@ import typer
 from ssd.backends import kind_of
 from ssd.choices import PRECISIONS
 from ssd.cli.options import OneOf
+from ssd.data import FORMATS
 from ssd.detector import Detector
 from ssd.devices import usable_device
 from ssd.distributed import World
@@ -32,7 +33,8 @@ Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
 ]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images in the network at a time.")]
-Data: TypeAlias = Annotated[Path, typer.Argument(help="A COCO, YOLO or VOC folder, data.yaml, COCO .json.")]
+DATA_HELP = f"A dataset: {', '.join(title for each in FORMATS.values() for title in each.titles)}."
+Data: TypeAlias = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Images: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="For programs.")]
 

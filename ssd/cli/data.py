@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from ssd.boxes import LAYOUTS
 from ssd.check import check_dataset
 from ssd.cli import FAILED
 from ssd.cli.common import Data, Images
+from ssd.cli.options import OneOf
 from ssd.data import SPLITS, Annotations, find_split, load
 from ssd.shapes import CLASSES, write_dataset
 
@@ -17,6 +19,7 @@ from ssd.shapes import CLASSES, write_dataset
 def check(
     data: Data,
     images: Images = None,
+    layout: Annotated[str, OneOf(LAYOUTS), typer.Option(help="Of the network to be trained.")] = "300",
     as_json: Annotated[bool, typer.Option("--json", help="For programs; lists every problem.")] = False,
 ) -> None:
     """The exit status is 1 if there is anything that training refuses."""
@@ -28,7 +31,7 @@ def check(
     with tqdm(
         total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
     ) as bar:
-        report = check_dataset(read, on_done=bar.update)
+        report = check_dataset(read, LAYOUTS[layout], on_done=bar.update)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
     raise typer.Exit(FAILED if report.fatal else 0)
 

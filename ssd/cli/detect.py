@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from ssd.backends import Options
 from ssd.cli import FAILED
 from ssd.cli.common import (
     AUTO,
@@ -43,11 +44,15 @@ def detect(
     device: Device = None,
     precision: Precision = AUTO,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; for many images.")] = False,
-    score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection.")] = 0.4,
+    score_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Least score of a detection.")
+    ] = Options.score_threshold,
     iou_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Overlap at which the lower score goes.")
-    ] = 0.5,
-    max_detections: Annotated[int, typer.Option(min=1, help="Most objects of an image.")] = 100,
+    ] = Options.iou_threshold,
+    max_detections: Annotated[
+        int, typer.Option(min=1, help="Most objects of an image.")
+    ] = Options.max_detections,
     classes: Annotated[str | None, typer.Option(help="Only these, as in person,dog.")] = None,
     batch_size: BatchSize = 8,
     output: Annotated[
@@ -133,17 +138,25 @@ def detect(
 
 def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
     """The images of all sources, each once, and how many there are, if that is known."""
-    every = chain.from_iterable(map(find_images, sources))
+    every = _each_once(chain.from_iterable(map(find_images, sources)))
     if not all(source_of(text).is_listed for text in sources):
         return every, None
-    images = list({each.name: each for each in every}.values())
+    images = list(every)
     if not images:
         hint = "; subfolders are not searched, but 'FOLDER/**' is" if any(map(os.path.isdir, sources)) else ""
         raise typer.BadParameter(f"no images in {', '.join(sources)}{hint}", param_hint="SOURCES")
-    paths = [each.name for each in images if each.image == each.name]
+    paths = [each.name for each in images if isinstance(each.image, str) and each.image == each.name]
     if len(paths) == len(images) and not any(is_web_url(path) or os.path.exists(path) for path in paths):
         raise typer.BadParameter(f"no such file: {', '.join(paths)}", param_hint="SOURCES")
     return images, len(images)
+
+
+def _each_once(images: Iterable[Named]) -> Iterator[Named]:
+    seen: set[str] = set()
+    for image in images:
+        if image.name not in seen:
+            seen.add(image.name)
+            yield image
 
 
 def _share(images: Iterable[Named], total: int | None, world: World, batch_size: int) -> Iterable[Named]:

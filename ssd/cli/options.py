@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,8 @@ class FieldsOf:
     """In the annotation of ``**choices``: an option for each field of a dataclass; None where not given."""
 
     config: type
+    tables: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Of fields that name a row of a table, its names."""
 
 
 def with_choices(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,11 +35,11 @@ def with_choices(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    hints = get_type_hints(function, include_extras=True)
     parameters = [
         each
-        for parameter in inspect.signature(function).parameters.values()
-        for each in _spelt_out(parameter.replace(annotation=hints[parameter.name]))
+        # Not by get_type_hints, which in Python 3.10 hides what stands beside a default of None.
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+        for each in _spelt_out(parameter)
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -47,7 +49,7 @@ def with_choices(function: Callable[..., Any]) -> Callable[..., Any]:
 def _spelt_out(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
     for mark in getattr(parameter.annotation, "__metadata__", ()):
         if isinstance(mark, FieldsOf):
-            yield from _options_of(mark.config)
+            yield from _options_of(mark)
             return
         if isinstance(mark, OneOf):
             kind, *rest = get_args(parameter.annotation)
@@ -59,23 +61,23 @@ def _spelt_out(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
     yield parameter
 
 
-def _options_of(config: type) -> Iterator[inspect.Parameter]:
-    hints, docs = get_type_hints(config), field_docs(config)
-    for field in dataclasses.fields(config):
-        if field.metadata.get("hidden"):
-            continue
-        kind = hints[field.name]
-        flags = [field.metadata["flags"]] if "flags" in field.metadata else []
-        shown = "" if field.default is None else _text(field.default)
+def _options_of(fields: FieldsOf) -> Iterator[inspect.Parameter]:
+    hints, docs = get_type_hints(fields.config), field_docs(fields.config)
+    for each in dataclasses.fields(fields.config):
+        kind = hints[each.name]
+        flags = [each.metadata["flags"]] if "flags" in each.metadata else []
+        shown = "" if each.default is None else _text(each.default)
         option = typer.Option(
-            *flags, help=docs.get(field.name, "").replace("`", ""), show_default=shown or False
+            *flags, help=docs.get(each.name, "").replace("`", ""), show_default=shown or False
         )
         if get_origin(kind) is tuple:
             kind, option.parser, option.metavar = str, _numbers, "NUMBERS"
-        elif known := field_choices(kind):  # the config itself refuses others, as it does in Python
+        elif known := field_choices(kind) or tuple(
+            fields.tables.get(each.name, ())
+        ):  # the config itself refuses others, as it does in Python
             kind, option.metavar = str, f"[{'|'.join(known)}]"
         yield inspect.Parameter(
-            field.name,
+            each.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[kind | None, option],

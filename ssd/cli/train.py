@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ssd.boxes import LAYOUTS
 from ssd.cli.common import (
+    DATA_HELP,
     INTERRUPTED,
     Device,
     Images,
@@ -28,15 +30,14 @@ from ssd.data import (
 )
 from ssd.distributed import join
 from ssd.errors import UserError
+from ssd.loss import LOSSES
 from ssd.train import PRESETS, TrainConfig, fit, keep_memory
 
 
 def train(
     data: Annotated[
         Path | None,
-        typer.Argument(
-            help="Dataset: a COCO, YOLO or VOC folder, data.yaml or COCO .json.", show_default=False
-        ),
+        typer.Argument(help=DATA_HELP, show_default=False),
     ] = None,
     images: Images = None,
     val: Annotated[Path | None, typer.Option(help="To evaluate on; by default DATA's val split.")] = None,
@@ -51,7 +52,7 @@ def train(
     device: Device = None,
     lenient: Annotated[bool, typer.Option("--lenient", help="Leave out annotations that are bad.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
-    **choices: Annotated[Any, FieldsOf(TrainConfig)],
+    **choices: Annotated[Any, FieldsOf(TrainConfig, {"layout": LAYOUTS, "loss": LOSSES})],
 ) -> None:
     """Several processes: torchrun --nproc-per-node N -m ssd train ..."""
     given = {name: value for name, value in choices.items() if value is not None}

@@ -61,8 +61,8 @@ class Annotations:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Where bad ones are allowed: how many images and boxes are not used, by what is wrong with them."""
     follow_links: bool = False
-    """Whether links may lead out of `root`: only where the images were found by listing folders of the user,
-    not where a file, which may come from a stranger, names them."""
+    """Whether links may lead out of `root`: not where a COCO file, which may come from a stranger, names the
+    images."""
     labels_hint: str = field(default="", repr=False)
     """Where the boxes were looked for, for the message that there are none; empty where `source` tells it."""
 

@@ -186,16 +186,17 @@ def test_ctrl_c_and_sigterm_keep_what_is_done(photos, tmp_path, server, weights_
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 2
 
 
-def test_a_toy_source_by_one_row(run, tmp_path, monkeypatch):
-    """Its images come one after another, so that nobody knows how many there are."""
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_toy_source_by_one_row(run, tmp_path, monkeypatch, is_listed):
+    """Its images may come one after another, so that nobody knows how many there are."""
 
     def squares(text):
         for i in range(int(text.removeprefix("squares:"))):
             yield Named(f"square {i}", np.full((64, 64, 3), 50 * i, np.uint8))
 
-    kind = Source(lambda text: text.startswith("squares:"), squares, is_listed=False)
+    kind = Source(lambda text: text.startswith("squares:"), squares, is_listed=is_listed)
     monkeypatch.setitem(SOURCES, "squares", kind)
-    status, out, _ = run("detect", "squares:3", "--output", "out")
+    status, out, _ = run("detect", "squares:3", "squares:2", "--output", "out")
     assert status == 0
     assert out.splitlines()[-1].startswith("3 images, ")
     written = json.loads((tmp_path / "out" / "detections.json").read_text())

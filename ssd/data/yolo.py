@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ def has_split(path: Path, split: str) -> bool:
         return False
     config = _read_yaml(file)
     try:
-        return bool(_image_paths(file, config, split))
+        listings = _listings(file, config, split)
     except AnnotationError:  # Roboflow's files name splits that were not exported
         return False
+    return any(True for listing in listings for _ in _images_of(listing))  # the first image will do
 
 
 def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
@@ -123,26 +124,41 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _image_paths(file: Path, config: dict[str, Any], split: str) -> list[Path]:
-    folders = next((config[key] for key in split_names(split) if config.get(key)), None)
-    if folders is None:
+    """The images of a split: those of a folder sorted, those of a list as they are listed."""
+    found: list[Path] = []
+    for listing in _listings(file, config, split):
+        found += sorted(_images_of(listing)) if listing.is_dir() else _images_of(listing)
+    return [Path(os.path.abspath(path)) for path in found]
+
+
+def _listings(file: Path, config: dict[str, Any], split: str) -> list[Path]:
+    """The folders of a split's images, and text files that list them.
+
+    Raises:
+        AnnotationError: there is no such split, or one of them is not there.
+    """
+    entries = next((config[key] for key in split_names(split) if config.get(key)), None)
+    if entries is None:
         raise AnnotationError(f"{file}: there is no {split} split")
     base = file.parent / str(config.get("path") or "")
     base = base if base.is_dir() else file.parent
-    entries = folders if isinstance(folders, list) else [folders]
-    return [path for entry in entries for path in _images_of(file, base, str(entry))]
+    found = []
+    for entry in map(str, entries if isinstance(entries, list) else [entries]):
+        # Roboflow writes "../train/images" for a folder that lies beside its data.yaml.
+        candidates = (base / entry, file.parent / entry, base / entry.removeprefix("../"))
+        listing = next((path for path in candidates if path.is_dir() or path.is_file()), None)
+        if listing is None:
+            raise AnnotationError(f"{file}: there is no folder {entry}")
+        found.append(listing)
+    return found
 
 
-def _images_of(file: Path, base: Path, entry: str) -> list[Path]:
-    """The images of one entry: of a folder, also below it, or of a text file that lists them."""
-    # Roboflow writes "../train/images" for a folder that lies beside its data.yaml.
-    for candidate in (base / entry, file.parent / entry, base / entry.removeprefix("../")):
-        if candidate.is_dir():
-            found = sorted(path for path in candidate.rglob("*") if is_image_name(path.name))
-            return [Path(os.path.abspath(path)) for path in found]
-        if candidate.is_file():
-            lines = read_text(candidate).split("\n")
-            return [Path(os.path.abspath(candidate.parent / line.strip())) for line in lines if line.strip()]
-    raise AnnotationError(f"{file}: there is no folder {entry}")
+def _images_of(listing: Path) -> Iterator[Path]:
+    """The images of a folder, also below it, in any order; or those that a text file lists."""
+    if listing.is_dir():
+        yield from (path for path in listing.rglob("*") if is_image_name(path.name))
+    else:
+        yield from (listing.parent / line.strip() for line in read_text(listing).split("\n") if line.strip())
 
 
 def _label_file(image: Path, dataset: Path) -> Path:

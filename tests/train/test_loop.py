@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL_LAYOUT
 from training import CPU, QUICK, SMALL, Background, Broken, Interrupting, assert_equal, rows, weights
 
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.devices import native_precisions
 from ssd.errors import ImageError
 from ssd.model import SSD
+from ssd.shapes import CLASSES
 from ssd.train import TrainConfig, fit
 from ssd.train.loop import Stop
 from ssd.train.setup import rate_of
@@ -267,3 +269,33 @@ def test_accumulated_gradients_survive_an_interrupt(images, tmp_path):
     assert not fit(Interrupting(images, 8), None, config, tmp_path / "halves", say=None).finished
     fit(images, None, config, tmp_path / "halves", resume=True, say=None)
     assert_equal(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
+
+
+class Copies:
+    """One scene, again and again: all batches are the same."""
+
+    class_names = CLASSES
+
+    def __init__(self, images, count):
+        self._item, self._count = images[0], count
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        return self._item
+
+
+def test_accumulated_batches_make_a_step_as_large_as_one(images, tmp_path):
+    config = replace(SMALL, epochs=1, augmentation="none", ema=0.0, warmup=0)
+    fit(Copies(images, 2), None, replace(config, lr=0.02), tmp_path / "one", say=None)
+    # The rate is for 32 images, and this step has twice as many.
+    fit(Copies(images, 4), None, replace(config, lr=0.01, accumulate=2), tmp_path / "two", say=None)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    torch.manual_seed(config.seed)
+    before = SSD(7, "resnet18", layout=SMALL_LAYOUT).state_dict()
+    learnt = [key for key, value in one.items() if value.is_floating_point() and "running" not in key]
+    moved = [key for key in learnt if not torch.equal(one[key], before[key])]
+    assert "conf.0.weight" in moved
+    for key in moved:
+        torch.testing.assert_close(one[key] - before[key], two[key] - before[key], atol=1e-6, rtol=0.02)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_LAYOUT
+from PIL import Image
+from typer.testing import CliRunner
 
-from ssd import backends, checkpoint, export
+from ssd import backends, checkpoint, cli, export
 from ssd.backends import BACKENDS, Kind
 from ssd.detector import Detector
 
@@ -84,6 +86,22 @@ def test_another_kind_is_a_module_and_a_row(tiny_model, tmp_path, monkeypatch):
         export.export(weights, tmp_path / "model.toy", "toy", precision="fp16")
     with pytest.raises(ValueError, match=r"has to end in \.toy"):
         export.export(weights, tmp_path / "model.onnx", "toy")
+
+
+def test_another_kind_is_known_to_the_command(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "toy_backend.py").write_text(textwrap.dedent(TOY))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(BACKENDS, "toy", Kind(".toy", ("fp32",), "toy_backend"))
+    checkpoint.save("w.safetensors", tiny_model.state_dict(), NAMES, layout=SMALL_LAYOUT)
+    Image.new("RGB", (80, 60)).save("photo.png")
+    run = CliRunner()
+    result = run.invoke(cli.app, ["export", "w.safetensors", "--format", "toy"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "w.toy (" in result.stdout
+    result = run.invoke(cli.app, ["detect", "photo.png", "--weights", "w.toy", "--output", "out"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (tmp_path / "out" / "detections.json").is_file()
 
 
 def test_a_package_that_a_kind_without_an_extra_misses_is_named(tmp_path, monkeypatch):

@@ -118,6 +118,11 @@ class Detections:
                 f"class ids must be from 0 to {len(self.class_names) - 1}, one for each class name"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for array in (self.boxes, self.scores, self.class_ids):
+            array.setflags(write=False)  # which NumPy's own pickles forget
+
     def __len__(self) -> int:
         return len(self.boxes)
 

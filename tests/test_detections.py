@@ -1,6 +1,8 @@
+import copy
 import csv
 import io
 import json
+import pickle
 import threading
 
 import numpy as np
@@ -55,6 +57,13 @@ def test_it_cannot_be_changed(found):
         found.scores = None
     with pytest.raises(ValueError, match="read-only"):
         found.scores[0] = 1
+
+
+def test_pickled_and_copied_it_is_the_same_and_cannot_be_changed_either(found):
+    for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert other.to_dict() == found.to_dict()
+        with pytest.raises(ValueError, match="read-only"):
+            other.boxes[0] = 0
 
 
 def test_it_does_not_share_the_given_arrays():

@@ -352,8 +352,9 @@ class Detector:
         finished = False
         try:
             for number, source in enumerate(sources):
-                outcome = _submit(pool, self._read, source, number, scaled=scaled)
-                waiting.append((_named(source, number)[0], number, outcome))
+                named = _named(source, number)
+                outcome = _submit(pool, self._read, named, number, scaled=scaled)
+                waiting.append((named.name, number, outcome))
                 if len(waiting) >= max(ahead, workers):
                     yield from oldest()
             while waiting:

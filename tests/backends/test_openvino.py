@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -41,3 +44,23 @@ def test_it_runs_on_the_cpu_only(tiny_exported):
 
     with pytest.raises(ValueError, match="runs on the CPU here, not on cuda"):
         load(tiny_exported["openvino"], torch.device("cuda"))
+
+
+def test_a_signal_is_survived_after_detectors_are_gone(tiny_exported):
+    """With AMX, each runtime of OpenVINO brings a stack for signals, and may put back one that is gone."""
+    code = """if True:
+        import gc, os, signal, sys
+        from ssd import Detector
+        heard = []
+        signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+        first, second = (Detector.load(sys.argv[1]) for _ in range(2))
+        del first
+        gc.collect()
+        del second
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard
+    """
+    assert (
+        subprocess.run([sys.executable, "-c", code, tiny_exported["openvino"]], check=False).returncode == 0
+    )

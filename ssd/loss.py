@@ -11,6 +11,9 @@ from ssd.boxes import encode
 
 NEGATIVES_PER_POSITIVE = 3  # SSD paper, section 2.2; NVIDIA's Loss
 
+LEAST_NEGATIVES = 8
+"""Negatives that `BatchMultiBoxLoss` takes of each image at least."""
+
 
 class Losses(NamedTuple):
     """The two terms of each image, float32 ``[N]``; the loss of a batch is the mean of their sum."""
@@ -47,25 +50,67 @@ class MultiBoxLoss(nn.Module):
             boxes: matched boxes, float32 cxcywh, normalised, ``[N, P, 4]``; see `ssd.boxes.match`.
             labels: their classes, int64 ``[N, P]``; 0 is background.
         """
-        loc, conf = loc.float(), conf.float()
         positive = labels > 0
         positives = positive.sum(1)
-        zero = loc.new_zeros(())
-
-        cross_entropy = F.cross_entropy(conf, labels, reduction="none")  # [N, P]
+        zero = loc.new_zeros((), dtype=torch.float32)
+        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes)
         hardest = cross_entropy.where(~positive, zero).sort(dim=1, descending=True).values
         rank = torch.arange(labels.shape[1], device=labels.device)
         mined = hardest.where(rank < NEGATIVES_PER_POSITIVE * positives[:, None], zero)
-        conf_loss = cross_entropy.where(positive, zero).sum(1) + mined.sum(1)
-
-        distance = F.smooth_l1_loss(
-            loc.transpose(1, 2), encode(boxes, self.default_boxes), reduction="none"
-        ).sum(2)
         loc_loss = distance.where(positive, zero).sum(1)
-
+        conf_loss = cross_entropy.where(positive, zero).sum(1) + mined.sum(1)
         count = positives.clamp(min=1)
         return Losses(loc_loss / count, conf_loss / count)
 
 
-LOSSES: dict[str, Callable[[Tensor], nn.Module]] = {"multibox": MultiBoxLoss}
+class BatchMultiBoxLoss(nn.Module):
+    """`MultiBoxLoss` with negatives of the whole batch, so that images without objects teach, too.
+
+    Three times as many negatives as the batch has positives are taken from all of its images together: those
+    with the highest cross-entropy, wherever they are. Of each image, the hardest `LEAST_NEGATIVES` are among
+    them in any case. All is divided by the positives of the mean image; at least by as many as go with
+    `LEAST_NEGATIVES`, for batches with few.
+
+    Args:
+        default_boxes: float32 cxcywh, normalised, ``[P, 4]``.
+    """
+
+    default_boxes: Tensor
+
+    def __init__(self, default_boxes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("default_boxes", default_boxes, persistent=False)
+
+    def forward(self, loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor) -> Losses:
+        """Loss terms of each image of a batch; arguments as of `MultiBoxLoss`."""
+        positive = labels > 0
+        positives = positive.sum()
+        zero = loc.new_zeros((), dtype=torch.float32)
+        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes)
+        hardness = cross_entropy.detach().where(~positive, -1)
+        mined = _mined(hardness, NEGATIVES_PER_POSITIVE * positives) & ~positive
+        count = (positives / len(labels)).clamp(min=LEAST_NEGATIVES / NEGATIVES_PER_POSITIVE)
+        loc_loss = distance.where(positive, zero).sum(1)
+        conf_loss = cross_entropy.where(positive | mined, zero).sum(1)
+        return Losses(loc_loss / count, conf_loss / count)
+
+
+def _mined(hardness: Tensor, count: Tensor) -> Tensor:
+    """Which are the `count` hardest of all, or among the `LEAST_NEGATIVES` hardest of their row."""
+    order = hardness.flatten().sort(descending=True).indices
+    rank = torch.arange(len(order), device=order.device)
+    mined = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < count).view_as(hardness)
+    least = min(LEAST_NEGATIVES, hardness.shape[1])
+    return mined.scatter_(1, hardness.topk(least, dim=1).indices, value=True)
+
+
+def _errors(
+    loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor, default_boxes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of each default box, in float32 ``[N, P]``: smooth L1 summed over its offsets, and cross-entropy."""
+    distance = F.smooth_l1_loss(loc.float().transpose(1, 2), encode(boxes, default_boxes), reduction="none")
+    return distance.sum(2), F.cross_entropy(conf.float(), labels, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor], nn.Module]] = {"batch": BatchMultiBoxLoss, "multibox": MultiBoxLoss}
 """Losses by name: each is made of the default boxes, and called as `MultiBoxLoss`."""

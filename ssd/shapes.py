@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from ssd.files import atomic_file
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
+DISTRACTORS = ("half disc", "arrow", "corner")
+"""Shapes of no class."""
 
 MOST_OBJECTS = 8
 BACKGROUND_ONLY = 0.08  # of the scenes hold no shape
@@ -25,16 +27,19 @@ Rng = np.random.Generator
 Pixels = npt.NDArray[np.float32]
 
 
-def draw_scene(rng: Rng) -> tuple[Image.Image, npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def draw_scene(
+    rng: Rng, kinds: Sequence[str] = CLASSES
+) -> tuple[Image.Image, npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """A scene of shapes.
 
     Size, colour, texture, rotation, overlap and background vary; some scenes hold nothing but background.
 
     Args:
         rng: decides everything.
+        kinds: of the shapes, among `CLASSES` and `DISTRACTORS`.
 
     Returns:
-        An RGB image; boxes, xyxy in whole pixels, ``[M, 4]``; labels ``[M]``, 1 for `CLASSES[0]`.
+        An RGB image; boxes, xyxy in whole pixels, ``[M, 4]``; labels ``[M]``, 1 for the first of the kinds.
         A box is that of the whole shape, even where another covers it, clipped to the image.
 
     >>> image, boxes, labels = draw_scene(np.random.default_rng(3))
@@ -49,8 +54,8 @@ def draw_scene(rng: Rng) -> tuple[Image.Image, npt.NDArray[np.float64], npt.NDAr
     areas: list[int] = []
     count = 0 if rng.random() < BACKGROUND_ONLY else int(rng.integers(1, MOST_OBJECTS + 1))
     for _ in range(count):
-        label = int(rng.integers(len(CLASSES))) + 1
-        mask = _mask(rng, CLASSES[label - 1], min(width, height))
+        label = int(rng.integers(len(kinds))) + 1
+        mask = _mask(rng, kinds[label - 1], min(width, height))
         h, w = mask.shape
         for _attempt in range(10):
             x, y = (
@@ -126,14 +131,12 @@ def _write_split(
         image, boxes, labels = draw_scene(np.random.default_rng((*seed, i)))
         name = f"{i:06}.jpg"
         image.save(folder / split / name, quality=90)
-        content["images"].append(
-            {"id": i + 1, "file_name": name, "width": image.width, "height": image.height}
-        )
+        content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
         for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             content["annotations"].append(
                 {
                     "id": len(content["annotations"]) + 1,
-                    "image_id": i + 1,
+                    "image_id": i,
                     "category_id": label,
                     "bbox": [left, top, right - left, bottom - top],
                     "area": (right - left) * (bottom - top),
@@ -191,6 +194,12 @@ def _outline(kind: str) -> npt.NDArray[np.float64]:
         for _ in range(3):
             parts.append(parts[-1] @ turn.T)
         return np.concatenate(parts)
+    if kind == "half disc":
+        return spokes(64, (1.0,))[:33]
+    if kind == "arrow":
+        return np.array([(1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3), (-1, -0.3), (0.1, -0.3), (0.1, -0.8)])
+    if kind == "corner":
+        return np.array([(-0.8, -0.8), (-0.2, -0.8), (-0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (-0.8, 0.8)])
     corners = {"circle": 64, "ring": 64, "square": 4, "triangle": 3, "star": 10}[kind]
     return spokes(corners, (1.0, 0.45) if kind == "star" else (1.0,))
 

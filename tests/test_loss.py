@@ -6,7 +6,7 @@ from conftest import waiting_for_cuda_fails
 from hypothesis import given, settings
 
 from ssd.boxes import LAYOUTS, encode, match
-from ssd.loss import LOSSES, MultiBoxLoss
+from ssd.loss import LOSSES, BatchMultiBoxLoss, MultiBoxLoss
 
 DEFAULT_BOXES = LAYOUTS["300"].default_boxes()
 
@@ -63,6 +63,63 @@ def test_equals_a_slow_oracle(seed, count, classes, share):
     np.testing.assert_allclose(losses.loc + losses.conf, expected, rtol=1e-4, atol=1e-5)
 
 
+def batch_oracle(conf, labels):
+    """The confidence loss of a batch, box by box."""
+    surprise = -conf.log_softmax(1)
+    entropy = [
+        [surprise[n, labels[n, p], p].item() for p in range(labels.shape[1])] for n in range(len(labels))
+    ]
+    negatives = [(n, p) for n in range(len(labels)) for p in range(labels.shape[1]) if labels[n, p] == 0]
+    negatives.sort(key=lambda each: -entropy[each[0]][each[1]])
+    positives = int((labels > 0).sum())
+    chosen = set(negatives[: 3 * positives])
+    for n in range(len(labels)):
+        chosen |= set([each for each in negatives if each[0] == n][:8])
+    chosen |= {tuple(each) for each in (labels > 0).nonzero().tolist()}
+    return sum(entropy[n][p] for n, p in chosen) / max(positives, 8 / 3 * len(labels))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 5), st.floats(0, 1))
+def test_the_batch_loss_equals_a_slow_oracle(seed, count, classes, share):
+    random = torch.Generator().manual_seed(seed)
+    defaults = torch.rand(count, 4, generator=random) * 0.5 + 0.1
+    loc = torch.randn(3, 4, count, generator=random) * 2
+    conf = torch.randn(3, classes, count, generator=random) * 3
+    boxes = torch.rand(3, count, 4, generator=random) * 0.5 + 0.1
+    labels = torch.randint(1, classes, (3, count), generator=random)
+    labels *= torch.rand(3, count, generator=random) < share
+    batch = BatchMultiBoxLoss(defaults)(loc, conf, boxes, labels)
+    np.testing.assert_allclose(batch.conf.mean(), batch_oracle(conf, labels), rtol=1e-4, atol=1e-5)
+    single, positives = MultiBoxLoss(defaults)(loc, conf, boxes, labels), (labels > 0).sum(1)
+    expected = (single.loc * positives).sum() / max(int(positives.sum()), 8)
+    np.testing.assert_allclose(batch.loc.mean(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_without_boxes_teaches_in_the_batch_loss():
+    conf = torch.zeros(2, 3, 8732)
+    conf[:, 0] = 4  # all is background ...
+    conf[1, 2, 100:130] = 9  # ... but for what is seen in the second image, which has nothing
+    conf.requires_grad_()
+    truths = torch.tensor([[[0.1, 0.1, 0.5, 0.5]], [[0.0, 0.0, 0.0, 0.0]]]), torch.tensor([[1], [0]])
+    boxes, labels = match(*truths, DEFAULT_BOXES)
+    assert (labels[0] > 0).any()
+    assert not labels[1].any()
+    total(BatchMultiBoxLoss(DEFAULT_BOXES)(torch.zeros(2, 4, 8732), conf, boxes, labels)).backward()
+    assert (conf.grad[1, 2, 100:130] > 0).sum() >= min(3 * int((labels > 0).sum()), 30)
+    assert (conf.grad[0] != 0).any(0).sum() >= 8
+
+
+def test_a_batch_without_boxes_has_a_finite_loss():
+    conf = torch.zeros(2, 3, 8732, requires_grad=True)
+    labels = torch.zeros(2, 8732, dtype=torch.int64)
+    losses = BatchMultiBoxLoss(DEFAULT_BOXES)(
+        torch.zeros(2, 4, 8732), conf, DEFAULT_BOXES.expand(2, -1, 4), labels
+    )
+    np.testing.assert_allclose(losses.conf.detach(), 3 * np.log(3), rtol=1e-6)  # 8 of ln 3 over 8 / 3
+    assert not losses.loc.any()
+
+
 def test_images_without_boxes_give_zero_and_finite_gradients():
     loc = torch.randn(2, 4, 8732, requires_grad=True)
     conf = torch.randn(2, 3, 8732, requires_grad=True)
@@ -93,17 +150,22 @@ def test_half_precision_logits_that_would_overflow_a_sum_stay_finite():
     assert losses.conf.isfinite().all()
 
 
-def test_a_bad_image_is_told_apart():
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_bad_image_is_told_apart(name):
     loc, conf = torch.zeros(3, 4, 8732), torch.zeros(3, 3, 8732)
     loc[1, 0, :] = torch.nan
     boxes, labels = match(torch.tensor([[[0.1, 0.1, 0.5, 0.5]]] * 3), torch.ones(3, 1).long(), DEFAULT_BOXES)
-    losses = MultiBoxLoss(DEFAULT_BOXES)(loc, conf, boxes, labels)
+    losses = LOSSES[name](DEFAULT_BOXES)(loc, conf, boxes, labels)
     assert (losses.loc + losses.conf).isfinite().tolist() == [True, False, True]
+    conf[2, 1, :] = torch.nan
+    losses = LOSSES[name](DEFAULT_BOXES)(loc, conf, boxes, labels)
+    assert (losses.loc + losses.conf).isfinite().tolist() == [True, False, False]
 
 
-def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
+@pytest.mark.parametrize("name", LOSSES)
+def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(name, fake_cuda):
     device = torch.device("cuda")
-    loss = MultiBoxLoss(DEFAULT_BOXES).to(device)
+    loss = LOSSES[name](DEFAULT_BOXES).to(device)
     boxes, labels = match(
         torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]).to(device),
         torch.ones(1, 1).long().to(device),
@@ -114,10 +176,11 @@ def test_runs_on_the_device_of_its_inputs_and_waits_for_nothing(fake_cuda):
 
 
 @pytest.mark.cuda
-def test_no_host_synchronisation_on_cuda():
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_host_synchronisation_on_cuda(name):
     device = torch.device("cuda")
     defaults = DEFAULT_BOXES.to(device)
-    loss = MultiBoxLoss(defaults)
+    loss = LOSSES[name](defaults)
     truths = torch.tensor([[[0.1, 0.1, 0.5, 0.5]]], device=device), torch.ones(1, 1, device=device).long()
     loc = torch.zeros(1, 4, 8732, device=device, requires_grad=True)
     conf = torch.zeros(1, 3, 8732, device=device, requires_grad=True)

@@ -47,8 +47,10 @@ class TrainConfig:
     """Decay of the moving average of the weights that is evaluated and saved; 0 for none."""
     clip: float = 0.0
     """Largest norm of all gradients; 0 for no limit."""
-    loss: str = "multibox"
-    """Name of the loss."""
+    loss: str = "batch"
+    """Name of the loss: batch takes negatives where the batch has the hardest, multibox image by image.
+
+    With multibox, as published, images without objects teach nothing."""
     iou_threshold: float = 0.5
     """Overlap (IoU) above which a default box takes a ground truth."""
     precision: Literal["auto", Precision] = "auto"
@@ -154,6 +156,7 @@ PRESETS = {
         lr=2.6e-3,
         schedule="multistep",
         augmentation="published",
+        loss="multibox",
         ema=0.0,
         head_norm=False,
         crowd=True,

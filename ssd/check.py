@@ -1,12 +1,16 @@
-"""Reading a whole dataset before training: what is in it, what is wrong, what the network can match."""
+"""Reading a whole dataset before training: what is in it, what is wrong, what the network can match.
+
+What is refused is for `ssd.data.judge.judge_split` to say, as in training and evaluation.
+"""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +19,14 @@ import torch
 
 from ssd.boxes import PUBLISHED_LAYOUT, Layout, box_iou, to_corners
 from ssd.data.annotations import Annotations, Problem
-from ssd.data.judge import judge_image, lost_images
-from ssd.errors import ImageError
+from ssd.data.formats import SPLITS, find_split, load
+from ssd.data.judge import Purpose, is_without_images, judge_image, judge_split, lost_images, notes_of
+from ssd.errors import AnnotationError, ImageError
 from ssd.images import load_image
 
 _SAMPLE = 5000  # boxes that are compared with the default boxes; more tell nothing new
 _SHOWN = 5
+_CHUNK = 1024  # images that are read ahead, of any number
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class SplitReport:
     """The part of all boxes that overlaps a default box by more than 0.5. The others only get the one that
     fits best, and are hard to learn."""
     problems: list[Problem]
+    """Fatal are those that training refuses, or evaluation in the splits that are not trained on."""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,13 @@ class Report:
     splits: list[SplitReport]
     size: int
     """Width and height of the network's input in pixels, at which boxes are told apart by size."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Splits that cannot be read at all, and why."""
 
     @property
     def fatal(self) -> int:
-        """How many problems training refuses."""
-        return sum(problem.fatal for split in self.splits for problem in split.problems)
+        """How many problems training or evaluation refuses."""
+        return len(self.unread) + sum(each.fatal for split in self.splits for each in split.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; with all problems."""
@@ -84,34 +94,85 @@ class Report:
         row("  all", [f"{split.matched:.0%}" for split in self.splits])
         for split in self.splits:
             lines += _problem_lines(split)
+        lines += [f"{name}: cannot be read: {why}" for name, why in self.unread.items()]
         return "\n".join(lines)
 
 
 def _problem_lines(split: SplitReport) -> list[str]:
+    lines = [f"{split.name}: note: {line}" for line in split.notes]
     if not split.problems:
-        return [f"{split.name}: nothing wrong"]
-    lines = []
+        return [*lines, f"{split.name}: nothing wrong"]
     for (kind, fatal), count in Counter((each.kind, each.fatal) for each in split.problems).most_common():
         lines.append(f"{split.name}: {'' if fatal else 'note: '}{kind}: {count}")
-        some = [each for each in split.problems if each.kind == kind]
+        some = [each for each in split.problems if (each.kind, each.fatal) == (kind, fatal)]
         lines += [f"  {each}" for each in some[:_SHOWN]]
         lines += [f"  and {count - _SHOWN} more (--json lists all)"] if count > _SHOWN else []
     return lines
+
+
+def read_splits(path: Path, images: Path | None = None) -> tuple[dict[str, Annotations], dict[str, str]]:
+    """Every split of a dataset; the first one's classes are those of the others.
+
+    Args:
+        path: see `ssd.data.load`.
+        images: the folder of the images, where it cannot be found by the layout; see `load_beside`.
+
+    Returns:
+        The splits by name, and of those that cannot be read, why. One to train on should be among them.
+
+    Raises:
+        AnnotationError: none can be read.
+        FileNotFoundError: there is no such path.
+    """
+    read: dict[str, Annotations] = {}
+    unread: dict[str, AnnotationError] = {}
+    for split in SPLITS:
+        if split != "train" and not find_split(path, split):
+            continue
+        try:
+            if read:
+                names = next(iter(read.values())).class_names
+                read[split] = load_beside(path, split, images, names)
+            else:
+                read[split] = load(path, split, images=images)
+        except AnnotationError as error:
+            unread[split] = error
+    if not read:
+        raise next(iter(unread.values()))
+    return read, {split: str(error) for split, error in unread.items()}
+
+
+def load_beside(path: Path, split: str, images: Path | None, class_names: Sequence[str]) -> Annotations:
+    """A split beside the one that is trained on, as training and `ssd check` read it.
+
+    Args:
+        path, split, class_names: see `ssd.data.load`.
+        images: the folder that was named for the images to train on; this split's are looked for there, too,
+            where its own place has none of them.
+    """
+    annotations = load(path, split, class_names=class_names)
+    if images is not None and is_without_images(annotations):
+        annotations = load(path, split, images=images, class_names=class_names)
+    return annotations
 
 
 def check_dataset(
     splits: dict[str, Annotations],
     layout: Layout = PUBLISHED_LAYOUT,
     on_done: Callable[[], object] = lambda: None,
+    *,
+    unread: Mapping[str, str] | None = None,
 ) -> Report:
     """Read every image and annotation of a dataset.
 
     Args:
-        splits: annotations by the name of their split, from `ssd.data.load`.
+        splits: annotations by the name of their split, from `ssd.data.load`; "train" is judged by what
+            training takes, others by what evaluation takes.
         layout: of the network that is to be trained: its input, and its default boxes.
         on_done: called after each image.
+        unread: splits that cannot be read, and why; see `read_splits`.
     """
-    contents: dict[str, tuple[str, str]] = {}  # digest of an image file -> split and name
+    contents: dict[bytes, tuple[str, int]] = {}  # digest of an image file -> split and index
     reports = []
     for name, annotations in splits.items():
         problems = list(annotations.problems)
@@ -119,37 +180,39 @@ def check_dataset(
             on_done()
             problems += [problem] if problem else []
             if digest:
-                file = str(annotations.file_names[i])
-                split, other = contents.setdefault(digest, (name, file))
-                if (split, other) != (name, file):
+                split, other = contents.setdefault(digest, (name, i))
+                file, twin = str(annotations.file_names[i]), str(splits[split].file_names[other])
+                if (split, twin) != (name, file):
                     kind = "image twice" if split == name else "image in two splits"
-                    message = f"is the same image as {other} of {split}"
+                    message = f"is the same image as {twin} of {split}"
                     problems.append(Problem(kind, file, "", message, fatal=False))
-        reports.append(_report(name, annotations, problems, layout))
-    return Report(reports, layout.size)
+        reports.append(_report(name, replace(annotations, problems=tuple(problems)), layout))
+    return Report(reports, layout.size, dict(unread or {}))
 
 
-def _read_images(annotations: Annotations) -> Iterator[tuple[str, Problem | None]]:
+def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | None]]:
     """The digest of each image's file, and what is wrong with it that is not known already."""
     lost = lost_images(annotations.problems)
 
-    def read(i: int) -> tuple[str, Problem | None]:
+    def read(i: int) -> tuple[bytes, Problem | None]:
         name = str(annotations.file_names[i])
         if name in lost:
-            return "", None
+            return b"", None
         try:
             content = annotations.path(i).read_bytes()
             found: tuple[int, int] | str = load_image(content, name=name).size
-        except (ImageError, OSError) as error:
+        except (AnnotationError, ImageError, OSError) as error:
             found = str(error).removeprefix(f"{name}: ")
         problem = judge_image(annotations, i, found)
-        return "" if problem else hashlib.sha256(content).hexdigest(), problem
+        return b"" if problem else hashlib.sha256(content).digest(), problem
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield from pool.map(read, range(len(annotations)))
+        for start in range(0, len(annotations), _CHUNK):
+            yield from pool.map(read, range(start, min(start + _CHUNK, len(annotations))))
 
 
-def _report(name: str, annotations: Annotations, problems: list[Problem], layout: Layout) -> SplitReport:
+def _report(name: str, annotations: Annotations, layout: Layout) -> SplitReport:
+    purpose: Purpose = "training" if name == "train" else "evaluation"
     real = annotations.usable & ~annotations.crowd
     per_image = np.diff(annotations.starts)
     sizes, matched = _matches(annotations, real, layout)
@@ -171,7 +234,8 @@ def _report(name: str, annotations: Annotations, problems: list[Problem], layout
         },
         sizes=size_rows,
         matched=_share(matched),
-        problems=problems,
+        problems=judge_split(annotations, purpose),
+        notes=notes_of(annotations, purpose),
     )
 
 

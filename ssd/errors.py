@@ -31,7 +31,7 @@ class ExportError(UserError, RuntimeError):
 
 
 class LostContactError(UserError, RuntimeError):
-    """Another process of the run has died or hangs; the message names the rank that noticed."""
+    """Another process of the run, or one that reads for it, has died or hangs; the message says which."""
 
 
 class NonFiniteError(UserError, FloatingPointError):

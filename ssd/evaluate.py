@@ -55,6 +55,8 @@ class Evaluation:
     detections: int
     left_out: dict[str, int] = field(default_factory=dict)
     """Images and annotations that could not be used and do not count, by what is wrong with them."""
+    sizes_by_box: int = field(default=0, compare=False)
+    """Boxes that are small, medium or large by their own area: no other, or an impossible one, is given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -65,6 +67,11 @@ class Evaluation:
         lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections"]
         if self.left_out:
             lines.append(f"left out of these numbers ({listed(self.left_out)})")
+        if self.sizes_by_box:
+            lines.append(
+                f"small, medium and large are by the area of the box for {self.sizes_by_box} of {self.boxes} "
+                "boxes, for which no area, or none that can be right, is given"
+            )
         lines.append("")
         lines += [f"{name:6} {_cell(self.metrics[name])}  {MEANINGS[name]}" for name in METRICS]
         lines += ["", f"{'class':{wide}}  {'boxes':>7}  {'AP':>6}  {'AP50':>6}"]
@@ -166,15 +173,22 @@ def evaluate_detector(
     return measured
 
 
-Target = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.float64]]
+Target = tuple[
+    npt.NDArray[np.float64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.bool_],
+    npt.NDArray[np.float64],
+    npt.NDArray[np.bool_],
+]
 
 
 def _as_truth(target: Mapping[str, Any], name: str) -> Target:
-    """Boxes, labels, crowd and areas of an item; the last two as torchvision's datasets call them."""
+    """Boxes, labels, crowd and areas of an item, as torchvision's datasets call them; and which are given."""
     boxes, labels = as_targets(target, name)
     crowd = _column(target, "iscrowd", np.zeros(len(labels)), name)
     areas = _column(target, "area", (boxes[:, 2:] - boxes[:, :2]).prod(1), name)
-    return boxes.astype(np.float64), labels, crowd.astype(np.bool_), areas.astype(np.float64)
+    given = np.full(len(labels), "area" in target)
+    return boxes.astype(np.float64), labels, crowd.astype(np.bool_), areas.astype(np.float64), given
 
 
 def _column(target: Mapping[str, Any], key: str, default: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
@@ -189,7 +203,9 @@ def _column(target: Mapping[str, Any], key: str, default: npt.NDArray[Any], name
 
 def _from_targets(targets: Mapping[int, Target], class_names: tuple[str, ...]) -> Annotations:
     order = sorted(targets)
-    boxes, labels, crowd, areas = (np.concatenate([targets[i][part] for i in order]) for part in range(4))
+    boxes, labels, crowd, areas, given = (
+        np.concatenate([targets[i][part] for i in order]) for part in range(5)
+    )
     if len(labels) and labels.max() > len(class_names):
         raise AnnotationError(f"the dataset has a label {labels.max()}, the model {len(class_names)} classes")
     return Annotations(
@@ -205,6 +221,7 @@ def _from_targets(targets: Mapping[int, Target], class_names: tuple[str, ...]) -
         labels=labels,
         crowd=crowd,
         areas=areas,
+        areas_given=given,
         usable=np.ones(len(labels), np.bool_),
         problems=(),
     )
@@ -240,7 +257,14 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
         boxes=len(real),
         detections=detections,
         left_out={kind: n for kind, n in annotations.left_out.items() if kind not in MISSHAPEN},
+        sizes_by_box=_sizes_by_box(annotations),
     )
+
+
+def _sizes_by_box(annotations: Annotations) -> int:
+    """How many boxes, without crowd, have no area but their own; 0 where nobody asked."""
+    given = annotations.areas_given
+    return int((~given & ~annotations.crowd).sum()) if len(given) == len(annotations.labels) else 0
 
 
 def run_coco(annotations: Annotations, found: Mapping[int, Detections]) -> Any:

@@ -1,13 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
-from made_data import annotation, coco, plain
+from made_data import annotation, coco, picture, plain
 from PIL import Image
 
 from ssd import shapes
 from ssd.boxes import Layout
-from ssd.check import check_dataset, size_limits
+from ssd.check import check_dataset, load_beside, size_limits
 from ssd.data import load
 
 
@@ -138,3 +139,38 @@ def test_an_image_that_vanishes_while_it_is_checked_is_told(scenes):
     (scenes / "train" / "000000.jpg").unlink()
     (problem,) = check_dataset({"train": annotations}).splits[0].problems
     assert (problem.kind, problem.file) == ("unreadable image", "000000.jpg")
+
+
+def test_boxes_without_area_are_refused_of_the_split_that_is_trained_on(tmp_path):
+    """Evaluation takes them, as the official code."""
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2)]
+    boxes = [annotation(id=1), annotation(id=2, image_id=2, bbox=[5, 5, 0, 9])]
+    found = load(plain(tmp_path, coco(images, boxes), ("1.jpg", "2.jpg")))
+    report = check_dataset({"train": found, "val": found})
+    assert report.fatal == 1
+    kinds = [[(each.kind, each.fatal) for each in split.problems] for split in report.splits]
+    assert kinds[0] == [("zero area", True), ("image twice", False)]
+    assert kinds[1][0] == ("zero area", False)
+    assert "train: zero area: 1\n" in str(report)
+    assert "val: note: zero area: 1\n" in str(report)
+
+
+def test_what_is_told_of_a_split_is_in_the_text_and_the_data(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2)]
+    plain(tmp_path, coco(images), ("1.jpg", "2.jpg"))
+    found = replace(load(tmp_path), notes=("1 image has no label file",))
+    report = check_dataset({"train": found})
+    text = str(report)
+    assert "train: note: 1 image has no label file\n" in text
+    assert "train: note: 1 of 2 images have no boxes to train on and are background\n" in text
+    assert len(report.to_dict()["splits"][0]["notes"]) == 2
+
+
+def test_a_second_split_finds_its_images_beside_or_where_the_first_ones_are(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(coco([{"id": 1, "file_name": f"{split}.jpg"}])))
+    picture(tmp_path / "photos" / "val.jpg")
+    assert load_beside(tmp_path, "val", tmp_path / "photos", ["dog", "cat"]).root == tmp_path / "photos"
+    picture(tmp_path / "val" / "val.jpg")
+    found = load_beside(tmp_path, "val", tmp_path / "photos", ["dog", "cat"])
+    assert (found.root, found.class_names) == (tmp_path / "val", ("dog", "cat"))

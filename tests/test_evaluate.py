@@ -230,6 +230,35 @@ def test_crowd_and_areas_of_items_count(scene_model):
     assert truth.areas.tolist() == [2500, 4900]
 
 
+def test_sizes_that_are_the_boxes_own_are_told(scenes, scene_model):
+    detector = Detector(scene_model, shapes.CLASSES)
+    given = evaluate_detector(detector, OneItem(area=[2000, 4000]), ALONE)
+    assert (given.sizes_by_box, "area of the box" in str(given)) == (0, False)
+    own = evaluate_detector(detector, OneItem(), ALONE)
+    assert "small, medium and large are by the area of the box for 2 of 2 boxes" in str(own)
+    assert own.to_dict()["sizes_by_box"] == 2
+    annotations = load(scenes, "val")
+    some = replace(annotations, areas_given=np.arange(len(annotations.labels)) > 2)
+    assert measure(some, perfect(some)).sizes_by_box == 3
+    assert measure(annotations, perfect(annotations)).sizes_by_box == 0
+
+
+def test_areas_that_cannot_be_do_not_bend_the_sizes(scenes, tmp_path):
+    """As where a converter wrote 1 everywhere: then those of the boxes count, which here are right."""
+    content = json.loads((scenes / "val.json").read_text())
+    for each in content["annotations"]:
+        each["area"] = each["bbox"][2] * each["bbox"][3]
+    (tmp_path / "right.json").write_text(json.dumps(content))
+    for each in content["annotations"]:
+        each["area"] = 1.0
+    (tmp_path / "ones.json").write_text(json.dumps(content))
+    right, ones = (load(tmp_path / name, images=scenes / "val") for name in ("right.json", "ones.json"))
+    found = measure(ones, blurred(ones))
+    assert found.metrics == measure(right, blurred(right)).metrics
+    assert found.metrics["APm"] >= 0
+    assert found.sizes_by_box == found.boxes
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -252,7 +281,7 @@ def test_an_item_whose_image_cannot_be_read_is_named(scene_model):
         def __getitem__(self, index):
             return b"no image", super().__getitem__(index)[1]
 
-    with pytest.raises(ImageError, match="^item 0: not an image"):
+    with pytest.raises(ImageError, match="^item 0: this is a text file"):
         detect_all(Detector(scene_model, shapes.CLASSES), Broken(), ALONE)
 
 

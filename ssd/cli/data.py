@@ -8,11 +8,10 @@ import typer
 from tqdm import tqdm
 
 from ssd.boxes import LAYOUTS
-from ssd.check import check_dataset
+from ssd.check import check_dataset, read_splits
 from ssd.cli import FAILED
 from ssd.cli.common import Data, Images
 from ssd.cli.options import OneOf
-from ssd.data import SPLITS, Annotations, find_split, load
 from ssd.shapes import CLASSES, write_dataset
 
 
@@ -22,16 +21,12 @@ def check(
     layout: Annotated[str, OneOf(LAYOUTS), typer.Option(help="Of the network to be trained.")] = "300",
     as_json: Annotated[bool, typer.Option("--json", help="For programs; lists every problem.")] = False,
 ) -> None:
-    """The exit status is 1 if there is anything that training refuses."""
-    splits = [split for split in SPLITS if find_split(data, split)] or ["train"]
-    read: dict[str, Annotations] = {}
-    for split in splits:
-        names = read[splits[0]].class_names if read else None
-        read[split] = load(data, split, images=images, class_names=names)
+    """The exit status is 1 if training, or evaluation on one of the splits, would refuse anything of it."""
+    read, unread = read_splits(data, images)
     with tqdm(
         total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
     ) as bar:
-        report = check_dataset(read, LAYOUTS[layout], on_done=bar.update)
+        report = check_dataset(read, LAYOUTS[layout], on_done=bar.update, unread=unread)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
     raise typer.Exit(FAILED if report.fatal else 0)
 

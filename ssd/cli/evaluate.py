@@ -18,12 +18,14 @@ from ssd.cli.common import (
     Weights,
     chosen_device,
     load_detector,
+    results_folder,
 )
 from ssd.cli.options import OneOf
 from ssd.data import SPLITS, load, usable_for_evaluation
+from ssd.data.judge import notes_of
 from ssd.distributed import join
 from ssd.evaluate import coco_results, detect_all, measure
-from ssd.files import atomic_file, new_run_folder
+from ssd.files import atomic_file
 
 
 def evaluate(
@@ -48,10 +50,13 @@ def evaluate(
         from ssd.plots import draw_plots, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
 
         require_matplotlib()  # before all the work, not after it
-    with join(chosen_device(device)) as world:
+    with join(chosen_device(device)) as world, results_folder(output, "evaluate", world) as folder:
         detector = load_detector(weights, world, device, precision)
         annotations = load(data, split, images=images, class_names=detector.class_names)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
+        if world.is_main:
+            for line in notes_of(annotations, "evaluation"):
+                typer.echo(f"{split}: {line}", err=as_json)
         share = len(world.share(len(annotations), batch_size))
         hidden = True if not world.is_main or as_json else None
         with tqdm(total=share, unit="image", disable=hidden) as bar:
@@ -59,14 +64,12 @@ def evaluate(
         if not world.is_main:
             return
         result = measure(truth, found)
-        folder = output or new_run_folder("evaluate")
-        folder.mkdir(parents=True, exist_ok=True)
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
         facts |= {"precision": detector.precision}
+        typer.echo(json.dumps(facts, indent=2) if as_json else result)  # whatever becomes of the files
         for name, content in (("metrics", facts), ("detections", coco_results(truth, found))):
             with atomic_file(folder / f"{name}.json") as file:
                 file.write(json.dumps(content).encode())
         if plots:
             draw_plots(truth, found, folder)
-    typer.echo(json.dumps(facts, indent=2) if as_json else result)
     typer.echo(f"\nmetrics.json and detections.json in {folder}", err=as_json)

@@ -2,21 +2,23 @@
 
 import json
 import os
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from ssd.boxes import LAYOUTS
+from ssd.check import load_beside
 from ssd.cli.common import (
     DATA_HELP,
     INTERRUPTED,
     Device,
     Images,
     chosen_device,
-    folder_of_all,
+    results_folder,
     usage_errors,
 )
 from ssd.cli.options import FieldsOf, OneOf
@@ -24,14 +26,19 @@ from ssd.data import (
     Annotations,
     DetectionDataset,
     find_split,
-    is_without_images,
     load,
     usable_for_evaluation,
 )
-from ssd.distributed import join
+from ssd.data.holdout import hold_out, part_by_names
+from ssd.distributed import World, join
 from ssd.errors import UserError
+from ssd.files import atomic_file
 from ssd.loss import LOSSES
 from ssd.train import PRESETS, TrainConfig, fit, keep_memory
+from ssd.train.setup import require_free
+
+HELD_OUT = "val_images.txt"
+"""The file of a run folder that lists the images that were held out, a line each."""
 
 
 def train(
@@ -42,6 +49,12 @@ def train(
     images: Images = None,
     val: Annotated[Path | None, typer.Option(help="To evaluate on; by default DATA's val split.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Part of the images to hold out and evaluate on, such as 0.2, where there is no val split."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default runs/train-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; needs nothing else.")] = None,
     preset: Annotated[
@@ -56,26 +69,34 @@ def train(
 ) -> None:
     """Several processes: torchrun --nproc-per-node N -m ssd train ..."""
     given = {name: value for name, value in choices.items() if value is not None}
-    if data is None and resume is None:
-        raise typer.BadParameter("give a dataset, or --resume RUN")
+    _require_sense(data, val, resume, val_fraction, starts=bool(output or preset))
     if resume is not None and resume.is_file():
         resume = resume.parent  # a file of the run, such as last.safetensors
-    if resume is not None and (output or preset):
-        raise typer.BadParameter(
-            "a run that goes on keeps its folder and preset; leave out --output, --preset"
-        )
     paths = {"data": data, "images": images, "val": val, "val_images": val_images}
     # Resuming may start in another folder.
     source: dict[str, Any] = {key: str(path.absolute()) for key, path in paths.items() if path is not None}
     source |= {"lenient": True} if lenient else {}
+    source |= {"val_fraction": val_fraction} if val_fraction is not None else {}
     if os.path.isfile(given.get("weights", "")):
         given["weights"] = os.path.abspath(given["weights"])
     keep_memory()
     config, source = _settle(preset or "default", resume, given, source)
-    train_set, val_set = _datasets(source, crowd=config.crowd)
-    with join(chosen_device(device)) as world:
-        folder = resume or folder_of_all(output, "train", world)
+    with (
+        join(chosen_device(device)) as world,
+        results_folder(output, "train", world) if resume is None else nullcontext(resume) as folder,
+    ):
+        if resume is None:
+            require_free(folder / "state.pt")
         try:
+            train_set, val_set = _datasets(source, crowd=config.crowd)
+            if "val_fraction" in source:
+                if resume is None and val_set is not None:
+                    raise typer.BadParameter(
+                        "there is a val split, which is what is evaluated on; leave out --val-fraction"
+                    )
+                train_set, val_set = _held_out(
+                    train_set, source["val_fraction"], config.seed, folder, world, resume=resume is not None
+                )
             result = fit(
                 train_set,
                 val_set,
@@ -88,9 +109,9 @@ def train(
                 source=source,
                 tensorboard=tensorboard,
             )
-        except Exception as error:
-            with suppress(OSError):
-                folder.rmdir()  # where nothing was written
+        except BaseException as error:
+            if not (folder / "config.json").exists():  # the run has not begun
+                (folder / HELD_OUT).unlink(missing_ok=True)
             if isinstance(error, ValueError) and not isinstance(error, UserError):
                 raise typer.BadParameter(str(error)) from error
             raise
@@ -103,6 +124,26 @@ def train(
         typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors")
 
 
+def _require_sense(
+    data: Path | None, val: Path | None, resume: Path | None, val_fraction: float | None, *, starts: bool
+) -> None:
+    """Refuse arguments that contradict each other; `starts`: some are only for a run that starts."""
+    if data is None and resume is None:
+        raise typer.BadParameter("give a dataset, or --resume RUN")
+    if resume is not None and starts:
+        raise typer.BadParameter(
+            "a run that goes on keeps its folder and preset; leave out --output, --preset"
+        )
+    if val_fraction is None:
+        return
+    if resume is not None:
+        raise typer.BadParameter("a run that goes on keeps what it held out; leave out --val-fraction")
+    if val is not None:
+        raise typer.BadParameter("--val is what is evaluated on; leave it out, or --val-fraction")
+    if not 0 < val_fraction < 1:
+        raise typer.BadParameter(f"--val-fraction is above 0 and below 1, such as 0.2; got {val_fraction:g}")
+
+
 def _settle(
     preset: str, resume: Path | None, choices: dict[str, Any], source: dict[str, Any]
 ) -> tuple[TrainConfig, dict[str, Any]]:
@@ -112,6 +153,8 @@ def _settle(
         source, config = (saved["data"] or {}) | source, saved["config"] | choices
         if "data" not in source:
             raise typer.BadParameter(f"{resume} was not started by this command; give its dataset too")
+        if {"val", "val_fraction"} <= set(source):
+            raise typer.BadParameter(f"{resume} evaluates on the images that it held out; leave out --val")
     else:
         config = asdict(PRESETS[preset]) | choices
     try:
@@ -140,7 +183,38 @@ def _datasets(source: dict[str, Any], *, crowd: bool) -> tuple[DetectionDataset,
     path, names = source.get("val", source["data"]), annotations.class_names
     if "val" not in source and not find_split(path, "val"):
         return train_set, None
-    val_set = load(path, "val", images=source.get("val_images"), class_names=names)
-    if "images" in source and not {"val", "val_images"} & set(source) and is_without_images(val_set):
-        val_set = load(path, "val", images=source["images"], class_names=names)
+    if {"val", "val_images"} & set(source):
+        val_set = load(path, "val", images=source.get("val_images"), class_names=names)
+    else:
+        val_set = load_beside(path, "val", source.get("images"), names)
     return train_set, usable_for_evaluation(val_set, lenient=lenient)
+
+
+def _held_out(
+    whole: DetectionDataset, fraction: float, seed: int, folder: Path, world: World, *, resume: bool
+) -> tuple[DetectionDataset, Annotations]:
+    """The images to train on, and those that are held out: as the run folder says, or chosen and noted."""
+    file = folder / HELD_OUT
+    annotations = whole.annotations
+    if resume:
+        try:
+            names = file.read_text(encoding="utf-8").split("\n")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{file} is missing, which lists the images that the run held out; put it back"
+            ) from None
+        train, val = part_by_names(annotations, filter(None, names))
+    else:
+        hidden = True if not world.is_main else None
+        with tqdm(
+            total=len(annotations), desc="looking for copies", unit="image", disable=hidden, leave=False
+        ) as bar:
+            train, val = hold_out(annotations, fraction, seed, on_done=bar.update)
+        if world.is_main:
+            with atomic_file(file) as new:
+                new.write("".join(f"{name}\n" for name in val.file_names).encode())
+    if world.is_main:
+        held = f"{len(val)} of {len(annotations)} images are held out to evaluate on"
+        typer.echo(f"{held}, nearly equal ones together; {file} lists them")
+    # What was left out is told of the images to train on.
+    return DetectionDataset(train, crowd=whole.crowd), replace(val, left_out={})

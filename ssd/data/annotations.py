@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +60,10 @@ class Annotations:
     problems: tuple[Problem, ...] = field(repr=False)
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Where bad ones are allowed: how many images and boxes are not used, by what is wrong with them."""
-    follow_links: bool = False
-    """Whether links may lead out of `root`: not where a COCO file, which may come from a stranger, names the
-    images."""
+    notes: tuple[str, ...] = ()
+    """What one may want to know of the split, a line each."""
+    areas_given: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
+    """``[T]``: whether an area is what the file says, and not the box's; empty where nobody asked."""
     labels_hint: str = field(default="", repr=False)
     """Where the boxes were looked for, for the message that there are none; empty where `source` tells it."""
 
@@ -73,12 +74,12 @@ class Annotations:
         """The file of an image.
 
         Raises:
-            AnnotationError: a link in its name leads out of the image folder, which is not allowed there.
+            AnnotationError: the name leads out of the image folder.
         """
-        path = self.root / str(self.file_names[i])
-        if not self.follow_links and leads_out(path, self.root):
-            raise AnnotationError(f"{self.source}: {self.file_names[i]} {told_link(self.root)}")
-        return path
+        name = PurePath(str(self.file_names[i]))
+        if name.anchor or ".." in name.parts:
+            raise AnnotationError(f"{self.source}: {name} leads out of {self.root}")
+        return self.root / name
 
     def without(self, names: set[str]) -> "Annotations":
         """The same without some images and their boxes."""
@@ -101,6 +102,7 @@ class Annotations:
             labels=self.labels[boxes],
             crowd=self.crowd[boxes],
             areas=self.areas[boxes],
+            areas_given=self.areas_given[boxes] if len(self.areas_given) else self.areas_given,
             usable=self.usable[boxes],
             problems=tuple(problem for problem in self.problems if problem.file not in gone),
         )
@@ -109,16 +111,3 @@ class Annotations:
         """Where the boxes of an image are."""
         i = range(len(self))[i]  # negative ones count from the end
         return slice(int(self.starts[i]), int(self.starts[i + 1]))
-
-
-def leads_out(path: Path, root: Path) -> bool:
-    """Whether links take a path out of a folder."""
-    return not path.resolve().is_relative_to(root.resolve())
-
-
-def told_link(root: Path) -> str:
-    """What messages say of an image that is reached by such a link."""
-    return (
-        f"is reached by a link that leads out of {root}; copy the image there, or give the folder that the "
-        "links point into with --images (images=...)"
-    )

@@ -1,17 +1,32 @@
 """What the readers of all formats share: names of splits, numbers, paths, and putting a record together."""
 
-from collections import Counter
+import codecs
+import math
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ssd.data.annotations import Annotations, Problem
-from ssd.data.judge import judge_boxes, judge_files, judge_repeats, lost_images, upright_sizes
+from ssd.data.judge import (
+    MISSING,
+    UNKNOWN_CATEGORY,
+    judge_areas,
+    judge_boxes,
+    judge_files,
+    judge_repeats,
+    lost_images,
+    upright_sizes,
+)
+from ssd.data.names import ImageFolder
 from ssd.errors import AnnotationError
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names under which folders keep each split."""
+
+TWICE = "duplicate category"
 
 
 def split_names(split: str) -> tuple[str, ...]:
@@ -25,72 +40,107 @@ class Builder:
     Args:
         source: the annotation file, or the folder of them.
         root: the folder of the images.
-        follow_links: see `Annotations.follow_links`.
     """
 
-    def __init__(self, source: Path, root: Path, *, follow_links: bool = False) -> None:
-        self.source, self.root, self._follow_links = source, root, follow_links
+    def __init__(self, source: Path, root: Path) -> None:
+        self.source, self.root = source, root
         self.names: list[str] = []
+        """The file of each image, relative to `root`; what was written where none was found."""
+        self._folder = ImageFolder(root)
+        self._written: list[str] = []
+        self._guessed: list[bool] = []
+        self._lost: set[int] = set()
         self._ids: list[int | str] = []
         self._sizes: list[tuple[int, int]] = []
-        self._boxes: list[tuple[float, ...]] = []
-        self._rows: list[tuple[int, int, bool, float | None, str]] = []
+        # Of each box; in arrays, for there may be millions.
+        self._boxes, self._areas = array("d"), array("d")
+        self._images, self._labels_given, self._crowd = array("q"), array("q"), array("b")
+        self._tags: list[str] = []
         self._problems: list[Problem] = []
+        self._notes: list[str] = []
+        self._class_names: tuple[str, ...] = ()
+        self._category_ids: tuple[int, ...] = ()
+        self._twins: dict[int, int] = {}
 
     def problem(self, kind: str, file: str, annotation: str, message: str, *, fatal: bool = True) -> None:
         """Note what is wrong; see `Problem`."""
         self._problems.append(Problem(kind, file, annotation, message, fatal))
 
+    def note(self, text: str) -> None:
+        """Add a line to `Annotations.notes`."""
+        self._notes.append(text)
+
     def set_classes(
         self, names: Sequence[str], category_ids: tuple[int, ...], wanted: Sequence[str] | None
-    ) -> list[int]:
+    ) -> list[int | None]:
         """Settle the classes.
 
         Args:
-            names: of the dataset's categories.
+            names: of the dataset's categories. Several of one name are one class; where boxes are of more
+                than one of them, that is a problem.
             category_ids: of the same.
             wanted: the classes of a model, in its order; None for the dataset's own.
 
         Returns:
-            The label of each of the dataset's categories.
+            What `add_box` takes as the label of each of the dataset's categories; None of one that is none of
+            the classes, which is a problem of each box that is of it.
 
         Raises:
-            AnnotationError: there are no categories, two have one name, or one is none of the classes.
+            AnnotationError: there are no categories.
         """
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or not names:
-            what = f"two categories are called {twice[0]!r}" if twice else "there are no categories"
-            raise AnnotationError(f"{self.source}: {what}")
+        if not names:
+            raise AnnotationError(f"{self.source}: there are no categories")
+        first = {name: names.index(name) for name in dict.fromkeys(names)}
+        ids = {name: category_ids[i] for name, i in first.items()}
         if wanted is None:
-            self._class_names, self._category_ids = tuple(names), category_ids
+            self._class_names, self._category_ids = tuple(first), tuple(ids.values())
         else:
-            unknown = [name for name in names if name not in wanted]
-            if unknown:
-                raise AnnotationError(
-                    f"{self.source}: the categories {', '.join(unknown[:5])} are none of the classes "
-                    f"{', '.join(wanted[:10])}{' ...' if len(wanted) > 10 else ''}"
-                )
-            ids = dict(zip(names, category_ids, strict=True))
             free = iter(i for i in range(1, 2 * len(wanted) + len(ids) + 1) if i not in ids.values())
             self._class_names = tuple(wanted)
             self._category_ids = tuple(ids[name] if name in ids else next(free) for name in wanted)
-        return [self._class_names.index(name) + 1 for name in names]
+        labels: list[int | None] = []
+        for i, name in enumerate(names):
+            label = self._class_names.index(name) + 1 if name in self._class_names else None
+            if label is not None and i != first[name]:
+                # A label of its own, until it is known whether there are boxes of it.
+                twin = len(self._class_names) + 1 + len(self._twins)
+                self._twins[twin] = label
+                label = twin
+            labels.append(label)
+        return labels
 
-    def add_image(self, name: str, image_id: int | str, width: object, height: object) -> int:
-        """Add an image, by its path within `root`; its index, which `add_box` takes."""
+    def add_image(self, written: str, image_id: int | str, width: object, height: object) -> int:
+        """Add an image.
+
+        Args:
+            written: its name or path as it was written, on whatever machine: `ssd.data.names` finds its file
+                within `root`. Where there is none, that is a problem of the image.
+            image_id: see `Annotations`.
+            width, height: of the upright image; anything but numbers where they are not known.
+
+        Returns:
+            Its index, which `add_box` takes.
+        """
         size = finite_numbers([width, height], 2)
         self._sizes.append((int(size[0]), int(size[1])) if size and min(size) >= 1 else (0, 0))
-        self.names.append(name)
+        found = self._folder.find(written)
+        index = len(self.names)
+        if found.why:
+            self._lose(index, found.name, found.why)
+        self.names.append(found.name)
+        self._written.append(written)
+        self._guessed.append(found.guessed)
         self._ids.append(image_id)
-        return len(self.names) - 1
+        return index
 
     def add_box(
         self,
         image: int,
         tag: str,
         box: tuple[float, ...],
-        label: int,
+        label: int | None,
         *,
+        category: str = "",
         crowd: bool = False,
         area: float | None = None,
     ) -> None:
@@ -100,28 +150,43 @@ class Builder:
             image: the index of its image.
             tag: what messages call it.
             box: xyxy in pixels of the upright image.
-            label: counted from 1.
-            crowd, area: see `Annotations`.
+            label: of its category, from `set_classes`; None becomes a problem of this box.
+            category: the name of its category, for that problem.
+            crowd, area: see `Annotations`; None where the file gives no area.
         """
-        self._boxes.append(box)
-        self._rows.append((image, label, crowd, area, tag))
+        if label is None:
+            what = f"its category {category!r}" if category else "its category"
+            some = ", ".join(self._class_names[:10]) + (" ..." if len(self._class_names) > 10 else "")
+            self.problem(UNKNOWN_CATEGORY, self.names[image], tag, f"{what} is none of the classes {some}")
+        else:
+            self._boxes.extend(box)
+            self._images.append(image)
+            self._labels_given.append(label)
+            self._crowd.append(crowd)
+            self._areas.append(math.nan if area is None else area)
+            self._tags.append(tag)
 
     def build(self, labels_hint: str = "") -> Annotations:
         """The record of all that was added, with what is wrong with it."""
-        self._problems += judge_files(self.root, self.names, follow_links=self._follow_links)
-        self._problems += judge_repeats(self.names)
+        self._tell_guesses()
+        self._problems += judge_files(
+            self.root, [name for i, name in enumerate(self.names) if i not in self._lost]
+        )
         self._read_sizes()
-        rows = self._rows
-        image = np.array([row[0] for row in rows], np.int64)
+        image = np.array(self._images, np.int64)
         order = np.argsort(image, kind="stable")
         boxes = np.array(self._boxes, np.float64).reshape(-1, 4)[order]
         image = image[order]
-        tags = [rows[i][4] for i in order]
-        labels = np.array([rows[i][1] for i in order], np.int64)
+        tags = [self._tags[i] for i in order]
+        labels = np.array(self._labels(), np.int64)[order]
         sizes = np.array(self._sizes, np.int64).reshape(-1, 2)
         usable, problems = judge_boxes(boxes, labels, image, tags, self.names, sizes)
+        problems += judge_repeats(self.names, image, labels, boxes)
         extent = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        given = np.array([np.nan if rows[i][3] is None else rows[i][3] for i in order], np.float64)
+        given = np.array(self._areas, np.float64)[order]
+        areas_given, told = judge_areas(given, boxes, usable)
+        if told:
+            problems.append(Problem("impossible area", str(self.source), "", told, fatal=False))
         counts = np.bincount(image, minlength=len(self.names))
         return Annotations(
             root=self.root,
@@ -134,13 +199,60 @@ class Builder:
             starts=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
             boxes=boxes,
             labels=labels,
-            crowd=np.array([rows[i][2] for i in order], np.bool_),
-            areas=np.where(np.isnan(given), extent, given),
+            crowd=np.array(self._crowd, np.bool_)[order],
+            areas=np.where(areas_given, given, extent),
+            areas_given=areas_given,
             usable=usable,
             problems=(*self._problems, *problems),
-            follow_links=self._follow_links,
+            notes=tuple(self._notes),
             labels_hint=labels_hint,
         )
+
+    def _lose(self, image: int, name: str, why: str) -> None:
+        """Note that an image has no file."""
+        self._lost.add(image)
+        self._problems.append(Problem(MISSING, name, "", why))
+
+    def _tell_guesses(self) -> None:
+        """Tell which images are called otherwise; a file that two names may stand for is neither's."""
+        entries: dict[str, list[int]] = defaultdict(list)
+        for i, name in enumerate(self.names):
+            if i not in self._lost:
+                entries[name].append(i)
+        for name, same in entries.items():
+            guessed = [i for i in same if self._guessed[i]]
+            others = {self._written[i] for i in same}
+            if len(others) < 2 or not guessed:
+                continue
+            for i in guessed:
+                other = next(each for each in sorted(others) if each != self._written[i])
+                self.names[i] = self._written[i]
+                self._lose(
+                    i,
+                    self.names[i],
+                    f"there is no such file in {self.root}; {name}, which its last parts fit, may be that of "
+                    f"{other!r}. Name the images so that they can be told apart",
+                )
+        sure = [i for i, guessed in enumerate(self._guessed) if guessed and i not in self._lost]
+        if sure:
+            self._notes.append(
+                f"{len(sure)} of {len(self.names)} images were found by the last parts of their names, or by "
+                f"another spelling, such as {self.names[sure[0]]} for {self._written[sure[0]]}"
+            )
+
+    def _labels(self) -> list[int]:
+        """The label of each box; categories of one name become one class here."""
+        used = set(self._labels_given)
+        categories = Counter(self._twins.get(label, label) for label in used)
+        for label in sorted(label for label, count in categories.items() if count > 1):
+            self.problem(
+                TWICE,
+                str(self.source),
+                "",
+                f"{categories[label]} categories with boxes are called {self._class_names[label - 1]!r}; "
+                "give each a name of its own; --lenient (lenient=True) takes them for one class",
+            )
+        return [self._twins.get(label, label) for label in self._labels_given]
 
     def _read_sizes(self) -> None:
         """Read sizes that the files do not give, without which nobody knows which boxes lie outside."""
@@ -164,7 +276,8 @@ def finite_numbers(values: object, count: int) -> tuple[float, ...] | None:
 def number(text: str | None) -> float:
     """A number that is written as text; NaN if it is none."""
     try:
-        return float(text or "nan")
+        # An underscore between digits is Python's own way to write them.
+        return float(text) if text and "_" not in text else float("nan")
     except ValueError:
         return float("nan")
 
@@ -182,5 +295,24 @@ def stays_inside(name: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; bytes that are no UTF-8 become question marks."""
-    return path.read_text(encoding="utf-8", errors="replace")
+    """The text of a file; see `decode`."""
+    return decode(path.read_bytes())
+
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins as the next does
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode(content: bytes) -> str:
+    """Bytes as text: UTF-8, or what a byte-order mark says; bytes that are none become question marks.
+
+    >>> decode("cat".encode("utf-16")), decode(b"\\xef\\xbb\\xbfcat"), decode(b"cat")
+    ('cat', 'cat', 'cat')
+    """
+    mark, encoding = next((each for each in _MARKS if content.startswith(each[0])), (b"", "utf-8"))
+    text = content[len(mark) :].decode(encoding, "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

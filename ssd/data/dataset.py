@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ssd.data.annotations import Annotations
-from ssd.data.judge import require_size, usable_for_training
+from ssd.data.judge import require_size, trained_on, usable_for_training
 from ssd.errors import AnnotationError
 from ssd.images import load_image
 
@@ -24,10 +24,10 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
 
     Args:
         annotations: see `ssd.data.load`.
-        lenient: leave out annotations that cannot be used, and images that are missing, that a link has
-            outside of the folder where that is not allowed, that are none, or that have another size than
-            their annotations say, instead of refusing them. An image that turns out to be damaged within
-            stops training in any case; `ssd check` finds it.
+        lenient: leave out annotations that cannot be used, and images that are missing, that are none, that
+            are labelled twice and differently, or that have another size than their annotations say, instead
+            of refusing them. An image that turns out to be damaged within stops training in any case; `ssd
+            check` finds it.
         crowd: keep crowd boxes, as NVIDIA's training code does.
 
     Raises:
@@ -38,7 +38,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         self.annotations = annotations = usable_for_training(annotations, lenient=lenient)
         self.class_names = annotations.class_names
         self.crowd = crowd
-        self._kept = annotations.usable & (~annotations.crowd | crowd)
+        self._kept = trained_on(annotations, crowd=crowd)
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -98,25 +98,30 @@ def as_targets(target: Mapping[str, Any], name: str) -> tuple[npt.NDArray[np.flo
 
     Args:
         target: "boxes", xyxy in pixels ``[M, 4]``, and "labels", ``[M]`` from 1; tensors, arrays or lists.
-            Where M is 0, any shape without elements will do.
+            Where M is 0, any shape without elements will do. Boxes that are torchvision's BoundingBoxes may
+            be XYWH or CXCYWH. A target that has "image_id" alone, as torchvision's wrapped CocoDetection
+            gives for an image without annotations, has no boxes.
         name: what messages call the item.
 
     Returns:
-        Boxes, float32 ``[M, 4]``, and labels, int64 ``[M]``.
+        Boxes, float32 xyxy ``[M, 4]``, and labels, int64 ``[M]``.
 
     Raises:
-        AnnotationError: other shapes, boxes that are not finite or have no area, labels that are no whole
-            numbers or below 1.
+        AnnotationError: other shapes, boxes that are not finite, have no area or are rotated, labels that are
+            no whole numbers or below 1.
     """
-    try:
-        boxes, labels = target["boxes"], target["labels"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise AnnotationError(f'{name}: a target is a dict with "boxes" and "labels"') from error
+    if isinstance(target, Mapping) and set(target) == {"image_id"}:
+        target = {"boxes": [], "labels": []}
+    if not isinstance(target, Mapping) or not {"boxes", "labels"} <= set(target):
+        raise AnnotationError(f"{name}: {_told_target(target)}")
+    boxes, labels = target["boxes"], target["labels"]
+    box_format = _box_format(boxes, name)
     boxes, labels = as_array(boxes, f"{name}: its boxes"), as_array(labels, f"{name}: its labels")
     boxes = boxes if boxes.size else boxes.reshape(0, 4)
     labels = labels if labels.size else labels.reshape(0)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise AnnotationError(f"{name}: boxes are [M, 4] (xyxy in pixels); got {list(boxes.shape)}")
+    boxes = _as_corners(boxes, box_format)
     if labels.ndim != 1:
         raise AnnotationError(f"{name}: labels are [M], one for each box; got {list(labels.shape)}")
     if len(boxes) != len(labels):
@@ -132,6 +137,40 @@ def as_targets(target: Mapping[str, Any], name: str) -> tuple[npt.NDArray[np.flo
     if len(labels) and labels.min() < 1:
         raise AnnotationError(f"{name}: labels count from 1 (0 is the background); got {labels.min()}")
     return boxes, labels.astype(np.int64)
+
+
+def _told_target(target: object) -> str:
+    """What is wrong with a target that is none."""
+    what = f"a {type(target).__name__}"
+    if isinstance(target, Mapping):
+        what = f"one with {', '.join(map(repr, list(target)[:8])) or 'nothing'}"
+    raw = isinstance(target, list) or (isinstance(target, Mapping) and set(target) == {"annotation"})
+    remedy = "; torchvision's datasets give that with wrap_dataset_for_transforms_v2(dataset)" if raw else ""
+    return f'a target is a dict with "boxes" and "labels", not {what}{remedy}'
+
+
+def _box_format(boxes: object, name: str) -> str:
+    """The format that torchvision's BoundingBoxes say they are in; that of all others is XYXY.
+
+    Raises:
+        AnnotationError: boxes are rotated.
+    """
+    found = getattr(getattr(boxes, "format", None), "value", "XYXY")
+    if found not in ("XYXY", "XYWH", "CXCYWH"):
+        raise AnnotationError(
+            f"{name}: its boxes are rotated ({found}); give the upright box around each of them, as XYXY"
+        )
+    return str(found)
+
+
+def _as_corners(boxes: npt.NDArray[Any], box_format: str) -> npt.NDArray[Any]:
+    """xyxy of boxes ``[M, 4]`` in a format of `_box_format`."""
+    if box_format == "XYXY":
+        return boxes
+    boxes = boxes.astype(np.float64)
+    first, size = boxes[:, :2], boxes[:, 2:]
+    first = first - size / 2 if box_format == "CXCYWH" else first
+    return np.concatenate([first, first + size], axis=1)
 
 
 def as_array(values: object, what: str) -> npt.NDArray[Any]:

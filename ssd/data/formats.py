@@ -4,6 +4,7 @@ Another format is one file, with the functions of a row, and one row.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ssd.data import coco, voc, yolo
 from ssd.data.annotations import Annotations
 from ssd.data.builder import SPLITS
 from ssd.errors import AnnotationError
+from ssd.signatures import HEAD, identify
 
 __all__ = ["FORMATS", "SPLITS", "Format", "find_split", "load"]
 
@@ -31,6 +33,8 @@ class Format:
     read: Callable[[Path, str, Path | None, Sequence[str] | None], Annotations]
     """``read(path, split, images, class_names)``; see `load`. Raises an AnnotationError where it cannot."""
 
+
+_MOST_TOLD = 10  # folders that a message lists
 
 FORMATS = {
     "coco": Format(
@@ -67,9 +71,12 @@ def load(
 ) -> Annotations:
     """Read the annotations of one split of a dataset of any format in `FORMATS`.
 
-    Folders: COCO (``train.json`` with ``train/``; ``annotations/instances_train2017.json`` with
-    ``train2017/`` or ``images/train2017/``; Roboflow's ``train/_annotations.coco.json``), YOLO
-    (``data.yaml``), VOC (``Annotations/*.xml``, ``JPEGImages/``, ``ImageSets/Main/train.txt``).
+    Folders as the formats' own and as CVAT, Label Studio, Roboflow, FiftyOne, Supervisely, LabelImg,
+    labelme2coco and makesense write them, such as: COCO (``train.json`` with ``train/``;
+    ``annotations/instances_train2017.json`` with ``train2017/`` or ``images/train2017/``; Roboflow's
+    ``train/_annotations.coco.json``; Label Studio's ``result.json`` with ``images/``), YOLO (``data.yaml``),
+    VOC (``Annotations/*.xml``, ``JPEGImages/``, ``ImageSets/Main/train.txt``; XML files beside the images).
+    Names of splits and folders count in any case. What is of no split is "train", where nothing else is.
 
     Args:
         path: the dataset's folder, its ``data.yaml``, or one COCO JSON file.
@@ -94,14 +101,41 @@ def load(
             return data_format.read(root, split, folder, class_names)  # it tells what is wrong
     if root.is_file():
         files = [each.file for each in FORMATS.values() if each.file]
-        raise AnnotationError(f"{root}: a dataset is {_either(['a folder', *files])}")
+        with root.open("rb") as opened:
+            kind = identify(opened.read(HEAD))
+        told = f"; this is {kind.name}" if kind else ""
+        raise AnnotationError(f"{root}: a dataset is {_either(['a folder', *files])}{told}")
     titles = [title for each in FORMATS.values() for title in each.titles]
-    raise AnnotationError(f"{root}: no dataset of a known layout: {_either(titles)}")
+    raise AnnotationError(f"{root}: no dataset of a known layout: {_either(titles)}; {_told(root)}")
 
 
 def find_split(path: str | os.PathLike[str], split: str) -> bool:
     """Whether a dataset has a split, as far as its files show; a single COCO file has only "train"."""
     return any(data_format.has_split(Path(path), split) for data_format in FORMATS.values())
+
+
+def _told(root: Path) -> str:
+    """What a folder holds that is no dataset, and which folder in it is one."""
+    try:
+        entries = sorted(each for each in root.iterdir() if not each.name.startswith("."))
+    except OSError as error:
+        return f"it cannot be listed ({error.strerror})"
+    folders = [each for each in entries if each.is_dir()]
+    suffixes = Counter(each.suffix.lower() or "without suffix" for each in entries if not each.is_dir())
+    files = [f"{count} {suffix}" for suffix, count in sorted(suffixes.items())]
+    names = [each.name for each in folders[:_MOST_TOLD]] + (["..."] if len(folders) > _MOST_TOLD else [])
+    if not entries:
+        return "it is empty"
+    told = f"it holds {', '.join([*files, *(f'{name}/' for name in names)])}"
+    inner = next((each for each in folders[:_MOST_TOLD] if _is_dataset(each)), None)
+    return f"{told}; {inner} is one" if inner else told
+
+
+def _is_dataset(folder: Path) -> bool:
+    try:
+        return any(find_split(folder, split) for split in SPLITS)
+    except AnnotationError:
+        return False
 
 
 def _either(names: Sequence[str]) -> str:

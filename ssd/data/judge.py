@@ -6,21 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ssd.data.annotations import Annotations, Problem, leads_out, told_link
+from ssd.data.annotations import Annotations, Problem
 from ssd.errors import AnnotationError
 from ssd.images import upright_size
 
 MISSING = "missing image"
-LINK_OUT = "link out of the folder"
 UNREADABLE = "unreadable image"
 WRONG_SIZE = "wrong size"
 
-LOST = (MISSING, LINK_OUT, UNREADABLE, WRONG_SIZE)
+CONTRADICTED = "image labelled twice"
+DOUBTFUL = "image whose labels are in doubt"
+
+LOST = (MISSING, UNREADABLE, WRONG_SIZE, CONTRADICTED, DOUBTFUL)
 """Problems that leave an image out, where that is allowed."""
 
 INVERTED = "inverted box"
@@ -33,36 +35,44 @@ MISSHAPEN = (INVERTED, NO_AREA, OUTSIDE)
 NOT_A_BOX = "not a box"
 UNKNOWN_CATEGORY = "unknown category id"
 
+NO_IMAGES = "no images"
+NO_BOXES = "no boxes to train on"
+TOO_FEW = "too few images"
+
+TRAINED_ON = (NO_BOXES, TOO_FEW)
+"""What is refused of a whole training set, and not of a part of one, or of one that is evaluated on."""
+
+Purpose = Literal["training", "evaluation"]
+"""What a split is for."""
+
 _MOST_TOLD = 10  # problems that an error lists
+_LEAST_IMAGES = 2  # of a batch: BatchNorm needs them
+
+_MOST_OF_BOX, _ROUNDING = 1.1, 4  # of an area, beside that of its box
+# An object in one piece, which reaches all sides of its box, has a pixel for each along the longer one.
+_LEAST_OF_SIDE = 0.5
 
 
 # --- What is wrong ----------------------------------------------------------------------------------------
 
 
-def judge_files(root: Path, names: Sequence[str], *, follow_links: bool) -> list[Problem]:
-    """Images that are not there, or that a link has outside of the folder where that is not allowed.
+def judge_files(root: Path, names: Sequence[str]) -> list[Problem]:
+    """Images that are not there.
 
     Args:
         root: the folder of the images.
         names: of the images, relative to it.
-        follow_links: see `Annotations.follow_links`.
     """
     # One listing of a folder, not a question to the file system for every image.
     folders: dict[str, dict[str, bool]] = {}
-    strays: set[str] = set()
     problems = []
     for name in names:
         folder, last = os.path.split(name)
         if folder not in folders:
             folders[folder] = _listing(root / folder)
-            if not follow_links and leads_out(root / folder, root):
-                strays.add(folder)
         is_link = folders[folder].get(last)
-        path = root / name
-        if is_link is None or (is_link and not os.path.exists(path)):
+        if is_link is None or (is_link and not os.path.exists(root / name)):
             problems.append(Problem(MISSING, name, "", _why_missing(root, name)))
-        elif not follow_links and (is_link or folder in strays) and leads_out(path, root):
-            problems.append(Problem(LINK_OUT, name, "", told_link(root)))
     return problems
 
 
@@ -84,14 +94,80 @@ def _why_missing(root: Path, name: str) -> str:
     return f"there is no such file in {root}"
 
 
-def judge_repeats(names: Sequence[str]) -> list[Problem]:
-    """Images that are listed more than once."""
-    message = "is listed {} times; what one entry labels is background to the others"
-    return [
-        Problem("image listed twice", name, "", message.format(count), fatal=False)
-        for name, count in Counter(names).items()
-        if count > 1
-    ]
+def judge_repeats(
+    names: Sequence[str],
+    images: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    boxes: npt.NDArray[np.float64],
+) -> list[Problem]:
+    """Images that are listed more than once; fatal where the entries label different objects.
+
+    Args:
+        names: of the images.
+        images, labels, boxes: of each box, ordered by image; see `judge_boxes`.
+    """
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        places.setdefault(name, []).append(i)
+    starts = np.searchsorted(images, np.arange(len(names) + 1))
+
+    def content(i: int) -> list[list[float]]:
+        part = slice(starts[i], starts[i + 1])
+        return sorted(np.column_stack([labels[part], boxes[part]]).tolist())
+
+    problems = []
+    for name, entries in places.items():
+        if len(entries) == 1:
+            continue
+        first = content(entries[0])
+        if all(content(i) == first for i in entries[1:]):
+            message = f"is listed {len(entries)} times, with the same boxes; it counts as often"
+            problems.append(Problem("image listed twice", name, "", message, fatal=False))
+        else:
+            message = (
+                f"is listed {len(entries)} times, with different boxes; what one entry labels would be "
+                "background to the others. Two images of one name? Rename them, or join their entries"
+            )
+            problems.append(Problem(CONTRADICTED, name, "", message))
+    return problems
+
+
+def judge_areas(
+    given: npt.NDArray[np.float64], boxes: npt.NDArray[np.float64], usable: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], str]:
+    """Which areas can be those of the objects in their boxes, and what to say of the others.
+
+    By its area evaluation tells an object's size. One that is larger than its box, or not above 0, is none.
+    Where half of all are too small to reach across their boxes, or all are equal in boxes of different sizes,
+    none is; a few such ones may be objects in several pieces.
+
+    Args:
+        given: as the file says; NaN where it says nothing, ``[T]``.
+        boxes: xyxy, ``[T, 4]``.
+        usable: which boxes have an area themselves, ``[T]``.
+
+    Returns:
+        Which areas are given and possible, ``[T]``; and a line, empty where all that are given are.
+    """
+    there = ~np.isnan(given)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    own = sides.prod(1)
+    asked = there & usable
+    possible = ~asked | ((given > 0) & (given <= _MOST_OF_BOX * own + _ROUNDING))
+    if asked.any():
+        reach = given[asked] / sides[asked].max(1)
+        spread = own[asked].max() > 2 * own[asked].min()
+        constant = asked.sum() > 2 and spread and np.ptp(given[asked]) == 0
+        if constant or np.median(reach) < _LEAST_OF_SIDE:
+            possible &= ~asked
+    wrong = (~possible).nonzero()[0]
+    if not len(wrong):
+        return there, ""
+    first = wrong[0]
+    return there & possible, (
+        f"{len(wrong)} of {int(there.sum())} areas cannot be right, as {given[first]:g} in a box of "
+        f"{own[first]:g}; evaluation takes the area of the box for the size of those"
+    )
 
 
 def judge_boxes(
@@ -204,6 +280,72 @@ def listed(counts: Mapping[str, int]) -> str:
 # --- What is refused --------------------------------------------------------------------------------------
 
 
+def judge_split(annotations: Annotations, purpose: Purpose, *, crowd: bool = False) -> list[Problem]:
+    """All problems of a split; fatal are those that its purpose refuses. Check, train and evaluate ask here.
+
+    Args:
+        annotations: whose problems are those that are known: the reader's, or after `ssd check` all.
+        purpose: "evaluation" takes boxes without area, as the official code.
+        crowd: whether crowd boxes are trained on.
+    """
+    tolerated = MISSHAPEN if purpose == "evaluation" else ()
+    problems = [
+        replace(each, fatal=False) if each.fatal and each.kind in tolerated else each
+        for each in annotations.problems
+    ]
+    if not any(each.fatal for each in problems):
+        if not len(annotations):
+            problems.append(Problem(NO_IMAGES, str(annotations.source), "", "lists no images"))
+        elif purpose == "training":
+            problems += _judge_training_set(annotations, crowd=crowd)
+    return problems
+
+
+def _judge_training_set(annotations: Annotations, *, crowd: bool) -> list[Problem]:
+    """What is wrong with the whole of it."""
+    count, source = len(annotations), str(annotations.source)
+    if not trained_on(annotations, crowd=crowd).any():
+        what = f"no boxes to train on in {count} images"
+        what += f"; {annotations.labels_hint}" if annotations.labels_hint else ""
+        if usable := int(annotations.usable.sum()):
+            what = (
+                f"no boxes to train on: all {usable} are crowd (iscrowd) or difficult; --crowd trains on "
+                "them (crowd=True, in the config and the DetectionDataset)"
+            )
+        return [Problem(NO_BOXES, source, "", what)]
+    if count < _LEAST_IMAGES:
+        what = f"a single image; training takes at least {_LEAST_IMAGES} in a batch, for BatchNorm"
+        return [Problem(TOO_FEW, source, "", what)]
+    return []
+
+
+def trained_on(annotations: Annotations, *, crowd: bool) -> npt.NDArray[np.bool_]:
+    """Which boxes are trained on, ``[T]``."""
+    return annotations.usable & (~annotations.crowd | crowd)
+
+
+def notes_of(annotations: Annotations, purpose: Purpose, *, crowd: bool = False) -> list[str]:
+    """What is told of a split that is used: what its reader noted, and what becomes background."""
+    lines = list(annotations.notes)
+    if purpose == "evaluation":
+        if len(annotations) and not (~annotations.crowd).any():
+            lines.append("there is no box to find, so all numbers will be -1")
+        return lines
+    if not trained_on(annotations, crowd=crowd).any():
+        return lines  # which is refused
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    kept = np.bincount(images[trained_on(annotations, crowd=crowd)], minlength=len(annotations)) > 0
+    if empty := int((~kept).sum()):
+        lines.append(f"{empty} of {len(annotations)} images have no boxes to train on and are background")
+    hidden = int((np.bincount(images[annotations.crowd], minlength=len(annotations)) > 0)[~kept].sum())
+    if hidden and not crowd:
+        lines.append(
+            f"{hidden} of those hold crowd or difficult boxes, which --crowd trains on, and which are left "
+            "out otherwise"
+        )
+    return lines
+
+
 def usable_for_training(annotations: Annotations, *, lenient: bool = False) -> Annotations:
     """Require annotations that can be trained on.
 
@@ -211,7 +353,7 @@ def usable_for_training(annotations: Annotations, *, lenient: bool = False) -> A
         AnnotationError: with the first of the problems, unless `lenient`, which leaves those images and
             annotations out, and counts them in `Annotations.left_out`.
     """
-    return _usable(annotations, lenient=lenient, tolerated=())
+    return _usable(annotations, "training", lenient=lenient)
 
 
 def usable_for_evaluation(annotations: Annotations, *, lenient: bool = False) -> Annotations:
@@ -221,24 +363,26 @@ def usable_for_evaluation(annotations: Annotations, *, lenient: bool = False) ->
         AnnotationError: missing images, unknown ids or numbers that are none, unless `lenient`, which leaves
             those images and annotations out, and counts them in `Annotations.left_out`.
     """
-    return _usable(annotations, lenient=lenient, tolerated=MISSHAPEN)
+    return _usable(annotations, "evaluation", lenient=lenient)
 
 
-def require_boxes(annotations: Annotations) -> None:
+def require_boxes(annotations: Annotations, *, crowd: bool = False) -> None:
     """Require something to train on.
 
+    Args:
+        annotations: of the training set.
+        crowd: whether crowd boxes are trained on.
+
     Raises:
-        AnnotationError: no image has a box that can be used.
+        AnnotationError: no image has a box that is trained on.
     """
-    if not annotations.usable.any():
-        hint = f"; {annotations.labels_hint}" if annotations.labels_hint else ""
-        raise AnnotationError(
-            f"{annotations.source}: no boxes to train on in {len(annotations)} images{hint}"
-        )
+    for problem in _judge_training_set(annotations, crowd=crowd):
+        if problem.kind == NO_BOXES:
+            raise AnnotationError(str(problem))
 
 
-def _usable(annotations: Annotations, *, lenient: bool, tolerated: Sequence[str]) -> Annotations:
-    """What is left without images that cannot be used; fatal problems, but for some kinds, become a count.
+def _usable(annotations: Annotations, purpose: Purpose, *, lenient: bool) -> Annotations:
+    """What is left without images that cannot be used; fatal problems become a count.
 
     Raises:
         AnnotationError: there are such problems, of which it has the first ten, and it is not `lenient`; or
@@ -246,11 +390,12 @@ def _usable(annotations: Annotations, *, lenient: bool, tolerated: Sequence[str]
     """
     if lenient:
         annotations = _with_header_problems(annotations)
+    judged = [each for each in judge_split(annotations, purpose) if each.kind not in TRAINED_ON]
+    fatal = [each for each in judged if each.fatal]
     lost = lost_images(annotations.problems)
     used = annotations.without(lost) if lost else annotations
-    fatal = [each for each in annotations.problems if each.fatal and each.kind not in tolerated]
     if not len(used):
-        _refuse_without_images(annotations, fatal)
+        raise AnnotationError(_told_without_images(annotations, fatal))
     counts = Counter(problem.kind for problem in fatal)
     if fatal and not lenient:
         more = f"\n  and {len(fatal) - _MOST_TOLD} more" if len(fatal) > _MOST_TOLD else ""
@@ -260,18 +405,22 @@ def _usable(annotations: Annotations, *, lenient: bool, tolerated: Sequence[str]
             + "\n  ".join(map(str, fatal[:_MOST_TOLD]))
             + more
         )
-    rest = tuple(each for each in used.problems if not each.fatal or each.kind in tolerated)
+    refused = {each.kind for each in fatal}
+    rest = tuple(each for each in used.problems if not each.fatal or each.kind not in refused)
     return replace(used, problems=rest, left_out=Counter(annotations.left_out) + counts)
 
 
-def _refuse_without_images(annotations: Annotations, fatal: Sequence[Problem]) -> NoReturn:
-    what = f"{annotations.source}: lists no images"
-    if len(annotations):
+def _told_without_images(annotations: Annotations, fatal: Sequence[Problem]) -> str:
+    if not len(annotations):
+        others = [str(each) for each in fatal if each.kind != NO_IMAGES]
+        return "\n  ".join([f"{annotations.source}: lists no images", *others[:1]])
+    what = f"{annotations.source}: no images that can be used ({listed(Counter(p.kind for p in fatal))})"
+    if is_without_images(annotations):
         what = (
             f"{annotations.source}: no images that can be read in {annotations.root}; if they are elsewhere, "
             "give their folder with --images (images=...), or --val-images for what is evaluated on"
         )
-    raise AnnotationError(f"{what}\n  {fatal[0]}" if fatal else what)
+    return f"{what}\n  {fatal[0]}"
 
 
 def _with_header_problems(annotations: Annotations) -> Annotations:

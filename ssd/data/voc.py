@@ -1,31 +1,77 @@
 """Pascal VOC: an XML file for each image, whose lists of names make the splits; or beside the images."""
 
+import math
+import os
+import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
-from ssd.data.builder import Builder, finite_numbers, number, read_text, split_names, stays_inside
+from ssd.data.builder import Builder, finite_numbers, number, read_text, split_names
+from ssd.data.folders import (
+    ANNOTATION_FOLDERS,
+    files_of,
+    image_folders,
+    images_below,
+    note_unread,
+    speaks_of,
+    split_of,
+    subfolders,
+)
 from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY
+from ssd.data.names import files_below, loose
+from ssd.data.outlines import Box, around_points, turned
 from ssd.errors import AnnotationError
-from ssd.images import SUFFIXES
+from ssd.images import SUFFIXES, is_image_name
+
+BAD_FILE = "unreadable annotation file"
+NO_FILE = "missing annotation file"
+
+_ENDINGS = ["", *(end for each in (".jpg", ".png", *sorted(SUFFIXES)) for end in (each, each.upper()))]
+"""What an image may be called after the name of its annotation file, the usual first."""
+_NO_IMAGES = (".xml", ".txt", ".json", ".csv")
+
+_ASKED = 40  # files of which a folder is asked for the images
+_TOLD = 5
+
+
+# --- Which files, which folder ----------------------------------------------------------------------------
+
+
+class _Split(NamedTuple):
+    """Where a split is."""
+
+    folder: Path
+    """Of the annotation files."""
+    base: Path
+    """The folder in which the images are somewhere."""
+    files: list[Path]
+    """Of the split."""
+    every: list[Path]
+    """Of all splits, which tell the classes."""
+    lost: Sequence[str] = ()
+    """Names in the list that no file has."""
+    listing: Path | None = None
+    """The list of names, if there is one."""
 
 
 def is_at(path: Path) -> bool:
-    """Whether a folder holds XML files where VOC has them, or in folders of their own.
-
-    Raises:
-        AnnotationError: it holds several datasets.
-    """
-    return _folder(path) is not None or any(path.glob("*/*.xml"))
+    """Whether a folder holds XML files where VOC has them, or in folders of their own."""
+    return path.is_dir() and bool(_sources(path))
 
 
 def has_split(path: Path, split: str) -> bool:
     """Whether there are XML files of a split."""
+    if not path.is_dir():
+        return False
     try:
-        return bool(_files(path, split))
+        found = _split(path, split)
     except AnnotationError:
         return False
+    return bool(found.files or found.lost)
 
 
 def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
@@ -33,94 +79,398 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
 
     Corners count from 1 and are part of the box, as in VOC's own files.
     """
-    folder, files, every = _files(path, split)
-    if images is None:
-        beside = [folder.parent / name for name in ("JPEGImages", "images", "Images")]
-        images = next((each for each in beside if each.is_dir()), folder)
-    trees = {file: _read_xml(file) for file in {*every, *files}}
-    found = {(each.findtext("name") or "").strip() for tree in trees.values() for each in tree.iter("object")}
-    builder = Builder(folder, images, follow_links=True)
-    ordered = sorted(found - {""})
-    numbers = builder.set_classes(ordered, tuple(range(1, len(ordered) + 1)), class_names)
-    labels = dict(zip(ordered, numbers, strict=True))
-    for file in files:
-        tree = trees[file]
-        name = _image_name(images, file.stem, tree.findtext("filename") or "")
-        size = [number(tree.findtext(f"size/{side}")) for side in ("width", "height")]
-        index = builder.add_image(name, file.stem, *size)
-        for count, entry in enumerate(tree.iter("object"), start=1):
-            _object(entry, f"{file.name}:{count}", index, labels, builder)
+    chosen = _split(path, split)
+    parsed = {file: _parse(file) for file in dict.fromkeys([*chosen.every, *chosen.files])}
+    sound = {file: each for file, each in parsed.items() if isinstance(each, _File)}
+    bad = {file: each for file, each in parsed.items() if isinstance(each, str)}
+    names = sorted({each.name for found in sound.values() for each in found.objects} - {""})
+    if not names:
+        why = [f"{file}: {told}" for file, told in bad.items()][:_TOLD]
+        message = f"{chosen.folder}: no objects with a name in {len(parsed)} XML files"
+        raise AnnotationError("\n  ".join([message, *why]))
+
+    folder = images or _image_folder(chosen, split)
+    builder = Builder(chosen.folder, folder)
+    labels = builder.set_classes(names, tuple(range(1, len(names) + 1)), class_names)
+    by_name = dict(zip(names, labels, strict=True))
+    own = {file: each for file, each in sound.items() if file.is_relative_to(chosen.folder)}
+    found = _pair(own, chosen.folder, folder)
+    for file in chosen.files:
+        if file in bad:
+            builder.problem(BAD_FILE, str(file), "", bad[file])
+            continue
+        entry = sound[file]
+        stem = _stem(file, chosen.folder)
+        index = builder.add_image(found[file], stem, *entry.size)
+        for count, each in enumerate(entry.objects, start=1):
+            _add_object(each, f"{file.name}:{count}", index, by_name, builder)
+    for name in chosen.lost:
+        message = (
+            f"is listed in {chosen.listing}, but {chosen.folder} has no XML file of that name; that of an "
+            "image without objects holds <annotation></annotation>"
+        )
+        builder.problem(NO_FILE, name, "", message)
+    _note_unclaimed(chosen, folder, found, builder)
+    note_unread(builder)
     return builder.build()
 
 
-def _image_name(images: Path, stem: str, written: str) -> str:
-    """The image of an annotation file: one that is called like it, or the one it names, wherever that was.
+def _note_unclaimed(chosen: _Split, folder: Path, found: Mapping[Path, str], builder: Builder) -> None:
+    """Note images that have no annotation file, and annotation files that are in no list."""
+    claimed = {_short(name) for name in [*found.values(), *builder.names]}
+    claimed |= {loose(file.stem) for file in chosen.every}
+    unclaimed = sorted(name for name in images_below(folder) if _short(name) not in claimed)
+    if unclaimed:
+        builder.note(
+            f"{len(unclaimed)} images in {folder} have no XML file, such as {unclaimed[0]}, and are not used"
+        )
+    if chosen.listing is not None:
+        lists = [file for file in files_of(chosen.listing.parent, ".txt") if not _is_class_list(file)]
+        listed = {file for each in lists for file in _of_list(each, chosen.every, chosen.folder)[0]}
+        rest = [file for file in chosen.every if file not in listed]
+        if rest:
+            builder.note(f"{len(rest)} XML files are in no list, such as {rest[0].name}, and not used")
 
-    Copies of annotation files often still name the first one's image.
+
+def _split(root: Path, split: str) -> _Split:
+    """Where a split is.
+
+    Raises:
+        AnnotationError: there is none, or there are several datasets.
     """
-    last = written.strip().replace("\\", "/").rsplit("/", 1)[-1].replace("\0", "")
-    if PurePosixPath(last).stem == stem and (images / last).is_file():
-        return last
-    for suffix in sorted(SUFFIXES):
-        for candidate in (f"{stem}{suffix}", f"{stem}{suffix.upper()}"):
-            if (images / candidate).is_file():
-                return candidate
-    return last or f"{stem}.jpg"
+    sources = _sources(root)
+    named = {base: folder for base, folder in sources if base != root and split_of(base.name)}
+    own = {base: folder for base, folder in sources if base != root and speaks_of(base.name, split)}
+    if named or own:  # a folder for each split
+        every = [file for folder in (named | own).values() for file in _xml_files(folder)]
+        if not own:
+            raise AnnotationError(f"{root}: there is no {split} split; it has {_listed(named, root)}")
+        base, folder = next(iter(own.items()))
+        return _Split(folder, base, _xml_files(folder), every)
+    if len(sources) > 1:
+        raise AnnotationError(
+            f"{root}: holds several datasets; give one of {', '.join(str(base) for base, _ in sources)}"
+        )
+    if not sources:
+        raise AnnotationError(f"{root}: there is no {split} split, as there are no XML files")
+    (base, folder) = sources[0]
+    every = _xml_files(folder)
+    lists = _lists(base)
+    listing = _list_of(lists, split)
+    if listing is not None:
+        files, lost = _of_list(listing, every, folder)
+        if files or lost:
+            return _Split(folder, base, files, every, lost, listing)
+        raise AnnotationError(f"{root}: there is no {split} split: {listing} is empty")
+    if lists:
+        told = ", ".join(str(each.relative_to(root)) for each in list(lists.values())[:_TOLD])
+        raise AnnotationError(f"{root}: there is no {split} split; the lists are {told}")
+    within = {name: each for name, each in subfolders(folder).items() if split_of(name)}
+    if within and folder != base:  # Annotations/train and so on
+        chosen = next((each for name, each in within.items() if speaks_of(name, split)), None)
+        if chosen is None:
+            raise AnnotationError(
+                f"{root}: there is no {split} split; it has {', '.join(within)} in {folder}"
+            )
+        return _Split(chosen, base, _xml_files(chosen), every)
+    if split != "train":
+        raise AnnotationError(f"{root}: there is no {split} split; all {len(every)} XML files are train")
+    return _Split(folder, base, every, every)
 
 
-def _folder(root: Path) -> Path | None:
-    """The folder of annotations; of a devkit, that of its only year."""
-    for pattern in ("Annotations", "annotations", "*/Annotations"):
-        found = [folder for folder in root.glob(pattern) if any(folder.glob("*.xml"))]
-        if len(found) > 1:
-            years = ", ".join(str(folder.parent) for folder in found)
-            raise AnnotationError(f"{root}: holds several datasets; give one of {years}")
+def _listed(folders: Mapping[Path, Path], root: Path) -> str:
+    return ", ".join(f"{split_of(base.name)} ({base.relative_to(root)})" for base in folders)
+
+
+def _sources(root: Path) -> list[tuple[Path, Path]]:
+    """The folders of XML files, each after the folder of its dataset: the dataset's own, or one for each."""
+    own = _annotation_folder(root)
+    if own is not None:
+        return [(root, own)]
+    below = list(subfolders(root).values())
+    found = [(each, folder) for each in below if (folder := _annotation_folder(each)) is not None]
+    if found:
+        return found
+    if files_of(root, ".xml"):
+        return [(root, root)]
+    beside = [each for each in below if files_of(each, ".xml")]
+    if len(beside) == 1 and not split_of(beside[0].name):
+        return [(root, beside[0])]  # XML files in one folder, images perhaps in another
+    return [(each, each) for each in beside]
+
+
+def _annotation_folder(base: Path) -> Path | None:
+    found = subfolders(base)
+    folders = (found[name] for name in ANNOTATION_FOLDERS if name in found)
+    return next((each for each in folders if any(_xml_names(each))), None)
+
+
+def _xml_names(folder: Path) -> Iterator[str]:
+    return (name for name in files_below(folder) if name.lower().endswith(".xml"))
+
+
+def _xml_files(folder: Path) -> list[Path]:
+    """Those of a folder, and below it where it holds nothing else; sorted."""
+    if folder.name.lower() in ANNOTATION_FOLDERS or not files_of(folder, ".xml"):
+        return sorted(folder / name for name in _xml_names(folder))
+    return files_of(folder, ".xml")
+
+
+def _lists(base: Path) -> dict[str, Path]:
+    """The lists of names by what they are called, in lower case."""
+    sets = subfolders(base).get("imagesets", base / "ImageSets")
+    for folder in (subfolders(sets).get("main", sets / "Main"), sets):
+        found = [file for file in files_of(folder, ".txt") if not _is_class_list(file)]
         if found:
-            return found[0]
-    return root if any(root.glob("*.xml")) else None
+            return {file.stem.lower(): file for file in found}
+    return {}
 
 
-def _files(root: Path, split: str) -> tuple[Path, list[Path], list[Path]]:
-    """The folder of annotations, the files of a split, and all files, which tell the classes."""
-    names = split_names(split)
-    folder = _folder(root)
-    if folder is None:
-        folder = next((root / name for name in names if (root / name).is_dir()), root / split)
-        files, every = sorted(folder.glob("*.xml")), sorted(root.glob("*/*.xml"))
-    else:
-        every = sorted(folder.glob("*.xml"))
-        lists = folder.parent / "ImageSets" / "Main"
-        wanted = (*names, "trainval") if split == "train" else names
-        chosen = next((lists / f"{name}.txt" for name in wanted if (lists / f"{name}.txt").is_file()), None)
-        if chosen is not None:
-            stems = [line.split()[0] for line in read_text(chosen).splitlines() if line.split()]
-            files = [folder / f"{stem}.xml" for stem in stems if stays_inside(stem)]
+def _is_class_list(file: Path) -> bool:
+    """Whether a list is of one class, which says of all names whether they have it: "cat_train.txt"."""
+    start, _, end = file.stem.rpartition("_")
+    others = {each.stem for each in files_of(file.parent, ".txt")}
+    return bool(start) and end in others
+
+
+def _list_of(lists: Mapping[str, Path], split: str) -> Path | None:
+    exact = [lists[name] for name in (*split_names(split), split.lower()) if name in lists]
+    if exact:
+        return exact[0]
+    if split != "train":
+        return None
+    # CVAT's only list is called default; else an only list is taken, unless it is another split's.
+    usual = [lists[name] for name in ("trainval", "default", "all") if name in lists]
+    only = [file for name, file in lists.items() if len(lists) == 1 and split_of(name) in (None, "train")]
+    return next(iter([*usual, *only]), None)
+
+
+def _of_list(listing: Path, every: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of the names in a list, and those names of which there is none."""
+    whole: dict[str, Path] = {}
+    last: dict[str, list[Path]] = defaultdict(list)
+    for file in every:
+        stem = _stem(file, folder)
+        whole[stem] = file
+        last[loose(stem)].append(file)
+        if "/" in stem:
+            last[loose(stem.rsplit("/", 1)[-1])].append(file)
+    files, lost = [], []
+    for line in read_text(listing).splitlines():
+        if not line.strip():
+            continue
+        readings = list(_readings(line.strip()))
+        found = next((whole[each] for each in readings if each in whole), None)
+        if found is None:
+            fits = (
+                last.get(loose(part), []) for each in readings for part in (each, each.rsplit("/", 1)[-1])
+            )
+            found = next((each[0] for each in fits if len(each) == 1), None)
+        if found is None:
+            lost.append(readings[-1])
         else:
-            files = every if split == "train" and not lists.is_dir() else []
-    if not files:
-        raise AnnotationError(f"{root}: there is no {split} split")
-    return folder, files, every
+            files.append(found)
+    return files, lost
 
 
-def _object(entry: ET.Element, tag: str, image: int, labels: dict[str, int], builder: Builder) -> None:
-    label = labels.get((entry.findtext("name") or "").strip())
-    corners = [number(entry.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-    box = finite_numbers(corners, 4)
-    if label is None:
+def _readings(line: str) -> Iterator[str]:
+    """The names that a line of a list may mean, without suffix: names may have spaces, and a flag may follow.
+
+    >>> list(_readings("GSHJ (1) -1"))
+    ['GSHJ (1) -1', 'GSHJ (1)']
+    """
+    quoted = re.match(r'"([^"]+)"', line)  # as CVAT writes a name with spaces
+    texts = [quoted[1]] if quoted else [line, re.sub(r"\s+-?[01]$", "", line)]
+    # PaddleDetection has an image and an XML file in a line.
+    pair = re.fullmatch(r"(.+?\.\w+)\s+(.+\.xml)", line, re.IGNORECASE)
+    for text in dict.fromkeys([*texts, pair[2] if pair else texts[-1]]):
+        name = text.replace("\\", "/").removeprefix("./")
+        yield name
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in {*SUFFIXES, ".xml"}:
+            yield stem
+
+
+def _stem(file: Path, folder: Path) -> str:
+    return (
+        PurePosixPath(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
+        .with_suffix("")
+        .as_posix()
+    )
+
+
+def _image_folder(chosen: _Split, split: str) -> Path:
+    """The folder that has most of the images, by the names of their files."""
+    titles = [*split_names(split)]
+    titles += [chosen.folder.name] if chosen.folder.name.lower() not in ANNOTATION_FOLDERS else []
+    own = [*image_folders(chosen.base, titles), chosen.folder]
+    by_itself = chosen.folder == chosen.base and chosen.base.name.lower() in ANNOTATION_FOLDERS
+    beside = list(image_folders(chosen.base.parent, titles)) if by_itself else []
+    files = chosen.files or chosen.every
+    stems = [_stem(file, chosen.folder) for file in files[:: len(files) // _ASKED + 1]]
+
+    def count(folder: Path) -> int:
+        return sum(any(os.path.isfile(f"{folder / stem}{end}") for end in _ENDINGS) for stem in stems)
+
+    best = max(dict.fromkeys([*own, *beside]), key=count)  # the first of those that have as many
+    if count(best):
+        return best
+    return next((each for each in own if any(map(is_image_name, files_below(each)))), own[0])
+
+
+def _pair(files: Mapping[Path, "_File"], folder: Path, images: Path) -> dict[Path, str]:
+    """The image of each annotation file, relative to its folder; what the file says where none is there.
+
+    It is the one that is called like the file, since copies of annotation files often still name the first
+    one's image; else the one that the file names, unless that is another file's.
+    """
+    whole: dict[str, list[str]] = defaultdict(list)
+    last: dict[str, list[str]] = defaultdict(list)
+    for name in images_below(images):
+        for called in (os.path.splitext(name)[0], name):  # of which some write a.jpg.xml
+            whole[loose(called)].append(name)
+            last[loose(called).rsplit("/", 1)[-1]].append(name)
+    pairs, named = {}, {}
+    for file, entry in files.items():
+        stem = _stem(file, folder)
+        short = os.path.splitext(stem)[0] if is_image_name(stem) else stem
+        same = next((whole[loose(each)] for each in (stem, short) if loose(each) in whole), [])
+        alike = last.get(loose(short).rsplit("/", 1)[-1], [])
+        if not same and len(alike) == 1:
+            same = alike
+        written = entry.written.replace("\\", "/").rsplit("/", 1)[-1]
+        # Of a.jpg and a.png, the one that the file names; of a.jpg and A.jpg, that of the file's spelling.
+        same = sorted(
+            same,
+            key=lambda name: (os.path.basename(name) != written, os.path.splitext(name)[0] != stem, name),
+        )
+        if same:
+            pairs[file] = same[0]
+        else:
+            named[file] = entry.written or f"{stem}.jpg"
+    taken = {_short(name) for name in pairs.values()}
+    unread = _unread(images) if named else {}
+    for file, written in named.items():
+        stem, suffix = _stem(file, folder), os.path.splitext(written)[1]
+        own = unread.get(loose(stem.rsplit("/", 1)[-1]))
+        if own is None:
+            own = f"{stem}{suffix or '.jpg'}" if _short(written) in taken else written
+        pairs[file] = own
+    return pairs
+
+
+def _unread(folder: Path) -> dict[str, str]:
+    """Files that may be images of a kind that is not read, by what they are called without suffix."""
+    names = (name for name in files_below(folder) if not is_image_name(name))
+    return {
+        loose(os.path.splitext(os.path.basename(name))[0]): name
+        for name in names
+        if not name.lower().endswith(_NO_IMAGES)
+    }
+
+
+def _short(name: str) -> str:
+    """The last part of an image's name or path, without suffix, in any spelling."""
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return loose(os.path.splitext(last)[0] if is_image_name(last) else last)
+
+
+# --- What they say ----------------------------------------------------------------------------------------
+
+
+class _Object(NamedTuple):
+    name: str
+    box: Box | None
+    corners: Sequence[str]
+    """Of its bndbox, as written; empty where it has none."""
+    difficult: bool
+
+
+class _File(NamedTuple):
+    """What an annotation file says."""
+
+    written: str
+    """The name or path of its image."""
+    size: tuple[float, float]
+    objects: list[_Object]
+
+
+def _parse(file: Path) -> "_File | str":
+    """What an annotation file says, or what is wrong with it."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not content.strip():
+        return "is empty; that of an image without objects holds <annotation></annotation>"
+    if b"<!ENTITY" in content.replace(b"\0", b""):
+        return "not an XML file as VOC has them: it defines entities, which may expand without end"
+    try:
+        tree = ET.fromstring(content.lstrip())
+    except (ET.ParseError, ValueError, LookupError) as error:  # the latter of unknown encodings
+        return f"not an XML file ({error})"
+    for each in tree.iter():
+        if isinstance(each.tag, str) and each.tag[0] == "{":
+            each.tag = each.tag.rsplit("}", 1)[-1]
+    if tree.tag.lower() != "annotation":
+        cvat = "; CVAT exports Pascal VOC, too" if tree.tag == "annotations" else ""
+        return f"its root element is <{tree.tag}>, not <annotation>{cvat}"
+    written = _text(tree, "filename") or _text(tree, "path")
+    width, height = (number(_text(tree, f"size/{side}")) for side in ("width", "height"))
+    return _File(written, (width, height), [_object(each) for each in tree.iter("object")])
+
+
+def _text(element: ET.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def _object(entry: ET.Element) -> _Object:
+    written = [_text(entry, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    found = finite_numbers([number(each) for each in written], 4)
+    if found:
+        left, top, right, bottom = found
+        box: Box | None = turned((left - 1, top - 1, right, bottom), _rotation(entry))
+    else:
+        box = _around(entry)
+    difficult = _text(entry, "difficult").lower() in ("1", "true")
+    corners = written if entry.find("bndbox") is not None else ()
+    return _Object(_text(entry, "name"), box, corners, difficult)
+
+
+def _rotation(entry: ET.Element) -> float:
+    """By how many degrees CVAT has turned the box of an object."""
+    attributes = entry.iter("attribute")
+    values = [number(_text(each, "value")) for each in attributes if _text(each, "name") == "rotation"]
+    return next((value for value in values if math.isfinite(value)), 0.0)
+
+
+def _around(entry: ET.Element) -> Box | None:
+    """The box around what some tools write in place of an upright one: a polygon, or a turned rectangle."""
+    for shape in entry:
+        x, y, width, height, angle = (number(_text(shape, key)) for key in ("cx", "cy", "w", "h", "angle"))
+        if finite_numbers([x, y, width, height], 4):
+            upright = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            return turned(upright, math.degrees(angle)) if math.isfinite(angle) else upright
+        points = [
+            [number(each.text) for each in shape.iter() if re.fullmatch(rf"{axis}(\d+|_\w+)?", each.tag)]
+            for axis in "xy"
+        ]
+        if len(points[0]) == len(points[1]):
+            box = around_points([value for point in zip(*points, strict=True) for value in point])
+            if box is not None:
+                return box
+    return None
+
+
+def _add_object(
+    entry: _Object, tag: str, image: int, labels: Mapping[str, int | None], builder: Builder
+) -> None:
+    if not entry.name:
         builder.problem(UNKNOWN_CATEGORY, builder.names[image], tag, "the object has no name")
-    elif box is None:
-        message = f"its bndbox {corners} is not four finite numbers"
+    elif entry.box is None:
+        message = "it has no bndbox, nor a polygon of three points or more"
+        if entry.corners:
+            message = f"its bndbox ({', '.join(entry.corners)}) is not four finite numbers"
         builder.problem(NOT_A_BOX, builder.names[image], tag, message)
     else:
-        difficult = (entry.findtext("difficult") or "0").strip() == "1"
-        left, top, right, bottom = box
-        builder.add_box(image, tag, (left - 1, top - 1, right, bottom), label, crowd=difficult)
-
-
-def _read_xml(file: Path) -> ET.Element:
-    try:
-        return ET.parse(file).getroot()
-    except FileNotFoundError:
-        raise AnnotationError(f"{file}: listed in ImageSets, but there is no such file") from None
-    except (ET.ParseError, ValueError, LookupError) as error:  # the latter of unknown encodings
-        raise AnnotationError(f"{file}: not an XML file ({error})") from error
+        builder.add_box(image, tag, entry.box, labels[entry.name], category=entry.name, crowd=entry.difficult)

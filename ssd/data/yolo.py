@@ -1,174 +1,406 @@
-"""YOLO: data.yaml names the classes and the image folders; each image has a text file of relative boxes."""
+"""YOLO: each image has a text file of boxes relative to it; a YAML or text file names the classes."""
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
-from ssd.data.builder import Builder, finite_numbers, number, read_text, split_names
-from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY, UNREADABLE, upright_sizes
-from ssd.errors import AnnotationError
-from ssd.images import is_image_name
+from ssd.data.builder import Builder, finite_numbers, number, read_text
+from ssd.data.folders import files_of, subfolders
+from ssd.data.judge import DOUBTFUL, MISSING, NOT_A_BOX, UNKNOWN_CATEGORY, UNREADABLE, upright_sizes
+from ssd.data.names import ImageFolder, files_below
+from ssd.data.pairs import (
+    LABEL_FOLDERS,
+    Pairs,
+    count_objects,
+    is_label_name,
+    is_of_another,
+    label_folders,
+    pair,
+)
+from ssd.data.yolo_settings import Settings, entries_of, find_listings, find_settings
+from ssd.errors import AnnotationError, ImageError
+from ssd.images import is_image_name, load_image
+
+STRAY = "label files without an image"
+
+_MOST_OF_SIDE = 1.5  # times a side; what is larger is no part of it
+_SHOWN = 80  # characters of a line
+_ASKED = 20  # files that are looked into
 
 
 def is_at(path: Path) -> bool:
-    """Whether a path is a YAML file, or a folder that holds a data.yaml."""
-    return _config_file(path) is not None
+    """Whether a path is a file that names classes, or a folder with one, or with YOLO's label files."""
+    try:
+        return find_settings(path) is not None or _has_labels(path)
+    except AnnotationError:  # `read` tells what is wrong
+        return True
 
 
 def has_split(path: Path, split: str) -> bool:
-    """Whether data.yaml names a split and its images are there.
-
-    Raises:
-        AnnotationError: it is no YAML file.
-    """
-    file = _config_file(path)
-    if file is None:
-        return False
-    config = _read_yaml(file)
+    """Whether there are images of a split, or labels."""
     try:
-        listings = _listings(file, config, split)
-    except AnnotationError:  # Roboflow's files name splits that were not exported
+        settings = find_settings(path)
+    except AnnotationError:
         return False
-    return any(True for listing in listings for _ in _images_of(listing))  # the first image will do
+    if settings is None:
+        return False
+    try:
+        return any(_has_some(listing, settings) for listing in find_listings(settings, split))
+    except (
+        AnnotationError
+    ):  # Roboflow's files name splits that were not exported; or the labels alone are here
+        places = _places_of_entries(settings, split) if entries_of(settings, split) else []
+        return any(is_label_name(name) for place in places for name in os.listdir(place))
 
 
 def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
-    """Read a split: ``data.yaml``, with labels in ``labels/`` beside ``images/``."""
-    file = _config_file(path)
-    if file is None:
-        raise AnnotationError(f"{path}: holds no data.yaml")
-    if images is not None:
-        raise AnnotationError(f"{file}: names the image folders itself; change it there, not with --images")
-    config = _read_yaml(file)
-    if not isinstance(config.get("names"), list | dict):
-        raise AnnotationError(f'{file}: a YOLO data.yaml has "names" and the folders of its splits')
-    names = config["names"]
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    if set(numbered) != set(range(len(numbered))):
-        raise AnnotationError(
-            f'{file}: "names" has to number the classes from 0 on; it has {list(numbered)[:20]}'
-        )
-    paths = _image_paths(file, config, split)
-    root = Path(os.path.commonpath([image.parent for image in paths])) if paths else file.parent
+    """Read a split of a YOLO dataset; labels are looked for in ``labels/`` for ``images/``, and beside these.
 
-    builder = Builder(file, root, follow_links=True)
-    ordered = [str(numbered[i]) for i in range(len(numbered))]
-    labels = builder.set_classes(ordered, tuple(range(len(ordered))), class_names)
-    for image, size in zip(paths, upright_sizes(paths), strict=True):
-        name = image.relative_to(root)
-        index = builder.add_image(str(name), name.with_suffix("").as_posix(), *(size or (None, None)))
-        if size is None and image.is_file():
-            builder.problem(UNREADABLE, str(name), "", "its size, which its boxes need, cannot be read")
-        label_file = _label_file(image, file.parent)
-        if size is None or not label_file.is_file():
-            continue  # a background image
-        for line_number, line in enumerate(read_text(label_file).splitlines(), start=1):
-            values = [number(word) for word in line.split()]
-            if "kpt_shape" in config:  # what follows the box are key points, not a polygon
-                values = values[:5]
-            if values:
-                _line(values, f"{label_file.name}:{line_number}", index, size, labels, builder)
+    The classes, and where each split is, are told by a YAML file or by darknet's ``obj.data``. Where there is
+    only ``classes.txt`` or the like, folders that are called as the splits tell the rest.
+    """
+    settings = find_settings(path)
+    if settings is None:
+        raise AnnotationError(
+            f"{path}: there are label files, but nothing names their classes; put the names into classes.txt "
+            "there, one a line in the order of their numbers"
+        )
+    listings = find_listings(settings, split, images)
+    found = _Listed([], [], [])
+    for listing in listings:
+        if listing.is_dir():
+            found.paths.extend(_images_in(listing))
+        else:
+            _read_list(listing, settings, images, found)
+    folders = [str(listing) for listing in listings if listing.is_dir()]
+    home = Path(os.path.abspath(settings.root)) if images else _home(settings, listings)
+    places = _places_of_entries(settings, split) if images else []
+    pairs = pair(found.paths, folders, str(home), split, places)
+    if images:
+        pairs = _without_other_splits(pairs, str(home), split)
+    return _build(settings, listings, found, pairs, home, class_names)
+
+
+# --- Images -----------------------------------------------------------------------------------------------
+
+
+class _Listed(NamedTuple):
+    """The images of a split."""
+
+    paths: list[str]
+    """Absolute."""
+    guessed: list[tuple[str, str]]
+    """Lines of lists whose image was found by their last parts, and that image."""
+    lost: list[tuple[Path, int, str]]
+    """Lines of lists that name no image that is there: the list, the line's number, and why not."""
+
+
+def _images_in(folder: Path) -> list[str]:
+    """The images in a folder and below it, sorted."""
+    names = [name.split("/") for name in files_below(folder) if is_image_name(name)]
+    return [os.path.join(folder, *parts) for parts in sorted(names)]
+
+
+def _read_list(listing: Path, settings: Settings, images: Path | None, found: _Listed) -> None:
+    """Add the images that a text file lists, one a line."""
+    roots = [images] if images else [listing.parent, *settings.starts]
+    places = [ImageFolder(Path(os.path.abspath(root))) for root in dict.fromkeys(roots)]
+    for number_of_line, line in enumerate(read_text(listing).splitlines(), start=1):
+        written = line.strip()
+        if not written:
+            continue
+        exact = ((place, name) for place in places if (name := place.find_as_written(written)) is not None)
+        place, name = next(exact, (places[-1], ""))
+        if not name:
+            name, why, _ = place.find(written)
+            if why or place.find_as_written(name) is None:
+                why = why or f"there is no such file in {place.root}"
+                found.lost.append((listing, number_of_line, f"{written[:_SHOWN]}: {why}"))
+                continue
+            found.guessed.append((written, name))
+        found.paths.append(os.path.join(place.root, *name.split("/")))
+
+
+def _home(settings: Settings, listings: Sequence[Path]) -> Path:
+    """The folder of the dataset: that of its file, unless the images are elsewhere."""
+    for start in settings.starts:
+        if all(listing.is_relative_to(os.path.abspath(start)) for listing in listings):
+            return Path(os.path.abspath(start))
+    common = Path(os.path.commonpath(listings))
+    return next((each.parent for each in (common, *common.parents) if each.name.lower() == "images"), common)
+
+
+def _places_of_entries(settings: Settings, split: str) -> list[str]:
+    """Where labels are looked for whose images are not where the file says."""
+    root = os.path.abspath(settings.root)
+    entries = [entry for entry in entries_of(settings, split) if not entry.lower().endswith(".txt")]
+    expected = [os.path.join(root, entry) for entry in entries] or [
+        os.path.join(root, "images", split),
+        os.path.join(root, split, "images"),
+    ]
+    places = [place for folder in expected for place in label_folders(os.path.abspath(folder), root)]
+    return [place for place in dict.fromkeys(places) if os.path.isdir(place)]
+
+
+def _without_other_splits(pairs: Pairs, root: str, split: str) -> Pairs:
+    """Without images of a shared folder whose labels are another split's."""
+    gone = {
+        i
+        for i, labels in pairs.doubtful.items()
+        if all(is_of_another(label, root, split) for label in labels)
+    }
+    kept = [i for i in range(len(pairs.images)) if i not in gone]
+    return Pairs(
+        [pairs.images[i] for i in kept],
+        [pairs.labels[i] for i in kept],
+        {new: pairs.doubtful[i] for new, i in enumerate(kept) if i in pairs.doubtful},
+        pairs.strays,
+    )
+
+
+def _has_some(listing: Path, settings: Settings) -> bool:
+    if not listing.is_dir():
+        return any(line.strip() for line in read_text(listing).splitlines())
+    if settings.splits and any(is_image_name(name) for name in files_below(listing)):
+        return True
+    labels = (
+        os.path.join(place, name)
+        for place in label_folders(str(listing), os.path.abspath(settings.root))
+        for name in files_below(Path(place))
+        if is_label_name(name)
+    )
+    return any(count_objects(label) for label in islice(labels, _ASKED))
+
+
+def _has_labels(root: Path) -> bool:
+    """Whether a folder has label files in ``labels/``, or in one of its folders."""
+    top = subfolders(root)
+    folders = [root, *top.values()]
+    places = [below[name] for below in map(subfolders, folders) for name in LABEL_FOLDERS if name in below]
+    files = (
+        file
+        for place in places
+        for folder in (place, *subfolders(place).values())
+        for file in files_of(folder, ".txt")
+    )
+    return any(count_objects(str(file)) for file in islice(files, _ASKED))
+
+
+# --- Labels -----------------------------------------------------------------------------------------------
+
+
+def _build(
+    settings: Settings,
+    listings: Sequence[Path],
+    listed: _Listed,
+    pairs: Pairs,
+    home: Path,
+    wanted: Sequence[str] | None,
+) -> Annotations:
+    paths = [Path(image) for image in pairs.images]
+    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else listings[0]
+    builder = Builder(settings.file, root)
+    labels = builder.set_classes(settings.names, tuple(range(len(settings.names))), wanted)
+    lines = _Lines(settings, labels, builder)
+    for i, (path, label, size) in enumerate(zip(paths, pairs.labels, upright_sizes(paths), strict=True)):
+        name = path.relative_to(root)
+        image = builder.add_image(name.as_posix(), name.with_suffix("").as_posix(), *(size or (None, None)))
+        if size is None and path.is_file():
+            builder.problem(UNREADABLE, builder.names[image], "", _why_unreadable(path))
+        elif i in pairs.doubtful:
+            some = ", ".join(_short(each, home) for each in pairs.doubtful[i][:5])
+            told = (
+                f"has no label file in its place, but {some} may be its own; put that where it belongs, in "
+                f"{_short(str(_expected(path, home)), home)}, or remove it"
+            )
+            builder.problem(DOUBTFUL, builder.names[image], "", told)
+        elif label is not None and size is not None:
+            lines.read(label, image, size)
+    _tell_lists(settings, listings, listed, builder)
+    _tell_pairs(pairs, home, builder)
     hint = ""
     if paths:
-        hint = f"those of {paths[0].name} were looked for in {_label_file(paths[0], file.parent)}"
+        hint = f"those of {paths[0].name} were looked for in {_expected(paths[0], home)}"
     return builder.build(labels_hint=hint)
 
 
-def _line(
-    values: list[float],
-    tag: str,
-    image: int,
-    size: tuple[int, int],
-    labels: list[int],
-    builder: Builder,
-) -> None:
-    if len(values) > 6 and len(values) % 2:  # a polygon: its box
-        xs, ys = values[1::2], values[2::2]
-        corners = (min(xs), min(ys), max(xs), max(ys))
-    elif len(values) in (5, 6):  # the sixth is a confidence
-        x, y, w, h = values[1:5]
-        corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-    else:
-        corners = (math.nan,) * 4
-    box = finite_numbers([value * side for value, side in zip(corners, size * 2, strict=True)], 4)
-    if box is None:
-        message = f"not a class and the four numbers of a box: {values[:8]}"
-        builder.problem(NOT_A_BOX, builder.names[image], tag, message)
-    elif values[0] not in range(len(labels)):
-        message = f"its class {values[0]:g} is none of 0 to {len(labels) - 1}"
-        builder.problem(UNKNOWN_CATEGORY, builder.names[image], tag, message)
-    else:
-        builder.add_box(image, tag, box, labels[int(values[0])])
+def _tell_lists(settings: Settings, listings: Sequence[Path], listed: _Listed, builder: Builder) -> None:
+    """Tell what the lists of images hold, and the settings, that is not so."""
+    for file, number_of_line, why in listed.lost:
+        builder.problem(MISSING, str(file), f"line {number_of_line}", why)
+    if not listed.paths and not listed.lost:
+        what = f"there are no images in {', '.join(map(str, listings))}"
+        what += "; if they are elsewhere, give their folder with --images (images=...)"
+        builder.problem(MISSING, str(settings.file), "", what)
+    if listed.guessed:
+        written, name = listed.guessed[0]
+        builder.note(
+            f"{len(listed.guessed)} images are listed by paths that are not here; they were found by the "
+            f"last parts of these, such as {name} for {written}"
+        )
+    if settings.others:
+        others = ", ".join(file.name for file in settings.others)
+        builder.note(f"{settings.file.name} is read; {others} could be given in its place")
+    if settings.class_count not in (None, len(settings.names)):
+        what = f"{settings.file.name} says nc: {settings.class_count}, but has {len(settings.names)} names"
+        builder.note(f"{what}, which count")
 
 
-def _config_file(path: Path) -> Path | None:
-    if path.is_file():
-        return path if path.suffix.lower() in (".yaml", ".yml") else None
-    names = ("data.yaml", "data.yml", "dataset.yaml")
-    return next((path / name for name in names if (path / name).is_file()), None)
+def _tell_pairs(pairs: Pairs, home: Path, builder: Builder) -> None:
+    """Tell which images and label files do not belong to each other."""
+    lacking = [i for i, label in enumerate(pairs.labels) if label is None and i not in pairs.doubtful]
+    example = f"such as {builder.names[lacking[0]]}" if lacking else ""
+    if pairs.strays and pairs.images:
+        told = f"{len(pairs.strays)} label files with {sum(pairs.strays.values())} objects are no image's, "
+        told += f"such as {_short(min(pairs.strays), home)}"
+        if lacking:
+            told += f", while {len(lacking)} images have no label file, {example}; call each label file like "
+            told += "its image, and remove those whose images are gone"
+            builder.problem(STRAY, str(builder.source), "", told)
+        else:
+            builder.note(f"{told}; they are not used")
+        for i in lacking:
+            why = "has no label file, and there are label files that are no image's"
+            builder.problem(DOUBTFUL, builder.names[i], "", why)
+    elif lacking:
+        count = len(pairs.images)
+        builder.note(
+            f"{len(lacking)} of {count} images have no label file and count as background, {example}"
+        )
+    images_of: dict[str, list[str]] = defaultdict(list)
+    for image, label in zip(pairs.images, pairs.labels, strict=True):
+        if label is not None:
+            images_of[label].append(os.path.basename(image))
+    shared = [(label, names) for label, names in images_of.items() if len(set(names)) > 1]
+    if shared:
+        label, names = shared[0]
+        builder.note(
+            f"{len(shared)} label files are read for several images each, such as {_short(label, home)} for "
+            f"{' and '.join(names[:3])}"
+        )
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(read_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise AnnotationError(f"{file}: not a YAML file ({error})") from error
-    if not isinstance(config, dict):
-        raise AnnotationError(f"{file}: holds no settings")
-    return config
+def _short(path: str, home: Path) -> str:
+    """A path for messages."""
+    return os.path.relpath(path, home) if Path(path).is_relative_to(home) else path
 
 
-def _image_paths(file: Path, config: dict[str, Any], split: str) -> list[Path]:
-    """The images of a split: those of a folder sorted, those of a list as they are listed."""
-    found: list[Path] = []
-    for listing in _listings(file, config, split):
-        found += sorted(_images_of(listing)) if listing.is_dir() else _images_of(listing)
-    return [Path(os.path.abspath(path)) for path in found]
-
-
-def _listings(file: Path, config: dict[str, Any], split: str) -> list[Path]:
-    """The folders of a split's images, and text files that list them.
-
-    Raises:
-        AnnotationError: there is no such split, or one of them is not there.
-    """
-    entries = next((config[key] for key in split_names(split) if config.get(key)), None)
-    if entries is None:
-        raise AnnotationError(f"{file}: there is no {split} split")
-    base = file.parent / str(config.get("path") or "")
-    base = base if base.is_dir() else file.parent
-    found = []
-    for entry in map(str, entries if isinstance(entries, list) else [entries]):
-        # Roboflow writes "../train/images" for a folder that lies beside its data.yaml.
-        candidates = (base / entry, file.parent / entry, base / entry.removeprefix("../"))
-        listing = next((path for path in candidates if path.is_dir() or path.is_file()), None)
-        if listing is None:
-            raise AnnotationError(f"{file}: there is no folder {entry}")
-        found.append(listing)
-    return found
-
-
-def _images_of(listing: Path) -> Iterator[Path]:
-    """The images of a folder, also below it, in any order; or those that a text file lists."""
-    if listing.is_dir():
-        yield from (path for path in listing.rglob("*") if is_image_name(path.name))
-    else:
-        yield from (listing.parent / line.strip() for line in read_text(listing).split("\n") if line.strip())
-
-
-def _label_file(image: Path, dataset: Path) -> Path:
-    """Where an image's labels are: in labels/ for images/ (of the dataset, not above), else beside it."""
+def _expected(image: Path, home: Path) -> Path:
+    """Where the label file of an image belongs."""
     parts = list(image.parts)
-    root = os.path.abspath(dataset)  # as images are given: without ".."
-    above = len(Path(root).parts) if image.is_relative_to(root) else 0
-    for i in range(len(parts) - 2, above - 1, -1):
-        if parts[i] == "images":
+    above = len(home.parts) if image.is_relative_to(home) else 0
+    for i in reversed(range(above, len(parts) - 1)):
+        if parts[i].lower() == "images":
             parts[i] = "labels"
             return Path(*parts).with_suffix(".txt")
-    within = image.parent / "labels" / f"{image.stem}.txt"
-    return within if within.is_file() else image.with_suffix(".txt")
+    return image.with_suffix(".txt")
+
+
+def _why_unreadable(path: Path) -> str:
+    try:
+        load_image(path)
+    except ImageError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return "its size, which its boxes need, cannot be read"
+
+
+class _Lines:
+    """Reads label files into a builder."""
+
+    def __init__(self, settings: Settings, labels: Sequence[int | None], builder: Builder) -> None:
+        self._names, self._labels, self._builder = settings.names, labels, builder
+        self._has_keypoints = settings.has_keypoints
+        self._by_length = sorted(filter(None, settings.names), key=len, reverse=True)
+
+    def read(self, file: str, image: int, size: tuple[int, int]) -> None:
+        """Add the boxes of an image."""
+        name = os.path.basename(file)
+        try:
+            text = read_text(Path(file))
+        except OSError as error:
+            why = f"its label file {name} cannot be read ({error.strerror})"
+            self._builder.problem(DOUBTFUL, self._builder.names[image], "", why)
+            return
+        if "\0" in text:
+            why = f"its label file {name} is no text; write it anew, or remove it if the image has no objects"
+            self._builder.problem(DOUBTFUL, self._builder.names[image], "", why)
+            return
+        for count, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                self._read_line(line.strip(), f"{name}:{count}", image, size)
+
+    def _read_line(self, line: str, tag: str, image: int, size: tuple[int, int]) -> None:
+        class_number, words = self._split(line)
+        values = [number(word) for word in words]
+        box, why = _box_of(values[:4] if self._has_keypoints else values, size)
+        shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
+        file = self._builder.names[image]
+        if box is None:
+            self._builder.problem(NOT_A_BOX, file, tag, f"{why}: {shown}")
+        elif class_number is None:
+            why = f"its class is none of 0 to {len(self._names) - 1}, nor one of their names"
+            self._builder.problem(UNKNOWN_CATEGORY, file, tag, f"{why}: {shown}")
+        else:
+            label, category = self._labels[class_number], self._names[class_number]
+            self._builder.add_box(image, tag, box, label, category=category)
+
+    def _split(self, line: str) -> tuple[int | None, list[str]]:
+        """The number of the class, if it is one, and the words that follow it."""
+        words = _words(line)
+        value = number(words[0]) if words else math.nan
+        if value in range(len(self._names)):
+            return int(value), words[1:]
+        for name in self._by_length:  # which may have spaces
+            if line.startswith(name) and line[len(name) : len(name) + 1] in tuple(" \t,;"):
+                return self._names.index(name), _words(line[len(name) :].strip(" \t,;"))
+        return None, words[1:]
+
+
+def _words(line: str) -> list[str]:
+    """What a line holds, between spaces, tabs, commas or semicolons; with points for decimal commas."""
+    if "," not in line and ";" not in line:
+        return line.split()
+    words = re.split(r"[;\s]+", line.strip("; \t"))
+    if len(words) > 4 and all(re.fullmatch(r"-?\d*,\d+|[^,]*", word) for word in words):
+        return [word.replace(",", ".") for word in words]
+    return re.split(r"[,;\s]+", line.strip(",; \t"))
+
+
+def _box_of(values: Sequence[float], size: tuple[int, int]) -> tuple[tuple[float, ...] | None, str]:
+    """The box that the numbers behind a class give, in pixels; or None and why they give none.
+
+    Four are its centre and size, and a fifth a confidence; more are the corners of a polygon.
+    """
+    width, height = size
+    if not all(map(math.isfinite, values)):
+        return None, "not a class and the numbers of a box"
+    if len(values) not in (4, 5) and (len(values) < 6 or len(values) % 2):
+        return None, (
+            f"{len(values)} numbers behind the class are no box (4) and no polygon (6 or more, in pairs); "
+            "key points need kpt_shape in the YAML file"
+        )
+    corners = values if len(values) > 5 else values[:4]
+    if max(map(abs, corners)) > _MOST_OF_SIDE:
+        return None, (
+            "its numbers have to be parts of the image's width and height, 1 at most; divide pixels "
+            f"by its size ({width}x{height}), per cent by 100"
+        )
+    if len(values) == 5 and not 0 <= values[4] <= 1:
+        return None, (
+            "its sixth number is no confidence from 0 to 1; if it is an angle, export the corners of the box "
+            "instead (YOLO OBB)"
+        )
+    if len(values) > 5:
+        xs, ys = values[0::2], values[1::2]
+        edges = (min(xs), min(ys), max(xs), max(ys))
+    else:
+        x, y, w, h = corners
+        edges = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    box = finite_numbers([edge * side for edge, side in zip(edges, size * 2, strict=True)], 4)
+    return box, "not a class and the numbers of a box"

@@ -2,7 +2,9 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from ssd.augment import augment
 from ssd.choices import Recipe
 from ssd.data import as_targets, item_name
 from ssd.distributed import World
-from ssd.errors import AnnotationError, ImageError
+from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.images import load_image
 
 
@@ -34,6 +36,11 @@ class Batch(NamedTuple):
         """The same in page-locked memory (called by DataLoader)."""
         return Batch(*(values.pin_memory() for values in self))
 
+
+_LESS_MEMORY = (
+    "fewer processes need less (--workers 1; with --workers 0 the training process itself reads), and so do "
+    "smaller images and a smaller --batch-size"
+)
 
 Example = tuple[Tensor, Tensor, Tensor, int]
 """Image, boxes and labels as in `Batch`, and the index in the dataset."""
@@ -62,6 +69,9 @@ class Examples(Dataset[Example | Exception]):
             return self._example(*key)
         except (ImageError, AnnotationError, OSError) as error:
             return error
+        except MemoryError:
+            name = item_name(self.dataset, key[1])
+            return ImageError(f"{name}: there is not enough memory to read it; {_LESS_MEMORY}")
 
     def _example(self, epoch: int, index: int) -> Example:
         name = item_name(self.dataset, index)
@@ -126,10 +136,85 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in order[first : first + size]]
 
 
+class Loader:
+    """Gives batches, epoch by epoch; a process of the loader's that has died is told between two of them.
+
+    torch's handler of SIGCHLD raises wherever the main thread stands, which may be half-way through a step of
+    the optimiser. Here it waits until a batch is asked for.
+
+    Args:
+        loader: of batches, or of exceptions in their place.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._handler: Any = None  # torch's
+        self._waiting = self._died = False
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        try:
+            iterator = iter(self._loader)
+            self._take_over()
+            while True:
+                self._waiting = True
+                if self._died:
+                    self._handler(signal.SIGCHLD, None)
+                batch = next(iterator, None)
+                self._waiting = False
+                if batch is None:
+                    return
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            yield LostContactError(_told_death(error))
+        finally:
+            self._waiting = False
+
+    def close(self) -> None:
+        """End the processes, and give torch's handler back."""
+        if self._handler is not None:
+            signal.signal(signal.SIGCHLD, self._handler)
+            self._handler = None
+        # Not left to the garbage collector: an exception that someone keeps, as notebooks do, keeps the
+        # loader too, and at its exit Python would wait for ever for workers that ignore SIGTERM.
+        if (iterator := getattr(self._loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                if worker.is_alive():  # waits for what one that was killed has locked
+                    worker.kill()
+
+    def _take_over(self) -> None:
+        """Stand before torch's handler, which is set when its first workers start."""
+        if not self._loader.num_workers or not hasattr(signal, "SIGCHLD"):
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and callable(handler) and self._handler is None:
+            self._handler = handler
+            signal.signal(signal.SIGCHLD, self._heed)
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        self._died = True
+        if self._waiting:
+            self._handler(number, frame)
+
+
+def _told_death(error: RuntimeError) -> str:
+    """What to say and do when torch says that a worker died."""
+    reason = str(error.__cause__ or error).strip().rstrip(".")
+    if "Bus error" in reason or "shared memory" in reason:
+        remedy = "--workers 0 does without shared memory, and docker run --shm-size gives more of it"
+    else:
+        remedy = f"where memory ran out, {_LESS_MEMORY}"
+    return f"a process that reads images has died ({reason.splitlines()[0].rstrip('. ')}); {remedy}"
+
+
 @contextlib.contextmanager
-def loading(
-    examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool
-) -> Iterator[DataLoader[Any]]:
+def loading(examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool) -> Iterator[Loader]:
     """The loader of all epochs, which gives a `Batch`, or an exception; its workers end with the block.
 
     Args:
@@ -138,7 +223,7 @@ def loading(
         workers: processes that load; with 0, this one does.
         pin_memory: for a GPU.
     """
-    loader: DataLoader[Any] = DataLoader(
+    inner: DataLoader[Any] = DataLoader(
         examples,
         batch_sampler=batches,
         num_workers=workers,
@@ -147,13 +232,11 @@ def loading(
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
     )
+    loader = Loader(inner)
     try:
         yield loader
     finally:
-        # Not left to the garbage collector: an exception that someone keeps, as notebooks do, keeps the
-        # loader too, and at its exit Python would wait for ever for workers that ignore SIGTERM.
-        if (iterator := getattr(loader, "_iterator", None)) is not None:
-            iterator._shutdown_workers()
+        loader.close()
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -20,7 +20,7 @@ from ssd.data import Annotations, item_name
 from ssd.detector import Detector
 from ssd.devices import DTYPES, usable_device
 from ssd.distributed import World, alone
-from ssd.errors import AnnotationError, ImageError
+from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.evaluate import Evaluation, evaluate_detector
 from ssd.train.config import TrainConfig
 from ssd.train.examples import Batch, loading, whole_steps
@@ -110,6 +110,7 @@ def fit(
         ValueError: too few images for a step; or a choice that does not fit the device or the weights.
         NonFiniteError: the loss stays NaN or infinite; the message names the images. What was saved stays.
         AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
+        LostContactError: a process that reads images has died, or another of the run; what to do is said.
         CheckpointError, DownloadError: starting weights or the state cannot be used.
         MissingExtra: TensorBoard is not installed.
     """
@@ -171,6 +172,13 @@ def fit(
             except (ImageError, AnnotationError, OSError):
                 if world.size == 1:  # an image that can be mended is no reason to lose the epoch
                     files.write_state(run)
+                raise
+            except LostContactError as error:
+                if world.size == 1 and files.write_state(run):
+                    raise LostContactError(
+                        f"{error}. The epoch so far is saved; go on with: "
+                        f"ssd train --resume {folder} --workers 0"
+                    ) from error
                 raise
             stop.asked = world.any(stop.asked)
             if stop.asked:

@@ -25,6 +25,7 @@ from ssd.data import (
     require_items,
     usable_for_evaluation,
 )
+from ssd.data.judge import notes_of
 from ssd.devices import choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError
@@ -33,7 +34,13 @@ from ssd.model import SSD, build, transfer
 from ssd.train.config import TrainConfig
 from ssd.train.examples import EpochBatches, Examples
 from ssd.train.optim import freeze, learning_rate, make_optimizer
-from ssd.train.state import Progress, Run, read_state, restore
+from ssd.train.state import Progress, Run, read_state, restore, with_loss_of
+
+_WITHOUT_VAL = (
+    "there is no val split: nothing will be evaluated, and there will be no best weights, only the last. "
+    "Make one, name one with --val, or hold images out with --val-fraction 0.2 (in Python, val=... of fit, "
+    "and ssd.data.holdout.hold_out)"
+)
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images ``[N, 3, size, size]`` to raw loc and conf, as `ssd.model.SSD`."""
@@ -100,10 +107,17 @@ def set_up(
     val = usable_val(val, names)
     config = settle(config, world.device)
     _require_same_crowd(train, crowd=config.crowd)
+    if (annotations := annotations_of(train)) is not None:
+        require_boxes(annotations, crowd=config.crowd)
     batches = plan(len(train), config, world)  # type: ignore[arg-type]
     torch.manual_seed(config.seed)
 
-    run, origin = _begin(train, names, config, state_file, world, resume=resume)
+    state = read_state(state_file) if resume else None
+    if state:
+        config = with_loss_of(state, config)
+    else:
+        require_free(state_file)
+    run, origin = _begin(train, names, config, state_file, world, state)
     if not run.progress.batch:  # an epoch that begins may have other steps than those before it
         run.progress.step = run.progress.epoch * batches.steps
     layout = run.model.layout
@@ -111,7 +125,7 @@ def set_up(
     assert config.precision != "auto"
     return Setup(
         run=run,
-        introduction=(origin, _describe(config, train, batches, world, run.progress)),
+        introduction=(origin, _describe(config, train, val, batches, world, run.progress)),
         class_names=names,
         category_ids=ids,
         val=val,
@@ -144,14 +158,12 @@ def classes_of(
 
     Raises:
         ValueError: there are no class names.
-        AnnotationError: the dataset has no box.
     """
     annotations = annotations_of(train)
     names = class_names or getattr(train if annotations is None else annotations, "class_names", None)
     if not names:
         raise ValueError("pass class_names=..., one for each class but the background: the dataset has none")
     if annotations is not None:
-        require_boxes(annotations)
         category_ids = category_ids or annotations.category_ids
     return tuple(names), [int(each) for each in category_ids or ()]
 
@@ -282,19 +294,25 @@ def saved_network(path: Path, state: dict[str, Any]) -> tuple[SSD, str]:
     )
 
 
+def require_free(file: Path) -> None:
+    """Require that a new run does not take the place of another.
+
+    Raises:
+        FileExistsError: there is a state at `file`.
+    """
+    if file.exists():
+        raise FileExistsError(f"{file.parent} holds a run already; resume it, or choose another folder")
+
+
 def _begin(
     train: Dataset[Any],
     names: tuple[str, ...],
     config: TrainConfig,
     file: Path,
     world: World,
-    *,
-    resume: bool,
+    state: dict[str, Any] | None,
 ) -> tuple[Run, str]:
     """A run at its start, or where its state file left it; and a line on where its weights come from."""
-    if file.exists() and not resume:
-        raise FileExistsError(f"{file.parent} holds a run already; resume it, or choose another folder")
-    state = read_state(file) if resume else None
     model, origin = saved_network(file, state) if state else new_network(config, names)
     run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
     if state:
@@ -333,7 +351,12 @@ def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:
 
 
 def _describe(
-    config: TrainConfig, train: Dataset[Any], batches: EpochBatches, world: World, progress: Progress
+    config: TrainConfig,
+    train: Dataset[Any],
+    val: Annotations | Dataset[Any] | None,
+    batches: EpochBatches,
+    world: World,
+    progress: Progress,
 ) -> str:
     shown = {each.name: getattr(config, each.name) for each in fields(config)}
     used = batches.steps * batches.images_per_step
@@ -342,8 +365,14 @@ def _describe(
     if used < images:
         lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
     annotations = annotations_of(train)
-    if annotations is not None and annotations.left_out:
-        lines.append(f"left out of training ({listed(annotations.left_out)})")
+    if annotations is not None:
+        if annotations.left_out:
+            lines.append(f"left out of training ({listed(annotations.left_out)})")
+        lines += [f"train: {line}" for line in notes_of(annotations, "training", crowd=config.crowd)]
+    if val is None:
+        lines.append(_WITHOUT_VAL)
+    elif isinstance(val, Annotations):
+        lines += [f"val: {line}" for line in notes_of(val, "evaluation")]
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
     lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))

@@ -1,6 +1,6 @@
 """The state of a run: what it consists of, saved whole and put back."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +12,12 @@ from ssd.checkpoint import require_fit, torch_bytes
 from ssd.errors import CheckpointError
 from ssd.files import atomic_file
 from ssd.model import SSD
+from ssd.train.config import TrainConfig
 
 _LASTING = ("backbone", "weights", "backbone_weights", "head_norm", "freeze", "layout")
 """Choices that a run keeps to its end."""
 
-_LAYOUT_OF_OLD = "300"  # of states that do not say theirs
+_OF_OLD = {"layout": "300", "loss": "multibox"}  # of states that do not say theirs
 
 
 @dataclass
@@ -101,13 +102,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
+def with_loss_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
+    """The config, with the loss that a run has which began before there was another."""
+    return config if "loss" in state["config"] else replace(config, loss=_OF_OLD["loss"])
+
+
 def restore(path: Path, state: dict[str, Any], run: Run) -> None:
     """Put a run where `save_state` left it; what its config changes holds from there on.
 
     Raises:
         CheckpointError: the state is another network's, or of choices that do not fit.
     """
-    earlier = {"layout": _LAYOUT_OF_OLD} | state["config"]
+    earlier = _OF_OLD | state["config"]
     for name in _LASTING:
         before, wanted = earlier.get(name), run.config[name]
         if before != wanted:

@@ -3,17 +3,15 @@
 import datetime
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssd.distributed import World
 from ssd.errors import NonFiniteError
 from ssd.terminal import is_watched
-from ssd.train.examples import Batch
+from ssd.train.examples import Batch, Loader
 from ssd.train.state import Run, is_finite
 
 Say = Callable[[str], object]
@@ -43,7 +41,7 @@ class Watch:
     def __init__(
         self,
         run: Run,
-        loader: DataLoader[Any],
+        loader: Loader,
         *,
         epochs: int,
         batch_size: int,

@@ -26,3 +26,38 @@ def test_evaluation_with_plots(run, scenes, tmp_path):
     assert status == 0
     assert {"precision_recall.png", "confusion.png", "worst"} <= set(os.listdir(tmp_path / "e"))
     assert "IoU 0.50:0.95, all sizes" in out
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(run, scenes, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    status, out, err = run("evaluate", scenes, "--weights", "shapes")
+    assert (status, out) == (1, "")
+    assert "runs" in err
+    (tmp_path / "runs").unlink()
+    status, _, _ = run("evaluate", tmp_path / "nowhere", "--weights", "shapes")
+    assert status == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_numbers_are_printed_though_they_cannot_be_written(run, scenes, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("ssd.cli.evaluate.atomic_file", full)
+    status, out, err = run("evaluate", scenes, "--weights", "shapes", "--output", "e")
+    assert status == 1
+    assert "IoU 0.50:0.95, all sizes" in out
+    assert "No space left" in err
+
+
+def test_what_is_known_of_the_data_is_told(run, scenes, tmp_path):
+    """Of a split without boxes; as JSON, beside the numbers."""
+    content = json.loads((scenes / "val.json").read_text()) | {"annotations": []}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    arguments = ("evaluate", "val.json", "--images", scenes / "val", "--weights", "shapes")
+    note = "val: there is no box to find, so all numbers will be -1"
+    status, out, _ = run(*arguments, "--output", "a")
+    assert (status, note in out) == (0, True)
+    status, out, err = run(*arguments, "--output", "b", "--json")
+    assert json.loads(out)["boxes"] == 0
+    assert note in err

@@ -103,6 +103,74 @@ def test_bad_annotations_stop_training_unless_lenient(run, scenes, tmp_path):
     assert json.loads(out)["fatal"] == 1
 
 
+@pytest.fixture
+def without_val(scenes, tmp_path):
+    """The scenes to train on alone."""
+    shutil.copytree(scenes / "train", tmp_path / "data" / "train")
+    shutil.copy(scenes / "train.json", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_images_are_held_out_where_there_is_no_val_split(run, without_val, tmp_path):
+    status, out, _ = run("train", without_val, *TINY, "--output", "a")
+    assert status == 0
+    assert "there is no val split: nothing will be evaluated" in out
+    assert not (tmp_path / "a" / "best.safetensors").exists()
+    status, out, _ = run("train", without_val, *TINY, "--val-fraction", "0.34", "--output", "r")
+    assert status == 0
+    assert "2 of 6 images are held out to evaluate on, nearly equal ones together; r/val_images.txt" in out
+    assert "4 images, 2 steps an epoch" in out
+    assert "AP50" in out
+    assert (tmp_path / "r" / "best.safetensors").exists()
+    held = (tmp_path / "r" / "val_images.txt").read_text().splitlines()
+    assert len(held) == 2
+    assert all((without_val / "train" / name).is_file() for name in held)
+    # What the file says counts, whatever the images look like by now.
+    others = [path.name for path in sorted((without_val / "train").iterdir()) if path.name not in held][:2]
+    (tmp_path / "r" / "val_images.txt").write_text("\n".join(others))
+    status, out, _ = run("train", "--resume", "r", "--epochs", "2")
+    assert status == 0
+    assert "2 of 6 images are held out" in out
+    assert (tmp_path / "r" / "val_images.txt").read_text().splitlines() == others
+    (tmp_path / "r" / "val_images.txt").unlink()
+    status, _, err = run("train", "--resume", "r", "--epochs", "3")
+    assert status == 1
+    assert "val_images.txt is missing, which lists the images that the run held out" in err
+
+
+def test_a_run_that_is_there_keeps_its_list(run, without_val, tmp_path):
+    run("train", without_val, *TINY, "--val-fraction", "0.34", "--output", "r")
+    held = (tmp_path / "r" / "val_images.txt").read_text()
+    status, _, err = run("train", without_val, *TINY, "--val-fraction", "0.5", "--output", "r")
+    assert status == 1
+    assert "r holds a run already" in err
+    assert (tmp_path / "r" / "val_images.txt").read_text() == held
+    status, _, _ = run("train", without_val, *TINY, "--val-fraction", "0.34", "--batch-size", "50")
+    assert status == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_val_split_wins_over_holding_out(run, scenes, without_val):
+    for arguments, message in (
+        ((scenes, "--val-fraction", "0.2"), "there is a val split, which is what is evaluated on; leave out"),
+        ((without_val, "--val", scenes, "--val-fraction", "0.2"), "--val is what is evaluated on"),
+        ((without_val, "--val-fraction", "20"), "--val-fraction is above 0 and below 1, such as 0.2; got 20"),
+        ((without_val, "--val-fraction", "0"), "above 0 and below 1"),
+        (("--resume", "r", "--val-fraction", "0.2"), "keeps what it held out; leave out --val-fraction"),
+    ):
+        status, _, err = run("train", *arguments)
+        assert status == 2, arguments
+        assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_where_no_run_folder_can_be_made_is_told_before_the_data_is_read(run, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone" / "deep")
+    status, _, err = run("train", tmp_path / "nowhere", *TINY)
+    assert status == 1
+    assert "runs" in err
+    assert "no dataset" not in err
+
+
 def test_one_folder_of_images_serves_training_and_evaluation(scenes, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "annotations").mkdir(exist_ok=True)
@@ -145,7 +213,7 @@ def test_a_toy_layout_and_a_toy_loss_by_a_row(run, scenes, tmp_path, photos, mon
     ("option", "message"),
     [
         (("--layout", "7"), "layout '7' is none of 300"),
-        (("--loss", "focal"), "loss 'focal' is none of multibox"),
+        (("--loss", "focal"), f"loss 'focal' is none of {', '.join(LOSSES)}"),
     ],
 )
 def test_what_is_no_row_is_told_with_those_that_are(run, scenes, option, message):

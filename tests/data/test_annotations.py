@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ def test_some_of_the_images(three, images):
     for k, i in enumerate(images):
         np.testing.assert_array_equal(some.boxes[some.of_image(k)], three.boxes[three.of_image(i)])
     assert len(some.boxes) == len(some.labels) == len(some.crowd) == len(some.areas) == len(some.usable)
+    assert len(some.areas_given) == len(some.boxes)
     assert some.root == three.root
     assert some.source == three.source
 
@@ -45,10 +46,16 @@ def test_paths_are_below_the_root(three):
     assert three.path(1).is_file()
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../a.jpg", "sub/../../a.jpg"])
+def test_no_path_leads_out_of_the_root(three, name):
+    with pytest.raises(AnnotationError, match=r"leads out of .*train"):
+        replace(three, file_names=np.array([name])).path(0)
+
+
 def test_the_record_knows_no_format(three):
     """What a reader has to add to a message or a rule travels as data."""
     assert "format" not in {each.name for each in fields(three)}
-    assert (three.follow_links, three.labels_hint) == (False, "")
+    assert (three.notes, three.labels_hint) == ((), "")
 
 
 def test_problems_as_text():

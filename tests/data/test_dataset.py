@@ -7,6 +7,7 @@ import torch
 from made_data import BOX, annotation, as_voc, as_yolo, coco, picture, plain
 from PIL import Image
 from torch.utils.data import Subset
+from torchvision import datasets, tv_tensors
 
 from ssd import shapes
 from ssd.data import (
@@ -108,7 +109,12 @@ def test_indices_count_from_the_end_where_they_are_negative(tmp_path):
         ({"boxes": [[0, 0, 5, 5]], "labels": ["cat"]}, "its labels are no numbers"),
         ({"boxes": [[0, 0, 5, 1e300]], "labels": [1]}, "not finite"),
         ({"boxes": None, "labels": [1]}, "its boxes are no numbers"),
-        (None, '"boxes" and "labels"'),
+        (None, '"boxes" and "labels", not a NoneType'),
+        ({}, '"boxes" and "labels", not one with nothing'),
+        ({"bboxes": [], "class": []}, "not one with 'bboxes', 'class'"),
+        ({"image_id": 3, "bboxes": []}, "not one with 'image_id', 'bboxes'"),
+        ([{"bbox": [0, 0, 5, 5], "category_id": 1}], "not a list.*wrap_dataset_for_transforms_v2"),
+        ({"annotation": {"object": []}}, "not one with 'annotation'.*wrap_dataset_for_transforms_v2"),
     ],
 )
 def test_targets_of_other_datasets_are_checked(target, message):
@@ -120,6 +126,54 @@ def test_targets_of_torchvisions_kind():
     boxes, labels = as_targets({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}, "x")
     assert boxes.shape == (0, 4)
     assert labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("box_format", "box"),
+    [("XYXY", [20, 15, 70, 60]), ("XYWH", [20, 15, 50, 45]), ("CXCYWH", [45, 37.5, 50, 45])],
+)
+def test_boxes_that_say_their_format_are_converted(box_format, box):
+    boxes = tv_tensors.BoundingBoxes([box], format=box_format, canvas_size=(90, 120))
+    found, _ = as_targets({"boxes": boxes, "labels": torch.tensor([1])}, "x")
+    assert (found.tolist(), found.dtype) == ([[20, 15, 70, 60]], np.float32)
+    empty = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format=box_format, canvas_size=(90, 120))
+    assert as_targets({"boxes": empty, "labels": []}, "x")[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("box_format", "box"),
+    [
+        ("XYWHR", [20, 15, 50, 45, 30]),
+        ("CXCYWHR", [45, 37, 50, 45, 30]),
+        ("XYXYXYXY", [0, 0, 9, 0, 9, 9, 0, 9]),
+    ],
+)
+def test_rotated_boxes_are_refused(box_format, box):
+    if not hasattr(tv_tensors.BoundingBoxFormat, box_format):
+        pytest.skip("an older torchvision has no rotated boxes")
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([box]).float(), format=box_format, canvas_size=(90, 120))
+    with pytest.raises(
+        AnnotationError, match=rf"^x: its boxes are rotated \({box_format}\); give the upright"
+    ):
+        as_targets({"boxes": boxes, "labels": [1]}, "x")
+
+
+def test_torchvisions_wrapped_datasets_are_taken(tmp_path, capsys):
+    """The COCO one has nothing but an id for an image without annotations; VOC's labels are those of VOC."""
+    images = [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}]
+    plain(tmp_path, coco(images, [annotation(image_id=7)]), ("a.jpg", "b.jpg"))
+    raw = datasets.CocoDetection(tmp_path / "train", tmp_path / "train.json")
+    wrapped = datasets.wrap_dataset_for_transforms_v2(raw)
+    boxes, labels = as_targets(wrapped[0][1], "x")
+    assert (boxes.tolist(), labels.tolist()) == ([BOX], [annotation()["category_id"]])
+    boxes, labels = as_targets(wrapped[1][1], "x")
+    assert (boxes.shape, labels.shape) == ((0, 4), (0,))
+    with pytest.raises(AnnotationError, match="wrap_dataset_for_transforms_v2"):
+        as_targets(raw[0][1], "x")
+    as_voc(tmp_path / "VOCdevkit" / "VOC2012")
+    wrapped = datasets.wrap_dataset_for_transforms_v2(datasets.VOCDetection(tmp_path, image_set="train"))
+    boxes, labels = as_targets(wrapped[0][1], "x")
+    assert (boxes.tolist(), labels.tolist()) == ([[11, 21, 40, 60]], [8])  # cat
 
 
 @pytest.mark.parametrize("boxes", [[], np.zeros((4, 0)), torch.zeros(0), torch.zeros(0, 4).bfloat16()])

@@ -1,11 +1,12 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from made_data import BOX, EVERY_FOLDER, as_voc, as_yolo, coco, picture, plain
+from made_data import BOX, EVERY_FOLDER, VOC_XML, annotation, as_voc, as_yolo, coco, picture, plain
 
 import ssd.data
 from ssd.data import AnnotationError, DetectionDataset, find_split, load
@@ -61,11 +62,15 @@ def test_messages_name_every_format_of_the_table(tmp_path, monkeypatch):
     with pytest.raises(AnnotationError) as error:
         load(tmp_path)
     known = "COCO (train.json + train/), Roboflow COCO, YOLO (data.yaml) or VOC (Annotations/*.xml)"
-    assert str(error.value) == f"{tmp_path}: no dataset of a known layout: {known}"
+    assert str(error.value) == f"{tmp_path}: no dataset of a known layout: {known}; it holds 1 .txt"
     with pytest.raises(AnnotationError) as error:
         load(tmp_path / "x.txt")
     known = "a folder, a COCO .json file or a YOLO data.yaml"
     assert str(error.value) == f"{tmp_path / 'x.txt'}: a dataset is {known}"
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04" + b"0" * 60)
+    with pytest.raises(AnnotationError, match="a dataset is .*; this is a zip archive$"):
+        load(tmp_path / "x.zip")
+    (tmp_path / "x.zip").unlink()
     never = Format(("Toy (toy.bin)",), "a toy.bin", lambda path: False, lambda path, split: False, None)
     monkeypatch.setitem(FORMATS, "toy", never)
     with pytest.raises(AnnotationError, match=r"VOC \(Annotations/\*\.xml\) or Toy \(toy\.bin\)"):
@@ -76,7 +81,7 @@ def test_messages_name_every_format_of_the_table(tmp_path, monkeypatch):
 
 def test_what_is_wrong_with_a_split_is_told_by_its_own_format(tmp_path):
     plain(tmp_path / "coco")
-    with pytest.raises(AnnotationError, match="there is no val split; it has train$"):
+    with pytest.raises(AnnotationError, match=r"there is no val split; it has train \(train.json\)$"):
         load(tmp_path / "coco", "val")
     as_yolo(tmp_path / "yolo")
     assert not find_split(tmp_path / "yolo", "val")
@@ -87,6 +92,72 @@ def test_what_is_wrong_with_a_split_is_told_by_its_own_format(tmp_path):
     assert not find_split(tmp_path / "voc", "train")
     with pytest.raises(AnnotationError, match="holds several datasets; give one of"):
         load(tmp_path / "voc")
+
+
+def test_what_a_folder_holds_that_is_no_dataset(tmp_path):
+    def told():
+        with pytest.raises(AnnotationError) as error:
+            load(tmp_path)
+        return str(error.value).rsplit("; it ", 1)[-1]
+
+    assert told() == "is empty"
+    for name in ("a.jpg", "b.JPG", "README", "deep/1/2/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert told() == "holds 2 .jpg, 1 without suffix, deep/"
+    (tmp_path / "deep" / "data.yaml").write_text("a: [")
+    assert told() == "holds 2 .jpg, 1 without suffix, deep/"
+    (tmp_path / "deep" / "data.yaml").unlink()
+    as_voc(tmp_path / "deep" / "1")
+    assert told() == f"holds 2 .jpg, 1 without suffix, deep/; {tmp_path / 'deep'} is one"
+
+
+@pytest.mark.parametrize("folder", ["x.json", "x.yaml", "x.xml"])
+def test_folders_that_are_called_like_files(tmp_path, folder):
+    for name in ("a", "labels", "Annotations", "annotations"):
+        (tmp_path / folder / name / "train.json").mkdir(parents=True)
+        (tmp_path / folder / name / "data.yaml").mkdir()
+        (tmp_path / folder / name / "a.xml").mkdir()
+    with pytest.raises(AnnotationError, match="no dataset of a known layout"):
+        load(tmp_path / folder)
+    plain(tmp_path / folder)
+    assert len(load(tmp_path / folder)) == 1
+
+
+def sloppy(folder):
+    """A COCO and a VOC dataset with many things that are wrong."""
+    names = [f"{letter}.jpg" for letter in "abcdefgh"]
+    images = [{"id": k // 2, "file_name": name} for k, name in enumerate(names)]
+    boxes = [annotation(id=k % 5, image_id=k % 6, category_id=k % 7, bbox=[k]) for k in range(20)]
+    categories = [{"id": k % 4, "name": name} for k, name in enumerate("zyxwvutsr")]
+    plain(folder / "coco", coco(images, boxes, categories), names)
+    for k, name in enumerate("zyxwvutsr"):
+        (folder / "voc" / "Annotations").mkdir(parents=True, exist_ok=True)
+        picture(folder / "voc" / "JPEGImages" / f"{name}.png")
+        text = VOC_XML.format(name=f"{name}.jpg", difficult=0).replace("cat", f"{name}&amp;")
+        (folder / "voc" / "Annotations" / f"{name}.xml").write_text(text[: -k * 30 or None])
+    (folder / "voc" / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "voc" / "ImageSets" / "Main" / "train.txt").write_text("z\ny\nx\nr\nq\np\no\n")
+
+
+def test_what_is_told_does_not_depend_on_the_seed_of_hashes(tmp_path):
+    sloppy(tmp_path)
+    code = "import sys; from ssd.data import load\n"
+    code += "for each in map(load, sys.argv[1:]): print(each, *each.problems, *each.notes, sep='\\n')"
+    folders = [str(tmp_path / name) for name in ("coco", "voc")]
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code, *folders],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        for seed in ("0", "1", "2")
+    ]
+    assert told[0].returncode == 0, told[0].stderr
+    assert told[0].stdout.count("\n") > 20
+    assert len({each.stdout for each in told}) == 1
 
 
 def test_a_split_of_any_name(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ from training import ALONE, CPU
 
 from ssd.data import DetectionDataset, item_name, load
 from ssd.distributed import World
-from ssd.errors import ImageError
-from ssd.train.examples import EpochBatches, Examples, whole_steps
+from ssd.errors import ImageError, LostContactError
+from ssd.train.examples import EpochBatches, Examples, Loader, whole_steps
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -86,3 +88,62 @@ def test_a_batch_that_cannot_be_read_comes_between_two_steps():
     with pytest.raises(ImageError, match="damaged"):
         next(steps)
     assert list(whole_steps([1, 2, 3], 2)) == [1, 2]
+
+
+class Dying:
+    """A loader whose worker dies while the main thread computes; torch's handler of SIGCHLD then raises."""
+
+    num_workers = 1
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        yield from (1, 2, 3)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there is no such signal here")
+def test_the_death_of_a_reader_is_told_between_two_batches():
+    def torchs(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGCHLD, torchs)
+    try:
+        loader = Loader(Dying())
+        batches = iter(loader)
+        assert next(batches) == 1
+        os.kill(os.getpid(), signal.SIGCHLD)  # no RuntimeError here
+        told = next(batches)
+        assert isinstance(told, LostContactError)
+        assert str(told).startswith(
+            "a process that reads images has died (DataLoader worker (pid 7) is killed by signal: Killed); "
+            "where memory ran out, fewer processes need less (--workers 1; "
+        )
+        assert next(batches, None) is None
+        loader.close()
+        assert signal.getsignal(signal.SIGCHLD) is torchs
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_shared_memory_that_ran_out_has_a_remedy_of_its_own():
+    class Full(Dying):
+        def __iter__(self):
+            raise RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...\n"
+            )
+
+    (told,) = Loader(Full())
+    assert "(DataLoader worker (pid 7) is killed by signal: Bus error. It is possible); --workers 0" in str(
+        told
+    )
+    assert "docker run --shm-size" in str(told)
+
+
+def test_other_errors_of_the_loader_are_as_they_are():
+    class Wrong(Dying):
+        def __iter__(self):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="^something else$"):
+        list(Loader(Wrong()))

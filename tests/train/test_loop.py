@@ -11,14 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SMALL_LAYOUT
-from training import CPU, QUICK, SMALL, Background, Broken, Interrupting, assert_equal, rows, weights
+from training import ALONE, CPU, QUICK, SMALL, Background, Broken, Interrupting, assert_equal, rows, weights
 
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.devices import native_precisions
-from ssd.errors import ImageError
+from ssd.errors import ImageError, LostContactError
 from ssd.model import SSD
 from ssd.shapes import CLASSES
 from ssd.train import TrainConfig, fit
+from ssd.train.examples import EpochBatches
 from ssd.train.loop import Stop
 from ssd.train.setup import rate_of
 from ssd.train.state import read_state
@@ -103,6 +104,61 @@ def test_the_memory_layout_is_that_of_the_images_too(images, tmp_path, monkeypat
         config = replace(QUICK, epochs=1, channels_last=channels_last)
         fit(two, None, config, tmp_path / str(channels_last), say=None)
     assert plain == [False, True]
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Its reading process is killed when an item is read; in the first process it can be read."""
+
+    def __init__(self, dataset, deadly, number=signal.SIGKILL):
+        self._dataset, self._deadly, self._number = dataset, deadly, number
+        self._parent, self.class_names = os.getpid(), dataset.class_names
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        if os.getpid() != self._parent and index == self._deadly:
+            os.kill(os.getpid(), self._number)
+        return self._dataset[index]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are not killed so here")
+def test_a_reading_process_that_is_killed_costs_no_step(images, tmp_path):
+    """The run goes on where it was, without processes, and ends as if nothing had been wrong."""
+    config = replace(SMALL, epochs=2, workers=2)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    order = list(EpochBatches(6, batch_size=2, accumulate=1, seed=config.seed, world=ALONE))
+    before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+    with pytest.raises(LostContactError) as told:
+        fit(Deadly(images, order[-1][-1][1]), None, config, tmp_path / "run", say=None)
+    message = str(told.value)
+    assert message.startswith("a process that reads images has died (DataLoader worker (pid")
+    assert "--workers 0" in message
+    assert message.endswith(f"go on with: ssd train --resume {tmp_path / 'run'} --workers 0")
+    assert "\n" not in message
+    assert (signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())) == before
+    state = read_state(tmp_path / "run" / "state.pt")["progress"]
+    assert state["epoch"] == 0
+    assert state["batch"] == state["step"] <= 2
+    config = replace(config, workers=0)
+    assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_memory_for_an_image_names_it(images, tmp_path, workers):
+    class Large(Background):
+        def name(self, index):
+            return "large.jpg"
+
+        def __getitem__(self, index):
+            raise MemoryError
+
+    with pytest.raises(
+        ImageError, match=r"^large\.jpg: there is not enough memory to read it; .*--workers 0"
+    ):
+        fit(Large(), None, replace(SMALL, workers=workers), tmp_path, say=None)
+    assert (tmp_path / "state.pt").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

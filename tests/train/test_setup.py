@@ -84,6 +84,42 @@ def test_crowd_boxes_are_in_the_dataset_as_the_config_says(images, tmp_path):
         fit(part, None, replace(QUICK, crowd=True), tmp_path, say=None)
 
 
+def test_crowd_boxes_alone_are_no_training_set_unless_they_are_trained_on(images, tmp_path):
+    crowd = replace(images.annotations, crowd=np.ones_like(images.annotations.crowd))
+    with pytest.raises(
+        AnnotationError, match=r"all \d+ are crowd \(iscrowd\) or difficult; --crowd trains on them"
+    ):
+        fit(DetectionDataset(crowd), None, SMALL, tmp_path, say=None)
+    config = replace(SMALL, epochs=1, crowd=True)
+    assert fit(DetectionDataset(crowd, crowd=True), None, config, tmp_path, say=None).finished
+
+
+def introduction(images, val, tmp_path):
+    lines = []
+    fit(images, val, replace(SMALL, epochs=1), tmp_path, say=lines.append)
+    return "\n".join(lines[:2])
+
+
+def test_what_is_known_of_the_data_is_told_at_the_start(scenes, images, tmp_path):
+    annotations = replace(images.annotations, notes=("2 images have no label file",))
+    empty = replace(annotations.select([0]), boxes=np.zeros((0, 4)), starts=np.zeros(2, np.int64))
+    empty = replace(
+        empty, **{name: getattr(empty, name)[:0] for name in ("labels", "crowd", "areas", "usable")}
+    )
+    val = replace(empty, notes=("read from elsewhere",))
+    told = introduction(DetectionDataset(annotations), val, tmp_path)
+    assert "\ntrain: 2 images have no label file\n" in told
+    assert "\nval: read from elsewhere\nval: there is no box to find, so all numbers will be -1\n" in told
+    assert "no val split" not in told
+
+
+def test_without_a_val_split_the_start_says_what_that_means(images, tmp_path):
+    told = introduction(images, None, tmp_path)
+    assert "there is no val split: nothing will be evaluated, and there will be no best weights" in told
+    assert "--val-fraction 0.2" in told
+    assert not (tmp_path / "best.safetensors").exists()
+
+
 def test_under_torchrun_the_world_has_to_be_passed(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="pass world=world"):

@@ -1,0 +1,145 @@
+"""Where tools put what: names of splits in any case, folders in any case, and which folder has the images."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ssd.data.builder import SPLITS, Builder, stays_inside
+from ssd.data.judge import UNREADABLE
+from ssd.data.names import files_below
+from ssd.errors import ImageError
+from ssd.images import is_image_name, load_image
+
+ANNOTATION_FOLDERS = (
+    "annotations",
+    "annotation",
+    "annots",
+    "anns",
+    "ann",
+    "labels",
+    "label",
+    "xml",
+    "xmls",
+    "json",
+)
+"""Folders in which annotation files lie, beside the folder of their images."""
+
+IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img", "data", "photos", "pictures")
+"""Folders in which images lie, beside their annotation files."""
+
+_ASKED = 40  # images for which a folder is asked
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name speaks of: "val" of "instances_Validation2017"; None of none or of several.
+
+    >>> split_of("instances_Train"), split_of("valid"), split_of("latest"), split_of("train_val")
+    ('train', 'val', None, None)
+    """
+    words = set(re.findall(r"[^\W\d_]+", name.lower()))
+    found = [split for split, names in SPLITS.items() if words & set(names)]
+    return found[0] if len(found) == 1 else None
+
+
+def speaks_of(name: str, split: str) -> bool:
+    """Whether a file or folder is called like a split; one that is none of the usual has to be called so."""
+    return split_of(name) == split if split in SPLITS else name.lower() == split.lower()
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their names in lower case, sorted, without hidden ones; {} if it is none."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return {}
+    # Of "images" and "Images", the first in lower case.
+    return {name.lower(): folder / name for name in names if not name.startswith((".", "__"))}
+
+
+def files_of(folder: Path, suffix: str) -> list[Path]:
+    """The files in a folder that have a suffix, in any case, sorted, without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.name.lower().endswith(suffix)]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if name[0] != "." and (folder / name).is_file()]
+
+
+def dataset_of(file: Path) -> Path:
+    """The folder that an annotation file's images are somewhere in: that above ``annotations/``."""
+    above = [file.parent, file.parent.parent]
+    return next((each.parent for each in above if each.name.lower() in ANNOTATION_FOLDERS), file.parent)
+
+
+def image_folders(base: Path, titles: Iterable[str]) -> Iterator[Path]:
+    """Folders of a dataset that may be those of one annotation file's images, the most telling first.
+
+    Args:
+        base: the dataset's folder.
+        titles: what a folder of just these images may be called, such as "train2017", in any case.
+    """
+    top = subfolders(base)
+    general = [top[name] for name in IMAGE_FOLDERS if name in top]
+    within = [subfolders(folder) for folder in general]
+    for title in dict.fromkeys(each.lower() for each in titles):
+        yield from (folders[title] for folders in within if title in folders)
+        if title in top:
+            own = subfolders(top[title])
+            yield from (own[name] for name in IMAGE_FOLDERS if name in own)
+            yield top[title]
+    yield from general
+    yield base
+
+
+def most_telling(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
+    """The first of the folders that have the most of some images; None if none has any.
+
+    Args:
+        folders: where the images may be.
+        names: of all images, as their annotation file has them.
+    """
+    some = [name.replace("\\", "/") for name in names[:: len(names) // _ASKED + 1]]
+    written = [name for name in some if stays_inside(name)]
+    last = [name.split("?")[0].rsplit("/", 1)[-1] for name in some]
+    best, most = None, (0, 0)
+    for folder in dict.fromkeys(folders):
+        found = (_count(folder, written), _count(folder, last))
+        if found > most:
+            best, most = folder, found
+    return best
+
+
+def images_below(folder: Path) -> list[str]:
+    """The images in a folder and below it, relative to it, with "/"."""
+    return [name for name in files_below(folder) if is_image_name(name)]
+
+
+def images_in(folder: Path) -> list[str]:
+    """The names of the images in a folder, without those below it; none if it cannot be listed."""
+    try:
+        return sorted(name for name in os.listdir(folder) if is_image_name(name))
+    except OSError:
+        return []
+
+
+def note_unread(builder: Builder) -> None:
+    """Note images whose names end as those of no image that is read, where they are none, as HEIC photos.
+
+    Args:
+        builder: with the images.
+    """
+    for name in dict.fromkeys(builder.names):
+        path = builder.root / name
+        if is_image_name(name) or "\0" in name or not path.is_file():
+            continue
+        try:
+            load_image(path, name=name)
+        except ImageError as error:
+            builder.problem(UNREADABLE, name, "", str(error).removeprefix(f"{name}: "))
+
+
+def _count(folder: Path, names: Sequence[str]) -> int:
+    return sum(os.path.isfile(folder / name) for name in names if name and "\0" not in name)

@@ -1,0 +1,210 @@
+"""Holding images out of a dataset that has no val split, with near-duplicates on the same side."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ssd.data.annotations import Annotations
+from ssd.errors import AnnotationError, ImageError
+from ssd.images import load_scaled
+
+_SIDE = 16  # of the thumbnails that are compared
+# Of 255, how far two thumbnails of one picture are apart: anywhere, for JPEG moves colours, and on average.
+_MOST_APART, _MEAN_APART = 32, 10
+_CONTRAST = 4  # of 255: smaller differences between neighbouring cells are noise, as of JPEG
+_BANDS, _BAND_BITS = 4, 16  # of a hash of 8 x 8 bits; hashes of fewer than four differences share a band
+_NEIGHBOURS = 8  # of one band that each image is compared with: without a limit, all of flat images would be
+
+
+def hold_out(
+    annotations: Annotations,
+    fraction: float,
+    seed: int = 0,
+    *,
+    on_done: Callable[[], object] = lambda: None,
+) -> tuple[Annotations, Annotations]:
+    """Part the images of a dataset into those to train on and those to evaluate on, at random.
+
+    Images that look nearly the same stay together, as do those that Roboflow made of one (``name.rf.*``) and
+    several entries of one file. Images with and without boxes are parted alike, and each class keeps boxes to
+    train on.
+
+    Args:
+        annotations: see `ssd.data.load`.
+        fraction: of the images to evaluate on, in (0, 1); as near as the groups allow.
+        seed: the same one gives the same parts of the same images.
+        on_done: called after each image that was looked at.
+
+    Returns:
+        What to train on, and what to evaluate on, in the order of the dataset.
+
+    Raises:
+        ValueError: the fraction is not in (0, 1).
+        AnnotationError: there are no two groups of images to part.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of images to hold out is above 0 and below 1; got {fraction:g}")
+    groups = _groups(annotations, on_done)
+    groups = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    counts = _boxes_by_class(annotations)
+    labelled = [group for group in groups if counts[group].any()]
+    others = [group for group in groups if not counts[group].any()]
+    held = _chosen(labelled, fraction, counts) + _chosen(others, fraction, counts)
+    if not counts[held].any():
+        held += _smallest(labelled or groups, counts, len(annotations))
+    kept = np.setdiff1d(np.arange(len(annotations)), held)
+    return annotations.select(kept.tolist()), annotations.select(sorted(held))
+
+
+def part_by_names(annotations: Annotations, held: Iterable[str]) -> tuple[Annotations, Annotations]:
+    """The parts that `hold_out` gave before, by the file names of the second.
+
+    Raises:
+        AnnotationError: one of them is not among the images any more, or no other is.
+    """
+    names, wanted = annotations.file_names.tolist(), set(held)
+    if gone := sorted(wanted - set(names)):
+        raise AnnotationError(
+            f"{annotations.source}: {len(gone)} images that were held out are not among its images any more, "
+            f"as {gone[0]}"
+        )
+    val = [i for i, name in enumerate(names) if name in wanted]
+    train = [i for i, name in enumerate(names) if name not in wanted]
+    if not val or not train:
+        raise AnnotationError(f"{annotations.source}: {len(val)} of {len(names)} images were held out")
+    return annotations.select(train), annotations.select(val)
+
+
+def _chosen(groups: Sequence[list[int]], fraction: float, counts: npt.NDArray[np.int64]) -> list[int]:
+    """The images of the first of these groups that fit into a fraction of them; each class keeps boxes."""
+    room = round(fraction * sum(map(len, groups)))
+    left = counts.sum(0)
+    held: list[int] = []
+    for group in groups:
+        lost = counts[group].sum(0)
+        if len(group) <= room and ((left > lost) | (lost == 0)).all():
+            held += group
+            room -= len(group)
+            left = left - lost
+    return held
+
+
+def _smallest(groups: Sequence[list[int]], counts: npt.NDArray[np.int64], images: int) -> list[int]:
+    """The smallest group that training can do without, for where a fraction of few images is none."""
+    total = counts.sum(0)
+    for group in sorted(groups, key=len):
+        lost = counts[group].sum(0)
+        if len(group) <= images / 2 and ((total > lost) | (lost == 0)).all():
+            return group
+    largest = max(map(len, groups), default=0)
+    raise AnnotationError(
+        f"no images can be held out of {images}: they make {len(groups)} groups of nearly equal ones, the "
+        f"largest of {largest} images, and every class has to keep boxes to train on. Make a val split of "
+        "images of another scene, camera or day"
+    )
+
+
+def _boxes_by_class(annotations: Annotations) -> npt.NDArray[np.int64]:
+    """How many boxes, without crowd, of each class are in each image, ``[N, classes]``."""
+    counts = np.zeros((len(annotations), len(annotations.class_names)), np.int64)
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    real = annotations.usable & ~annotations.crowd
+    np.add.at(counts, (images[real], annotations.labels[real] - 1), 1)
+    return counts
+
+
+# --- Groups -----------------------------------------------------------------------------------------------
+
+
+def _groups(annotations: Annotations, on_done: Callable[[], object]) -> list[list[int]]:
+    """The indices of the images, those that belong together in one list; ordered by the first of each."""
+    names = annotations.file_names.tolist()
+    parents = list(range(len(names)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    def join(i: int, j: int) -> None:
+        low, high = sorted((root(i), root(j)))
+        parents[high] = low
+
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        join(i, first.setdefault(_source_of(name), i))
+    thumbnails, seen = _thumbnails(annotations, on_done)
+    for i, j in _alike(thumbnails, np.array(seen, np.int64)):
+        join(i, j)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(names)):
+        groups[root(i)].append(i)
+    return list(groups.values())
+
+
+def _source_of(name: str) -> str:
+    """What an image was made of: Roboflow calls its variants ``<source>.rf.<digest>.jpg``, in any folder.
+
+    >>> _source_of("train/a_jpg.rf.0f3a.jpg"), _source_of("train/a.jpg")
+    ('a_jpg.rf', 'train/a.jpg')
+    """
+    source, mark, _ = PurePath(name).name.rpartition(".rf.")
+    return f"{source}.rf" if mark else name
+
+
+def _thumbnails(
+    annotations: Annotations, on_done: Callable[[], object]
+) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """Small pictures of the images that can be read, uint8 ``[n, 16, 16, 3]``, and which those are."""
+
+    def read(i: int) -> npt.NDArray[np.uint8] | None:
+        try:
+            image, _ = load_scaled(annotations.path(i), 4 * _SIDE)
+        except (AnnotationError, ImageError, OSError):  # told by whoever trains on it
+            return None
+        # The mean of what each pixel covers: single pixels of a large photo say nothing.
+        return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX))
+
+    found, seen = [], []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for i, thumbnail in enumerate(pool.map(read, range(len(annotations)))):
+            on_done()
+            if thumbnail is not None:
+                found.append(thumbnail)
+                seen.append(i)
+    return np.array(found, np.uint8).reshape(-1, _SIDE, _SIDE, 3), seen
+
+
+def _alike(thumbnails: npt.NDArray[np.uint8], indices: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Pairs of images that look nearly the same; each is compared with few that its hash makes likely."""
+    hashes = _hashes(thumbnails)
+    brightness = thumbnails.mean((1, 2, 3))
+    for band in range(_BANDS):
+        keys = hashes >> np.uint64(band * _BAND_BITS) & np.uint64(2**_BAND_BITS - 1)
+        order = np.lexsort((brightness, keys))
+        for step in range(1, _NEIGHBOURS + 1):
+            one, other = order[:-step], order[step:]
+            likely = keys[one] == keys[other]
+            one, other = one[likely], other[likely]
+            for start in range(0, len(one), 4096):
+                a, b = one[start : start + 4096], other[start : start + 4096]
+                apart = np.abs(thumbnails[a].astype(np.int16) - thumbnails[b]).reshape(len(a), -1)
+                same = (apart.max(1) <= _MOST_APART) & (apart.mean(1) <= _MEAN_APART)
+                yield from zip(indices[a[same]].tolist(), indices[b[same]].tolist(), strict=True)
+
+
+def _hashes(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Difference hashes of 64 bits: of 8 x 8 cells, whether the next one to the right is brighter."""
+    grey = thumbnails.mean(3)
+    cells = grey.reshape(-1, 8, 2, 8, 2).mean((2, 4))
+    bits = (np.roll(cells, -1, axis=2) - cells > _CONTRAST).reshape(-1, 64)
+    weights = np.uint64(1) << np.arange(64, dtype=np.uint64)
+    hashes: npt.NDArray[np.uint64] = (bits * weights).sum(1, dtype=np.uint64)
+    return hashes

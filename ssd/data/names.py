@@ -1,0 +1,257 @@
+"""Image files by the names that annotation files of other machines give them."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/+", re.IGNORECASE)  # two letters or more: one is a drive
+_DRIVE = re.compile(r"[a-z]:/", re.IGNORECASE)
+_SERVED = re.compile(r"/data/local-files/?\?(?:.*&)?d=([^&#]*)")  # Label Studio's way to files of its machine
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
+
+_MOST_TOLD = 5
+_MOST_SHOWN = 200  # characters of a name that is no file's
+
+
+class Found(NamedTuple):
+    """What a written name stands for."""
+
+    name: str
+    """The file, relative to the folder, with "/". If there is none, what was written, for messages."""
+    why: str = ""
+    """Why no file can be told; empty where one was found, and where the name is that of one within the folder
+    that is not there."""
+    guessed: bool = False
+    """Whether it was found by the last parts of the name, or by another spelling of it."""
+
+
+class ImageFolder:
+    """A folder of images, in which names of other machines are found again.
+
+    A name stands for the file that it names within the folder; else for the one that most of its last parts
+    fit, if that is one only. It never stands for a file outside. Links within the folder are followed.
+
+    Args:
+        root: the folder; it need not exist.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._own = list(Path(os.path.abspath(root)).parts[1:])
+        self._folders: dict[str, frozenset[str]] = {}
+        self._files: list[str] | None = None
+        self._by_whole: dict[str, list[str]] = {}
+        self._by_last: list[dict[str, list[str]]] = []
+
+    def find(self, written: str) -> Found:
+        """The file that a name stands for.
+
+        Separators of any system, absolute paths, drive letters, "..", URLs and percent-encoding are
+        understood. Where no file is spelled so, letter case, then Unicode's ways to write one letter, then
+        percent-encoding are not told apart.
+        """
+        exact = self.find_as_written(written)
+        if exact is not None:
+            return Found(exact)
+        parts = written_parts(written)
+        inside = _within(parts)
+        shown = _shown(written)
+        wanted = [part for part in named_parts(parts) if part]
+        if not wanted:
+            return Found(shown, "the name is empty")
+        found = self._fitting(wanted)
+        if len(found) == 1:
+            guessed = not self._is_exactly(found[0], wanted)
+            return Found(found[0], guessed=guessed)
+        if found:
+            some = ", ".join(found[:_MOST_TOLD]) + (", ..." if len(found) > _MOST_TOLD else "")
+            return Found(
+                shown,
+                f"{len(found)} files of {self.root} are called so: {some}; write more of the path into the "
+                "name, or give the folder that is meant with --images (images=...)",
+            )
+        if inside and "\0" not in written and len(written) <= _MOST_SHOWN:
+            return Found("/".join(inside))
+        if _URL.match(written):
+            what = "is a URL, and no file of its last part is"
+        else:
+            what = "names a file elsewhere, and none of its last part is"
+        return Found(
+            shown, f"{what} in {self.root}; give the folder with the images with --images (images=...)"
+        )
+
+    def find_as_written(self, written: str) -> str | None:
+        """The file that a name stands for as it is written, with separators of any system; or None."""
+        way = _within(written.split("/"))
+        if not (way and self._holds(way)):
+            way = _within(written_parts(written))
+        return "/".join(way) if way and self._holds(way) else None
+
+    def _holds(self, parts: list[str]) -> bool:
+        folder = "/".join(parts[:-1])
+        if folder not in self._folders:
+            self._folders[folder] = frozenset(_names_in(self.root / folder))
+        return parts[-1] in self._folders[folder]
+
+    def _fitting(self, wanted: list[str]) -> list[str]:
+        """The files that most of the last parts fit; of several, those whose spelling is closest."""
+        if self._files is None:
+            self._files = list(files_below(self.root))
+            for file in self._files:
+                self._by_whole.setdefault(loose(file), []).append(file)
+        parts = loose("/".join(wanted)).split("/")
+        found = self._by_whole.get("/".join(parts), []) or self._by_last_parts(parts)
+        if not found and (own := without_upload(parts[-1])) != parts[-1]:
+            found = self._by_last_parts([*parts[:-1], own])
+        return _closest(found, wanted)
+
+    def _by_last_parts(self, parts: list[str]) -> list[str]:
+        found: list[str] = []
+        for count in range(1, len(parts) + 1):
+            more = self._last(count).get("/".join(parts[-count:]), [])
+            if not more:
+                break
+            found = more
+            if len(found) == 1:
+                break
+        return found
+
+    def _last(self, count: int) -> dict[str, list[str]]:
+        """All files by so many of their last parts, of which the folder's own path has the first."""
+        while len(self._by_last) < count:
+            above = loose("/".join(self._own)).split("/") if self._own else []
+            table: dict[str, list[str]] = {}
+            for whole, files in self._by_whole.items():
+                parts = [*above, *whole.split("/")]
+                table.setdefault("/".join(parts[-len(self._by_last) - 1 :]), []).extend(files)
+            self._by_last.append(table)
+        return self._by_last[count - 1]
+
+    def _is_exactly(self, file: str, wanted: list[str]) -> bool:
+        """Whether the parts are those of a file's absolute path."""
+        return [*self._own, *file.split("/")] == wanted
+
+
+def written_parts(written: str) -> list[str]:
+    """The folders and the name that make up a path or URL of any system; an absolute one begins with ""."""
+    text = written.strip()
+    served = _SERVED.search(text)
+    if served:
+        text = unquote(served[1])
+    elif url := _URL.match(text):
+        is_file = text[:5].lower() == "file:"
+        text = "/" + unquote(text[url.end() :] if is_file else re.split("[?#]", text[url.end() :])[0])
+    text = text.replace("\\", "/")
+    if _DRIVE.match(text.removeprefix("/")):  # a file's URL has a slash before the drive
+        text = text.removeprefix("/")[2:]
+    return text.split("/")
+
+
+def loose(name: str) -> str:
+    """What two spellings of one name have in common."""
+    return _composed(unquote(name, errors="surrogateescape").replace("\\", "/"))
+
+
+def without_upload(name: str) -> str:
+    """The name that a file had before Label Studio put eight digits before it.
+
+    >>> without_upload("0a1b2c3d-photo.jpg")
+    'photo.jpg'
+    """
+    return _UPLOADED.sub("", name)
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """The files in a folder and below it, sorted, relative to it, with "/"; links are followed.
+
+    Each folder is listed once, however many links lead there; what is hidden is left out.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        try:
+            status = os.stat(folder / below)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / below) as listing:
+                entries = sorted(
+                    (each.name, each.is_dir()) for each in listing if not each.name.startswith(".")
+                )
+        except OSError:
+            continue
+        above = f"{below}/" if below else ""
+        yield from (above + name for name, is_folder in entries if not is_folder)
+        waiting += [above + name for name, is_folder in reversed(entries) if is_folder]
+
+
+def _within(parts: list[str]) -> list[str] | None:
+    """A relative path without "." and ".."; None if it is absolute, empty, or leads out."""
+    if not parts or not parts[0]:
+        return None
+    kept: list[str] = []
+    for part in parts:
+        if part == ".." and not kept:
+            return None
+        if part == "..":
+            kept.pop()
+        elif part not in ("", "."):
+            kept.append(part)
+    return kept or None
+
+
+def named_parts(parts: list[str]) -> list[str]:
+    """The parts of a path that name something."""
+    kept: list[str] = []
+    for part in parts:
+        if part == "..":
+            kept = kept[:-1]
+        elif part != ".":
+            kept.append(part)
+    return kept
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What is in a folder but for folders; nothing if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except (OSError, ValueError):  # the latter of names that no file can have
+        return []
+
+
+def _closest(files: list[str], wanted: list[str]) -> list[str]:
+    """Those files whose last parts are spelled most like those that were written."""
+    if len(files) < 2:
+        return files
+    likeness = [tuple(_count_alike(file, wanted, spelling) for spelling in _SPELLINGS) for file in files]
+    return [file for file, each in zip(files, likeness, strict=True) if each == max(likeness)]
+
+
+def _count_alike(file: str, wanted: list[str], spelling: Callable[[str], str]) -> int:
+    """How many of the last parts are the same when spelled so."""
+    count = 0
+    for own, part in zip(reversed(file.split("/")), reversed(wanted), strict=False):
+        if spelling(own) != spelling(part):
+            break
+        count += 1
+    return count
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (str, str.casefold, _composed)
+"""What is told apart last is not told apart first."""
+
+
+def _shown(written: str) -> str:
+    """A name that is no file's, as a line of text can show it."""
+    text = written.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."

@@ -1,0 +1,315 @@
+"""What tells the classes and splits of a YOLO dataset: a YAML file, darknet's obj.data, or the folders."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ssd.data.builder import SPLITS, read_text, split_names
+from ssd.data.folders import IMAGE_FOLDERS, files_of, speaks_of, split_of, subfolders
+from ssd.data.names import named_parts, written_parts
+from ssd.data.pairs import LABEL_FOLDERS, in_any_case
+from ssd.errors import AnnotationError
+from ssd.images import is_image_name
+
+_USUAL = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+_NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "class_names.txt", "names.txt")
+_NOTHING = ("", "~", "null", "none", "[]")  # how YAML says so, which is read as text
+_MOST_TOLD = 10
+
+
+class Settings(NamedTuple):
+    """What is known of a dataset before its images and labels are looked for."""
+
+    file: Path
+    """That names the classes."""
+    root: Path
+    """The folder of the dataset."""
+    names: list[str]
+    splits: dict[str, list[str]]
+    """By the name of a split in lower case: folders of its images, or files that list them, as written. Empty
+    where only folders tell."""
+    base: str = ""
+    """Where those start from, as written."""
+    has_keypoints: bool = False
+    class_count: int | None = None
+    """What the file says of the number of classes."""
+    others: tuple[Path, ...] = ()
+    """More files that could have been read in place of this one."""
+
+    @property
+    def starts(self) -> list[Path]:
+        """The folders from which paths may be meant."""
+        base = self.root / self.base
+        return [base, self.root] if self.base and base.is_dir() else [self.root]
+
+
+def find_settings(path: Path) -> Settings | None:
+    """The settings of a dataset, by its folder or the file itself; None where nothing names classes.
+
+    Raises:
+        AnnotationError: a file that should name them does not, or several do.
+    """
+    if path.is_file():
+        suffix, name = path.suffix.lower(), path.name.lower()
+        if suffix in (".yaml", ".yml"):
+            return _of_yaml(path)
+        if suffix == ".data":
+            return _of_darknet(path)
+        if suffix == ".names" or name in _NAMES_FILES:
+            within = path.parent.name.lower() in (*LABEL_FOLDERS, *IMAGE_FOLDERS)
+            return Settings(path, path.parent.parent if within else path.parent, _names_in(path), {})
+        return None
+    files = [*files_of(path, ".yaml"), *files_of(path, ".yml")]
+    usual = [file for name in _USUAL for file in files if file.name.lower() == name]
+    others = [file for file in files if file not in usual and _has_classes_and_splits(file)]
+    if usual:
+        settings = _of_yaml(usual[0])
+        more = [file for file in usual[1:] if _has_classes_and_splits(file)]
+        return settings._replace(others=(*more, *others))
+    if len(others) > 1:
+        raise AnnotationError(f"{path}: holds several YOLO datasets' files; give one of {_told(others)}")
+    if others:
+        return _of_yaml(others[0])
+    darknet = files_of(path, ".data")
+    if len(darknet) == 1:
+        return _of_darknet(darknet[0])
+    file = _names_file(path)
+    return None if file is None else Settings(file, path, _names_in(file), {})
+
+
+def find_listings(settings: Settings, split: str, images: Path | None = None) -> list[Path]:
+    """The folders of a split's images, and text files that list them.
+
+    Args:
+        settings: of the dataset.
+        split: "train", "val", "test", or one of another name.
+        images: the folder of the images, where it is given.
+
+    Raises:
+        AnnotationError: there is no such split, or one of them is not there.
+    """
+    if not settings.splits:
+        found = _by_layout(images or settings.root, split) or (
+            _by_layout(settings.root, split) if images else []
+        )
+        if not found:
+            raise AnnotationError(f"{settings.root}: there is no {split} split; {_there(settings.root)}")
+        return found
+    entries = entries_of(settings, split)
+    if not entries:
+        has = ", ".join(key for key in settings.splits if split_of(key))
+        raise AnnotationError(
+            f"{settings.file}: there is no {split} split; " + (f"it has {has}" if has else "it has none")
+        )
+    return [_located(entry, settings, split, images) for entry in entries]
+
+
+def entries_of(settings: Settings, split: str) -> list[str]:
+    """Where a split is, as written; nothing where it is not told."""
+    return next((settings.splits[key] for key in split_names(split) if key in settings.splits), [])
+
+
+def _located(entry: str, settings: Settings, split: str, images: Path | None) -> Path:
+    parts = written_parts(entry)
+    is_list = entry.lower().endswith(".txt")
+    for start in [] if images and not is_list else settings.starts:
+        for way in (entry, "/".join(parts)):
+            if (start / way).exists():
+                return Path(os.path.abspath(start / way))
+    # Paths of another machine: as many of their last parts as are there, down to those that tell the split.
+    least = next((len(parts) - i for i, part in enumerate(parts) if speaks_of(part, split)), 1)
+    whole = [part for part in named_parts([*written_parts(settings.base), *parts]) if part]
+    starts = settings.starts if images is None or is_list else [images]
+    for count in range(len(whole), least - 1, -1):
+        for start in starts:
+            if found := in_any_case(start, whole[-count:] if count else []):
+                return Path(os.path.abspath(found))
+    if images is not None and not is_list:
+        return Path(os.path.abspath(images))
+    raise AnnotationError(f"{settings.file}: there is no folder {entry}; {_there(settings.root)}")
+
+
+# --- Files that tell it -----------------------------------------------------------------------------------
+
+
+class _AsWritten(yaml.BaseLoader):
+    """Scalars stay text as it stands in the file; and what is there twice is not lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a file, by their keys in lower case."""
+    try:
+        # The loader makes text, lists and dicts only.
+        config = yaml.load(read_text(file), Loader=_AsWritten)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        told = " ".join(str(error).split())
+        raise AnnotationError(f"{file}: not a YAML file ({told})") from error
+    if not isinstance(config, dict):
+        raise AnnotationError(f"{file}: holds no settings")
+    return {str(key).lower(): value for key, value in config.items()}
+
+
+def _has_classes_and_splits(file: Path) -> bool:
+    try:
+        config = _read_yaml(file)
+    except AnnotationError:
+        return False
+    names = {name for split in SPLITS for name in split_names(split)}
+    return isinstance(config.get("names"), list | dict) and any(key in names for key in config)
+
+
+def _of_yaml(file: Path) -> Settings:
+    config = _read_yaml(file)
+    splits: dict[str, list[str]] = {}
+    for key, value in config.items():
+        entries = value if isinstance(value, list) else [value]
+        entries = [entry for entry in entries if isinstance(entry, str) and entry.lower() not in _NOTHING]
+        if entries and key not in ("names", "path", "nc", "download"):
+            splits[key] = entries
+    base = config.get("path")
+    return Settings(
+        file=file,
+        root=file.parent,
+        names=_names_of(file, config),
+        splits=splits if any(split_of(key) for key in splits) else {},
+        base=base if isinstance(base, str) and base.lower() not in _NOTHING else "",
+        has_keypoints="kpt_shape" in config,
+        class_count=int(count) if isinstance(count := config.get("nc"), str) and count.isdecimal() else None,
+    )
+
+
+def _names_of(file: Path, config: dict[str, Any]) -> list[str]:
+    """The names of the classes, as they stand in the file, in the order of their numbers."""
+    names = config.get("names")
+    if isinstance(names, str) and names.lower() not in _NOTHING:
+        other = in_any_case(file.parent, [part for part in written_parts(names) if part != "."])
+        if other is None or not other.is_file():
+            raise AnnotationError(
+                f'{file}: "names" has to list the classes, such as [cat, dog]; it is {names[:100]!r}'
+            )
+        return _names_in(other)
+    if not isinstance(names, list | dict):
+        if other := _names_file(file.parent):
+            return _names_in(other)
+        nc = f" (only nc: {config['nc']})" if isinstance(config.get("nc"), str) else ""
+        raise AnnotationError(
+            f'{file}: has no "names"{nc}; add the names of the classes in the order of their numbers, such '
+            "as names: [cat, dog], or put them into classes.txt, one a line"
+        )
+    numbered = names if isinstance(names, dict) else {str(i): name for i, name in enumerate(names)}
+    if not all(isinstance(name, str) for name in numbered.values()):
+        raise AnnotationError(f'{file}: "names" has to list one text for each class')
+    by_number = {int(key): name for key, name in numbered.items() if re.fullmatch("[0-9]{1,9}", key)}
+    if sorted(by_number) != list(range(len(numbered))):
+        keys = [int(key) if key.isdigit() else key for key in list(numbered)[:20]]
+        raise AnnotationError(f'{file}: "names" has to number the classes from 0 on; it has {keys}')
+    return [by_number[i] for i in range(len(by_number))]
+
+
+def _of_darknet(file: Path) -> Settings:
+    """What darknet's .data file says: lines such as "train = data/train.txt"."""
+    pairs = [line.partition("=") for line in read_text(file).splitlines() if "=" in line]
+    config = {key.strip().lower(): value.strip() for key, _, value in pairs}
+    splits = {key: [value] for key, value in config.items() if split_of(key) and value}
+    settings = Settings(file, file.parent, [], splits)
+    written = [part for part in written_parts(config.get("names", "")) if part]
+    for count in range(len(written), 0, -1):
+        found = in_any_case(file.parent, written[-count:])
+        if found and found.is_file():
+            return settings._replace(names=_names_in(found))
+    other = _names_file(file.parent)
+    if other is None:
+        what = f"the file {config['names']} with its names is not there" if written else 'has no "names"'
+        raise AnnotationError(f"{file}: {what}; put it beside, with the name of a class in each line")
+    return settings._replace(names=_names_in(other))
+
+
+def _names_file(root: Path) -> Path | None:
+    """The text file that names the classes, in a dataset's folder or in one of its labels or images."""
+    found: list[Path] = []
+    for folder in _likely_folders(root):
+        named = [file for file in files_of(folder, ".names") if folder == root]
+        for file in [folder / name for name in _NAMES_FILES] + named:
+            if (there := in_any_case(folder, [file.name])) and there.is_file():
+                found.append(there)
+                break
+    contents = [_names_in(file) for file in found]
+    for file, names in zip(found, contents, strict=True):
+        longest = max(contents, key=len)
+        if names != longest[: len(names)]:
+            other = found[contents.index(longest)]
+            raise AnnotationError(
+                f"{file} numbers the classes otherwise than {other}: {', '.join(names[:_MOST_TOLD])} and "
+                f"{', '.join(longest[:_MOST_TOLD])}; write a data.yaml for each part, or number them alike"
+            )
+    return found[contents.index(max(contents, key=len))] if found else None
+
+
+def _likely_folders(root: Path) -> Iterator[Path]:
+    """A dataset's folder and those of its images and labels, two deep."""
+    yield root
+    for name, folder in subfolders(root).items():
+        if name in (*LABEL_FOLDERS, *IMAGE_FOLDERS) or split_of(name):
+            yield folder
+            for deeper, below in subfolders(folder).items():
+                if deeper in (*LABEL_FOLDERS, *IMAGE_FOLDERS) or split_of(deeper):
+                    yield below
+
+
+def _names_in(file: Path) -> list[str]:
+    """The names in a text file, one a line."""
+    return [line.strip() for line in read_text(file).strip().splitlines()]
+
+
+# --- Folders that tell it ---------------------------------------------------------------------------------
+
+
+def _by_layout(root: Path, split: str) -> list[Path]:
+    """The folders of a split's images, or files that list them, by their names alone."""
+    top = subfolders(root)
+    within = [folder for name, folder in top.items() if name in IMAGE_FOLDERS]
+    # images/train, train/images, train; and of CVAT, obj_train_data.
+    groups = [top, *map(subfolders, within)]
+    for group in reversed(groups):
+        for name, folder in group.items():
+            if speaks_of(name, split) and name not in LABEL_FOLDERS:
+                own = subfolders(folder)
+                images = next((own[each] for each in IMAGE_FOLDERS if each in own), folder)
+                return [Path(os.path.abspath(images))]
+    lists = [file for folder in (root, *within) for file in files_of(folder, ".txt")]
+    lists = [file for file in lists if split_of(file.stem) and _lists_images(file)]
+    for file in lists:
+        if speaks_of(file.stem, split):
+            return [Path(os.path.abspath(file))]
+    if split != "train" or lists or any(split_of(name) for group in groups for name in group):
+        return []
+    images = next((top[name] for name in IMAGE_FOLDERS if name in top), root)
+    return [Path(os.path.abspath(images))]
+
+
+def _lists_images(file: Path) -> bool:
+    first = next((line.strip() for line in read_text(file).splitlines() if line.strip()), "")
+    return is_image_name(written_parts(first)[-1])
+
+
+def _there(root: Path) -> str:
+    """What a folder holds, for messages."""
+    names = [f"{folder.name}/" for folder in subfolders(root).values()]
+    names += [file.name for suffix in (".yaml", ".yml", ".txt", ".data") for file in files_of(root, suffix)]
+    return f"{root} holds {_told(names)}" if names else f"{root} holds no folders"
+
+
+def _told(names: Sequence[object]) -> str:
+    more = ", ..." if len(names) > _MOST_TOLD else ""
+    return ", ".join(map(str, names[:_MOST_TOLD])) + more

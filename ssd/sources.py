@@ -2,11 +2,13 @@
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ssd import web
-from ssd.images import ImageSource, is_image_name
+from ssd.images import ImageSource, is_hidden, is_image_name
+from ssd.signatures import HEAD, HEIC, HEIF_SUFFIXES, identify
 
 
 class Named(NamedTuple):
@@ -17,12 +19,20 @@ class Named(NamedTuple):
     """What `ssd.load_image` takes; most often the name itself."""
 
 
+class LeftOut(NamedTuple):
+    """What a folder or glob holds that is not taken for an image."""
+
+    name: str
+    kind: str
+    """Its suffix in lower case, as ".txt"; or what it is, as "dangling link"."""
+
+
 class Source(NamedTuple):
     """A kind of source."""
 
     claims: Callable[[str], bool]
     """Whether a text is of this kind."""
-    find: Callable[[str], Iterable[Named]]
+    find: Callable[[str], Iterable[Named | LeftOut]]
     """Its images, in order; they may come one after another, without an end."""
     is_listed: bool = True
     """Whether all of them are known at once, without reading any."""
@@ -36,18 +46,39 @@ def _one(text: str) -> Iterator[Named]:
     yield Named(text, text)
 
 
-def _in_folder(folder: str) -> Iterator[Named]:
-    return _image_files(os.path.join(folder, entry) for entry in os.listdir(folder))
+def _in_folder(folder: str) -> Iterator[Named | LeftOut]:
+    return map(_judged, sorted(os.path.join(folder, entry) for entry in os.listdir(folder)))
 
 
-def _matching(pattern: str) -> Iterator[Named]:
-    return _image_files(glob.glob(pattern, recursive=True))
+def _matching(pattern: str) -> Iterator[Named | LeftOut]:
+    pattern = _with_folders_by_name(pattern)
+    below, deep, _ = pattern.partition("**")
+    suffix = os.path.splitext(pattern)[1]
+    named = bool(suffix) and not glob.has_magic(suffix)  # as in "*.dat", whose files are meant
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if not deep or not os.path.isdir(path):  # what is in it matches, too
+            yield Named(path, path) if named and os.path.isfile(path) else _judged(path)
+    for folder in glob.glob(f"{below}**{os.sep}", recursive=True) if deep else ():
+        if not os.access(folder, os.R_OK | os.X_OK):  # which glob passes over
+            yield LeftOut(folder, "folder without permission")
 
 
-def _image_files(paths: Iterable[str]) -> Iterator[Named]:
-    for path in sorted(paths):
-        if is_image_name(path) and os.path.isfile(path):
-            yield Named(path, path)
+def _with_folders_by_name(pattern: str) -> str:
+    """A pattern in which those folders stand for themselves that exist by their name, as "photos [1]"."""
+    folder, last = os.path.split(pattern)
+    if folder in ("", pattern):
+        return pattern
+    return os.path.join(glob.escape(folder) if os.path.isdir(folder) else _with_folders_by_name(folder), last)
+
+
+def _judged(path: str) -> Named | LeftOut:
+    if os.path.isdir(path):
+        return LeftOut(path, "subfolder")
+    if not os.path.isfile(path):
+        return LeftOut(path, "dangling link" if os.path.islink(path) else "special file")
+    if is_image_name(path):
+        return Named(path, path)
+    return LeftOut(path, os.path.splitext(path)[1].lower() or "file without suffix")
 
 
 SOURCES: dict[str, Source] = {
@@ -63,14 +94,88 @@ def source_of(text: str) -> Source:
     return next((kind for kind in SOURCES.values() if kind.claims(text)), SOURCES["file or URL"])
 
 
-def find_images(source: str | os.PathLike[str]) -> Iterator[Named]:
+def find_images(
+    source: str | os.PathLike[str], on_left_out: Callable[[Counter[str]], None] | None = None
+) -> Iterator[Named]:
     """The images that a path, URL, folder or glob stands for.
 
     A folder gives the image files in it (by suffix, not below it), sorted; a glob, which may hold ``**``,
     the image files that it matches, sorted; anything else itself, whether or not it exists.
 
+    Args:
+        source: the path, URL, folder or glob.
+        on_left_out: called at the end with how many files of each kind (see `LeftOut`) a folder or glob holds
+            besides, if it holds any; `left_out_line` puts that into words. Hidden files are not counted.
+
     >>> [image.name for image in find_images("https://example.org/cat.jpg")]
     ['https://example.org/cat.jpg']
     """
     text = os.fspath(source)
-    yield from source_of(text).find(text)
+    yield from _told(source_of(text).find(text), on_left_out)
+
+
+def find_all(
+    sources: Sequence[str], on_left_out: Callable[[Counter[str]], None] | None = None
+) -> Iterator[Named]:
+    """The images of several sources, as a command is given them.
+
+    A single file is an image whatever its name. Of several, which may be what a shell made of ``photos/*``,
+    those are left out that neither their suffix nor their content says to be images.
+
+    Args:
+        sources: as `find_images` takes them.
+        on_left_out: as there, for all sources together.
+    """
+
+    def each() -> Iterator[Named | LeftOut]:
+        for text in sources:
+            kind = source_of(text)
+            is_file = kind is SOURCES["file or URL"] and os.path.isfile(text)
+            yield from [_by_content(text)] if is_file and len(sources) > 1 else kind.find(text)
+
+    yield from _told(each(), on_left_out)
+
+
+def _by_content(path: str) -> Named | LeftOut:
+    judged = _judged(path)
+    if isinstance(judged, LeftOut):
+        try:
+            with open(path, "rb") as file:
+                kind = identify(file.read(HEAD))
+        except OSError:  # whoever reads it will say so
+            return Named(path, path)
+        if kind is not None and not kind.as_image:
+            return Named(path, path)
+    return judged
+
+
+def _told(
+    found: Iterable[Named | LeftOut], on_left_out: Callable[[Counter[str]], None] | None
+) -> Iterator[Named]:
+    counts: Counter[str] = Counter()
+    for each in found:
+        if isinstance(each, Named):
+            yield each
+        elif not is_hidden(each.name):
+            counts[each.kind] += 1
+    if counts and on_left_out is not None:
+        on_left_out(counts)
+
+
+def left_out_line(where: str, counts: Counter[str]) -> str:
+    """One line on what was left out, the most frequent first, with what helps.
+
+    >>> left_out_line("photos/", Counter({".heic": 3, ".txt": 1, "subfolder": 2}))
+    'left out of photos/: 3 .heic, 2 subfolders, 1 .txt (for .heic: pip install pillow-heif)'
+    """
+    parts = [f"{count:,} {_plural(kind, count)}" for kind, count in counts.most_common()]
+    heif = sorted(HEIF_SUFFIXES & counts.keys())
+    hint = f" (for {', '.join(heif)}: {HEIC.as_image.partition(',')[0]})" if heif else ""
+    return f"left out of {where}: {', '.join(parts)}{hint}"
+
+
+def _plural(kind: str, count: int) -> str:
+    if count == 1 or kind.startswith("."):
+        return kind
+    first, _, rest = kind.partition(" without ")
+    return f"{first}s without {rest}" if rest else f"{first}s"

@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ssd import containers
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError  # noqa: F401 (caught by this name, too)
 from ssd.files import atomic_file
-from ssd.pretrained import PUBLISHED, looks_like_checkpoint
+from ssd.labels import is_background, read_class_names
+from ssd.pretrained import PUBLISHED, weights_in
 from ssd.resnet import DEPTHS
 from ssd.transforms import describe_transform
 
@@ -52,34 +53,124 @@ class Checkpoint:
 
 
 _NOTES = ("category_ids", "config", "layout")
+_NAMES = (
+    *("label_map", "class_names", "classes", "CLASSES", "names", "categories"),
+    *("class_to_idx", "idx_to_class", "id2label", "label2id"),
+)
+_INNER = ("data", "meta", "dataset_meta", "hyper_parameters", "hparams", "args", "config", "cfg")
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint of an SSD, and find out what network it is for.
 
-    Formats, told apart by content: NVIDIA's training checkpoint (a dict with "model" and "label_map"; legacy
-    or zip), a bare state dict, safetensors. Prefixes of wrappers ("module.", "module.1.") are removed.
+    Formats, told apart by content: torch's (zip or legacy) and safetensors. The state dict may be in dicts of
+    any names, as in NVIDIA's and Lightning's checkpoints and a run's ``state.pt``, and its keys may have the
+    names of wrappers in front ("module.", "_orig_mod.", "model."). Of a model and its average (EMA), the
+    average is read. Class names are those of "label_map", "class_names" and the like, if they fit.
 
     The tensors still have to be checked against the network: see `require_fit`.
 
+    Args:
+        path: a file, the index of a file in parts, or a folder; see `ssd.pretrained.weights_in`.
+
     Raises:
-        CheckpointError: damaged, of another format, holds objects that are not plain data, or no SSD.
+        CheckpointError: damaged, of another format, holds objects that are not plain data, no SSD or several,
+            or class names of which it is open which is whose.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    tensors, notes = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    state_dict = {_without_wrapper(key): value for key, value in tensors.items()}
-    return describe(path, state_dict, notes)
+    path = weights_in(Path(path)) if os.path.isdir(path) else Path(path)
+    content, metadata = containers.read(path)
+    network = containers.find_network(path, content)
+    notes = _metadata_notes(path, metadata) if metadata else _notes(network.around)
+    found = describe(path, _with_counters(network.tensors), notes)
+    _require_harmless(path, network.beside, found.layout)
+    return found
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict of any network (torch or safetensors), as safely as `read`.
+def read_trunk(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a ResNet with torchvision's keys, as safely as `read`, and from the same containers.
 
     Raises:
         CheckpointError, FileNotFoundError: as `read`.
     """
-    path = Path(path)
-    return (_read_safetensors(path) if _is_safetensors(path) else _read_torch(path))[0]
+    content, _ = containers.read(Path(path))
+    return _with_counters(containers.find_network(Path(path), content, containers.RESNET).tensors)
+
+
+def _notes(around: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
+    """What the dicts around a network say of it, the outermost first."""
+    notes: dict[str, Any] = {}
+    for holder in reversed(around):
+        inner = [holder[key] for key in _INNER if isinstance(holder.get(key), dict)]
+        given = [(holder, key) for key in (*_NOTES, *_NAMES)] + [
+            (each, key) for each in inner for key in _NAMES
+        ]
+        for each, key in given:
+            if key in each and not isinstance(each[key], Tensor):
+                notes.setdefault(key, each[key])
+    return notes
+
+
+def _metadata_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The same, of a safetensors file."""
+    try:
+        notes = {key: json.loads(metadata[key]) for key in _NOTES if key in metadata}
+        names = json.loads(metadata.get("class_names", "[]"))
+        if not isinstance(names, list):
+            raise TypeError("its class names are no list")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    return notes | {"class_names": names, "is_ours": "class_names" in metadata}
+
+
+def _with_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With counters of BatchNorm as integers: old files have none, and converted ones have them as floats."""
+    counted: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        counts = key.endswith(".num_batches_tracked") and value.numel() == 1
+        counted[key] = value.reshape(()).long() if counts and not _tensor_problem(value, value) else value
+        counter = key.removesuffix("running_var") + "num_batches_tracked"
+        if key.endswith(".running_var") and counter not in tensors:
+            counted[counter] = torch.tensor(0)
+    return counted
+
+
+_BOXES = re.compile(r"(d(efault_?)?box(es)?|priors?|anchors?)(_\w+)?$")
+_HELPERS = re.compile(r"(^|[._])(criterion|loss(es)?|metrics?)([._]|$)")
+
+
+def _require_harmless(path: Path, beside: Mapping[str, Tensor], layout: Layout) -> None:
+    """Require of tensors beside a network that its detections do not depend on them."""
+    several = {key: value for key, value in beside.items() if value.numel() > 1}  # the rest are counters
+    for key in filter(_BOXES.search, several):
+        if not _are_default_boxes(several[key], layout):
+            raise CheckpointError(
+                f"{path}: its default boxes ({key}) are not those of a layout of {layout.size} pixels, as "
+                "which it is read; its detections would be wrong"
+            )
+    strange = [key for key in several if not _BOXES.search(key) and not _HELPERS.search(key)]
+    if strange:
+        raise CheckpointError(
+            f"{path} does not fit the network: beside its tensors there are others, on which detections may "
+            f"depend ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}). If they do not, save the "
+            f"network's alone, `model` being the SSD: torch.save(model.state_dict(), "
+            f"{containers.new_name(path)!r})"
+        )
+
+
+def _are_default_boxes(value: Tensor, layout: Layout) -> bool:
+    """Whether the values are a layout's default boxes, as cxcywh or xyxy, in shares or in pixels."""
+    if _tensor_problem(value, value):
+        return False
+    theirs = value.float().squeeze()
+    theirs = theirs.T if theirs.ndim == 2 and len(theirs) == 4 else theirs
+    cxcywh = layout.default_boxes()
+    centers, half = cxcywh[:, :2], cxcywh[:, 2:] / 2
+    return any(
+        theirs.shape == form.shape and torch.allclose(theirs, form * scale, atol=2e-3 * scale)
+        for form in (cxcywh, torch.cat([centers - half, centers + half], 1))
+        for scale in (1, layout.size)
+    )
 
 
 def require_fit(name: object, state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -118,74 +209,11 @@ def _tensor_problem(value: Tensor, expected: Tensor) -> str:
     return ""
 
 
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and what the file notes beside them: "label_map" and `_NOTES`."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            # Copies: the file is only mapped, and may change or vanish while the network is in use.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        notes = {key: json.loads(metadata[key]) for key in _NOTES if key in metadata}
-        notes["label_map"] = dict(enumerate(json.loads(metadata.get("class_names", "[]")), start=1))
-    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    return tensors, notes
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # Not chained: torch's text advises to switch the safe unpickler off.
-        raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from None
-    notes: dict[str, Any] = {}
-    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        notes = {key: loaded[key] for key in ("label_map", *_NOTES) if key in loaded}
-        loaded = loaded["model"]
-    if not isinstance(loaded, dict) or not loaded:
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dict of tensors")
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: {key!r} is a {type(value).__name__}, not a tensor with a name; "
-                'expected a state dict, or a dict with one under "model"'
-            )
-    return loaded, notes
-
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        return "the file is empty"
-    if head.lstrip()[:1] == b"<":
-        return "this is a web page, not a checkpoint"
-    if not looks_like_checkpoint(head):
-        return "not a checkpoint of torch or safetensors, or damaged at its start"
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"holds more than tensors and plain containers ({found[1]}), and is not loaded for safety"
-    if "TorchScript" in str(error):
-        return "a TorchScript program, not a checkpoint"
-    return f"damaged or cut off ({path.stat().st_size:,} bytes), or not to be loaded safely; get it again"
-
-
-def _without_wrapper(key: str) -> str:
-    # "module.1." is what the published fp16 wrapper and DistributedDataParallel leave together.
-    return re.sub(r"^(module\.1\.|module\.)", "", key)
-
-
 def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any] | None = None) -> Checkpoint:
     """What network a state dict is for; `path` is what messages call it.
 
     Raises:
-        CheckpointError: it is no SSD's.
+        CheckpointError: it is no SSD's, or its class names do not fit.
     """
     notes = notes or {}
     layout = _layout(path, notes.get("layout"))
@@ -209,7 +237,7 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
         backbone=backbone,
         num_classes=num_classes,
         head_norm="loc_norm.0.weight" in state_dict,
-        class_names=_class_names(notes.get("label_map"), num_classes),
+        class_names=_class_names(path, notes, num_classes),
         category_ids=_category_ids(notes.get("category_ids"), num_classes),
         config=notes["config"] if isinstance(notes.get("config"), dict) else {},
         layout=layout,
@@ -225,14 +253,39 @@ def _layout(path: Path, noted: object) -> Layout:
         raise CheckpointError(f"{path}: its layout is none of a network's ({error})") from error
 
 
-def _class_names(names: object, num_classes: int) -> tuple[str, ...]:
-    """Names of classes 1 to num_classes - 1, which the file gives by number (0 is the background)."""
-    names = names if isinstance(names, dict) else {}
-    given = {str(label): name for label, name in names.items() if isinstance(name, str)}
+def _class_names(path: Path, notes: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Names of classes 1 to num_classes - 1, which files give in many forms."""
+    ours = notes["class_names"] if notes.get("is_ours") else ()
+    if len(ours) == num_classes - 1 and all(isinstance(name, str) for name in ours):
+        return tuple(ours)  # a class may be called as the background is: labelme has one so
+    for key in _NAMES:
+        try:
+            names = read_class_names(notes.get(key), num_classes - 1)
+        except ValueError as error:
+            raise CheckpointError(
+                f'{path}: its "{key}" gives {error}. Save it with the right names, in the order of training: '
+                f"{_with_names(path)}"
+            ) from None
+        if names:
+            return names
     coco = PUBLISHED["coco"].class_names
-    if not given and num_classes == len(coco) + 1:
+    if num_classes == len(coco) + 1:
         return coco
-    return tuple(given.get(str(label), f"class {label - 1}") for label in range(1, num_classes))
+    return tuple(f"class {i}" for i in range(num_classes - 1))
+
+
+def _with_names(path: Path) -> str:
+    """Code that gives a file other class names."""
+    new, names = str(path.with_name(f"named-{path.name}")), "'the first class', 'the second'"
+    code = f"from ssd import containers; c, notes = containers.read({str(path)!r}); "
+    if path.suffix == ".safetensors":
+        return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
+            f"notes | {{'class_names': json.dumps([{names}])}})"
+        )
+    return (
+        f"import torch; {code}c['label_map'] = dict(enumerate(['background', {names}])); "
+        f"torch.save(c, {new!r})"
+    )
 
 
 def _category_ids(ids: object, num_classes: int) -> tuple[int, ...]:
@@ -271,8 +324,9 @@ def save(
     path = Path(path)
     classes = len(state_dict["conf.0.weight"]) // layout.boxes_per_cell[0] - 1
     if classes != len(class_names):
+        drop = "; leave the background out" if any(map(is_background, class_names)) else ""
         raise ValueError(
-            f"the network has {classes} classes and the background; got {len(class_names)} names"
+            f"the network has {classes} classes and the background; got {len(class_names)} names{drop}"
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     notes: dict[str, Any] = {"category_ids": list(category_ids)} if category_ids else {}

@@ -222,7 +222,8 @@ def load_model(
         model = build(found)
     checkpoint.require_fit(path, found.state_dict, model.state_dict())
     pretrained.trust(path)
-    model.load_state_dict(found.state_dict, assign=True)
+    # In memory as usual, whatever order (channels_last) they were saved in.
+    model.load_state_dict({key: value.contiguous() for key, value in found.state_dict.items()}, assign=True)
     set_precision(model, precision)
     return model, found
 
@@ -271,7 +272,7 @@ def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.P
     path = pretrained.fetch_backbone(backbone, weights)
     stages = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"}
     tensors = {}
-    for key, value in checkpoint.read_tensors(path).items():
+    for key, value in checkpoint.read_trunk(path).items():
         module, rest = key.split(".", 1) if "." in key else (key, "")
         if module in stages:
             tensors[f"{stages[module]}.{rest}"] = value

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import re
+import shlex
 import sys
 import time
 import urllib.error
@@ -26,6 +27,7 @@ from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError
 from ssd.files import atomic_file
 from ssd.labels import COCO_NAMES
+from ssd.signatures import HEAD, identify
 from ssd.terminal import is_watched
 
 
@@ -115,7 +117,7 @@ def fetch(
     """The local file of some weights, downloaded where it is not in the cache yet.
 
     Args:
-        weights: a path, an http(s) URL, or a name in `PUBLISHED`.
+        weights: a path, an http(s) URL, or a name in `PUBLISHED`; of a folder, as a run's, see `weights_in`.
         sha256: expected digest, or the beginning of it.
         force: download again even if the cache has the file.
         progress: show a progress bar.
@@ -129,6 +131,8 @@ def fetch(
     sha256 = sha256.lower() if sha256 else None
     if text not in PUBLISHED and not web.is_url(text):
         path = Path(text)
+        if path.is_dir():
+            path = weights_in(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no weights at {text}; pass a file, an http(s) URL or one of: {', '.join(PUBLISHED)}"
@@ -150,6 +154,42 @@ def fetch(
             return path
         _download(url, path, sha256, record.size if record else None, progress)
     return path
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights in a folder: a run's best, what Hugging Face's tools write, or the only one.
+
+    Raises:
+        CheckpointError: there is none, or it is open which is meant.
+    """
+    for name in _IN_FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / "data.pkl").is_file():
+        raise CheckpointError(f"{folder}: a checkpoint of torch that was unpacked; pass the file that it was")
+    if any(folder.glob("*.distcp")):
+        raise CheckpointError(
+            f"{folder}: the parts of a checkpoint of torch.distributed; make one file of them to pass, by: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{shlex.quote(str(folder))} weights.pt"
+        )
+    there = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    if len(there) == 1:
+        return there[0]
+    if there:
+        names = ", ".join(path.name for path in there[:5]) + (", ..." if len(there) > 5 else "")
+        raise CheckpointError(f"{folder} is a folder with {len(there)} files of weights; pass one: {names}")
+    raise CheckpointError(
+        f"{folder} is a folder without weights ({', '.join((_IN_FOLDERS[0], *_SUFFIXES))}); pass a file"
+    )
+
+
+_IN_FOLDERS = (
+    *("best.safetensors", "last.safetensors", "state.pt"),  # of a run
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 
 
 def _with_digest(path: Path, sha256: str | None) -> Path:
@@ -298,10 +338,13 @@ def _download_once(
         raise DownloadError(f"the file's SHA-256 is {digest.hexdigest()}, expected {sha256}")
     file.flush()
     file.seek(0)
-    if not looks_like_checkpoint(file.read(16)):
-        raise DownloadError(f"what the server sent ({received:,} bytes) is not a checkpoint")
+    head = file.read(HEAD)
+    if not looks_like_checkpoint(head):
+        kind = identify(head)
+        what = f", {kind.name}," if kind else ""
+        raise DownloadError(f"what the server sent{what} ({received:,} bytes) is not a checkpoint")
 
 
 def looks_like_checkpoint(head: bytes) -> bool:
     """Whether a file that begins so may be a checkpoint of torch (zip or legacy) or of safetensors."""
-    return head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x04") or head[8:9] == b"{"
+    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[8:9] == b"{"

@@ -1,16 +1,21 @@
+import json
 import pickle
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import SMALL_LAYOUT, made_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ssd import checkpoint
 from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.errors import CheckpointError
 from ssd.labels import COCO_NAMES
-from ssd.model import load_model
+from ssd.model import SSD, load_model
 
 
 @pytest.fixture
@@ -44,6 +49,123 @@ def test_training_checkpoints(tmp_path, small_model, prefix, zipped):
     assert list(found.state_dict) == list(small_model.state_dict())
     assert (found.backbone, found.num_classes, found.head_norm) == ("resnet18", 4, False)
     assert found.class_names == ("cat", "cup", "person")
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prefixes=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "net.", "student."]), max_size=3),
+    holders=st.lists(st.sampled_from(["state_dict", "model_state_dict", "net", "ema", "module"]), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    counters=st.sampled_from(["as they are", "none", "int32", "float", "half", "one-dimensional"]),
+    memory=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_any_wrapping_gives_equal_tensors(tmp_path, tiny_model, prefixes, holders, dtype, counters, memory):
+    def converted(key, value):
+        if not key.endswith("num_batches_tracked"):
+            value = value.to(dtype)
+            return value.to(memory_format=memory) if value.ndim == 4 else value
+        kinds = {"int32": torch.int32, "float": torch.float32, "half": torch.float16}
+        return value[None] if counters == "one-dimensional" else value.to(kinds.get(counters, torch.int64))
+
+    expected = tiny_model.state_dict()
+    content = {
+        "".join(prefixes) + key: converted(key, value)
+        for key, value in expected.items()
+        if counters != "none" or not key.endswith("num_batches_tracked")
+    }
+    for holder in holders:
+        content = {"epoch": 3, holder: content}
+    torch.save({"layout": SMALL_LAYOUT.to_dict(), "inner": content}, tmp_path / "w.ckpt")
+    model, _ = load_model(tmp_path / "w.ckpt")
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            assert value.dtype == torch.int64
+            assert value == (0 if counters == "none" else expected[key])
+        else:
+            assert value.is_contiguous()
+            assert torch.equal(value, expected[key].to(dtype).float())
+
+
+def test_the_state_of_a_run_is_read_as_it_is_evaluated(tmp_path, small_model):
+    average = made_model(layout=SMALL_LAYOUT)
+    state = {
+        "config": {"epochs": 3},
+        "data": {"class_names": ["cat", "cup", "person"], "images": 7},
+        "layout": SMALL_LAYOUT.to_dict(),
+        "model": SSD(4, "resnet18", head_norm=False, layout=SMALL_LAYOUT).state_dict(),
+        "average": average.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    torch.save(state, tmp_path / "state.pt")
+    for path in (tmp_path / "state.pt", tmp_path):
+        model, found = load_model(path)
+        assert torch.equal(model.conf[0].weight, average.conf[0].weight)
+        assert (found.class_names, found.config) == (("cat", "cup", "person"), {"epochs": 3})
+    torch.save(state | {"average": None}, tmp_path / "state.pt")
+    assert torch.equal(load_model(tmp_path)[0].conf[0].weight, state["model"]["conf.0.weight"])
+
+
+def test_a_run_folder_is_its_best_weights(tmp_path, small_model, body):
+    (tmp_path / "best.safetensors").write_bytes(body)
+    (tmp_path / "last.safetensors").write_bytes(b"not these")
+    (tmp_path / "state.pt").write_bytes(b"nor these")
+    model, found = load_model(tmp_path)
+    assert torch.equal(model.conf[0].weight, small_model.conf[0].weight)
+    assert found.class_names == ("cat", "cup", "person")
+
+
+@pytest.mark.parametrize(
+    ("key", "form"),
+    [
+        ("compute_loss.dboxes", lambda boxes: boxes.T[None]),
+        ("postprocess.dboxes_xywh", lambda boxes: boxes[None]),
+        ("default_boxes", lambda boxes: boxes.half()),
+        ("model.priors", lambda boxes: boxes * 96),
+        (
+            "anchors",
+            lambda boxes: torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1),
+        ),
+    ],
+)
+def test_default_boxes_in_a_file_have_to_be_the_networks(tmp_path, tiny_model, key, form):
+    """As in forks of the published code, which keep them among the parameters."""
+    boxes = SMALL_LAYOUT.default_boxes()
+    content = {"layout": SMALL_LAYOUT.to_dict()} | tiny_model.state_dict()
+    torch.save(content | {key: form(boxes)}, tmp_path / "w.pth")
+    assert checkpoint.read(tmp_path / "w.pth").state_dict.keys() == tiny_model.state_dict().keys()
+    for others in (boxes * torch.tensor([1, 1, 1.1, 1.1]), boxes.flip(0), boxes[1:]):
+        torch.save(content | {key: form(others)}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=rf"w\.pth: its default boxes \({key}\) are not those"):
+            checkpoint.read(tmp_path / "w.pth")
+
+
+def test_what_stands_beside_a_network_is_left_out_or_refused(tmp_path, small_model):
+    wrapped = {f"model.{key}": value for key, value in small_model.state_dict().items()}
+    harmless = {"criterion.weight": torch.ones(4), "val_metric.sums": torch.ones(9), "n": torch.tensor([3])}
+    torch.save({"state_dict": wrapped | harmless}, tmp_path / "w.ckpt")
+    assert torch.equal(load_model(tmp_path / "w.ckpt")[0].conf[0].weight, small_model.conf[0].weight)
+    torch.save({"state_dict": wrapped | {"attention.weight": torch.ones(4)}}, tmp_path / "w.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"others, on which detections may depend \(attention\.weight\)"
+    ):
+        load_model(tmp_path / "w.ckpt")
+
+
+def test_parameters_without_statistics_are_refused(tmp_path, small_model):
+    torch.save(dict(small_model.named_parameters()), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="missing .*running_mean"):
+        load_model(tmp_path / "w.pt")
+
+
+def test_parameters_become_the_models_own_whatever_they_were(tmp_path, small_model):
+    frozen = {
+        key: torch.nn.Parameter(value.clone(), requires_grad=False) if value.is_floating_point() else value
+        for key, value in small_model.state_dict().items()
+    }
+    torch.save(frozen, tmp_path / "w.pt")
+    model, _ = load_model(tmp_path / "w.pt")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(buffer, torch.nn.Parameter) for buffer in model.buffers())
 
 
 def test_a_bare_state_dict(tmp_path, small_model):
@@ -176,12 +298,79 @@ def test_odd_class_names_are_left_out(tmp_path, small_model, labels):
 
 @pytest.mark.parametrize("names", ["5", "null", "[" * 100_000, "{"])
 def test_odd_metadata_is_refused(tmp_path, small_model, names):
-    import safetensors.torch
-
     state = {key: value.contiguous() for key, value in small_model.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "odd.safetensors", {"class_names": names})
     with pytest.raises(CheckpointError, match="odd.safetensors"):
         load_model(tmp_path / "odd.safetensors")
+
+
+# --- Class names ---
+
+NAMES = ("cat", "cup", "person")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"label_map": {0: "background", 1: "cat", 2: "cup", 3: "person"}},
+        {"label_map": {"1": "cat", "2": "cup", "3": "person"}},
+        {"label_map": {"__background__": 0, "cat": 1, "cup": 2, "person": 3}},
+        {"class_to_idx": {"person": 2, "cat": 0, "cup": 1}},
+        {"classes": ["_background_", *NAMES]},
+        {"class_names": list(NAMES)},
+        {"names": {0: "cat", 1: "cup", 2: "person"}},
+        {"meta": {"CLASSES": NAMES}},
+        {"hyper_parameters": {"lr": 0.1, "class_names": ["cat", "cup", "person"]}},
+        {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cup"}, {"id": 3, "name": "person"}]},
+        {"label_map": {1: 3, 2: 2}, "class_names": NAMES},
+        {"names": "experiment 7", "classes": 3, "class_names": NAMES},
+    ],
+)
+def test_class_names_in_the_forms_of_others(tmp_path, tiny_model, notes):
+    layout = {"layout": SMALL_LAYOUT.to_dict()}
+    torch.save({"model": tiny_model.state_dict(), **layout, **notes}, tmp_path / "w.pt")
+    assert checkpoint.read(tmp_path / "w.pt").class_names == NAMES
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "names",
+    [["cat", "cup"], ["background", "cat"], ["cat", "cup", "person", "dog"], ["cat", None, "cup"]],
+)
+def test_class_names_that_do_not_fit_can_be_replaced_as_advised(
+    tmp_path, monkeypatch, tiny_model, names, suffix
+):
+    monkeypatch.chdir(tmp_path)
+    tensors = {key: value.contiguous() for key, value in tiny_model.state_dict().items()}
+    if suffix == ".pt":
+        content = {"model": tensors, "layout": SMALL_LAYOUT.to_dict(), "classes": names, "curve": np.ones(3)}
+        torch.save(content, "w.pt")
+    else:
+        notes = {"class_names": json.dumps(names), "layout": json.dumps(SMALL_LAYOUT.to_dict())}
+        safetensors.torch.save_file(tensors, "w.safetensors", notes)
+    with pytest.raises(
+        CheckpointError, match="for a network of 3 classes and the background|no text"
+    ) as caught:
+        load_model(f"w{suffix}")
+    code = str(caught.value).split("in the order of training: ")[1]
+    exec(code.replace("'the first class', 'the second'", "'cat', 'cup', 'person'"), {})
+    assert load_model(f"named-w{suffix}")[1].class_names == NAMES
+
+
+def test_a_background_too_many_in_safetensors_is_left_out(tmp_path, tiny_model):
+    tensors = {key: value.contiguous() for key, value in tiny_model.state_dict().items()}
+    notes = {"class_names": json.dumps(["background", *NAMES]), "layout": json.dumps(SMALL_LAYOUT.to_dict())}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors", notes)
+    assert checkpoint.read(tmp_path / "w.safetensors").class_names == NAMES
+
+
+def test_a_class_that_is_called_background_stays_one(tmp_path, tiny_model):
+    """As of data by labelme, whose first category is that."""
+    names = ("_background_", "cat", "cup")
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"w{suffix}"
+        checkpoint.save(path, tiny_model.state_dict(), names, layout=SMALL_LAYOUT)
+        assert checkpoint.read(path).class_names == names
 
 
 def test_a_loaded_network_does_not_depend_on_its_file(tmp_path, small_model, body):
@@ -199,6 +388,8 @@ def test_a_loaded_network_does_not_depend_on_its_file(tmp_path, small_model, bod
 def test_names_must_fit_the_network(tmp_path, small_model):
     with pytest.raises(ValueError, match="3 classes and the background; got 2 names"):
         checkpoint.save(tmp_path / "w.pt", small_model.state_dict(), ("a", "b"))
+    with pytest.raises(ValueError, match="got 4 names; leave the background out"):
+        checkpoint.save(tmp_path / "w.pt", small_model.state_dict(), ("background", "a", "b", "c"))
     assert list(tmp_path.iterdir()) == []
 
 

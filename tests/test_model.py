@@ -299,6 +299,30 @@ def test_backbone_weights_from_a_file_give_torchvisions_features(tmp_path):
     assert torch.equal(trunk.feature_extractor[:6](images), expected)
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: {"epoch": 90, "arch": "resnet18", "state_dict": state},
+        lambda state: {f"module.encoder.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict_ema": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
+    ],
+)
+def test_backbone_weights_in_containers_of_others(tmp_path, wrapped):
+    state = torchvision_resnet18().state_dict()
+    torch.save(wrapped(state), tmp_path / "resnet18.pth")
+    model = SSD(2, "resnet18", backbone_weights=tmp_path / "resnet18.pth")
+    assert torch.equal(
+        model.feature_extractor.feature_extractor[4][0].conv1.weight, state["layer1.0.conv1.weight"]
+    )
+
+
+def test_a_whole_network_is_no_backbone(tmp_path, small_model):
+    torch.save(small_model.state_dict(), tmp_path / "ssd.pth")
+    with pytest.raises(CheckpointError, match=r"not a ResNet with torchvision's names; .* by --weights"):
+        SSD(2, "resnet18", backbone_weights=tmp_path / "ssd.pth")
+
+
 def test_backbone_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(CheckpointError, match="does not fit"):

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import warnings
 
 import pytest
 import torch
@@ -328,6 +329,65 @@ def test_a_full_disk_is_told_at_once(server, body, monkeypatch):
 def test_a_missing_file_is_named_with_what_could_be_passed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*coco"):
         pretrained.fetch(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["best.safetensors", "last.safetensors", "state.pt", "config.json"], "best.safetensors"),
+        (["last.safetensors", "state.pt", "metrics.csv"], "last.safetensors"),
+        (["state.pt", "config.json"], "state.pt"),
+        (["model.safetensors", "optimizer.bin", "scheduler.bin"], "model.safetensors"),
+        (
+            ["pytorch_model.bin.index.json", "pytorch_model-1.bin", "pytorch_model-2.bin"],
+            "pytorch_model.bin.index.json",
+        ),
+        (["epoch=3-step=10.ckpt", "hparams.yaml"], "epoch=3-step=10.ckpt"),
+        (["README.md", "model_best.pth.tar"], "model_best.pth.tar"),
+    ],
+)
+def test_a_folder_stands_for_its_weights(tmp_path, names, wanted):
+    for name in names:
+        (tmp_path / name).touch()
+    assert pretrained.fetch(tmp_path) == tmp_path / wanted
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], r"a folder without weights \(best\.safetensors, \.safetensors, \.pt"),
+        (["photo.jpg"], "a folder without weights"),
+        (["b.pt", "a.ckpt", "photo.jpg"], "a folder with 2 files of weights; pass one: a.ckpt, b.pt$"),
+        (["data.pkl", "version"], "that was unpacked; pass the file"),
+        ([".metadata", "__0_0.distcp"], r"make one file of them.*dcp_to_torch \S+ weights\.pt"),
+    ],
+)
+def test_a_folder_in_which_it_is_open_what_is_meant(tmp_path, names, reason):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=reason):
+        pretrained.fetch(tmp_path)
+
+
+def test_a_checkpoint_of_many_processes_becomes_a_file_as_advised(tmp_path, monkeypatch):
+    from torch.distributed import checkpoint as distributed
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        distributed.save(
+            {"model": {"a": torch.ones(3)}}, checkpoint_id=str(tmp_path / "step 1"), no_dist=True
+        )
+        with pytest.raises(CheckpointError, match=r"format_utils dcp_to_torch '.*step 1' weights\.pt$"):
+            pretrained.fetch(tmp_path / "step 1")
+        dcp_to_torch_save(tmp_path / "step 1", tmp_path / "w.pt")
+    assert torch.equal(torch.load(tmp_path / "w.pt")["model"]["a"], torch.ones(3))
+
+
+def test_a_download_of_another_kind_is_named(server):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    with pytest.raises(DownloadError, match=r"sent, a Git LFS pointer, \(\d+ bytes\) is not a checkpoint"):
+        pretrained.fetch(server.serve("/w.pt", pointer), progress=False)
 
 
 def test_a_digest_that_is_asked_for_is_checked_of_weights_in_the_package_too():

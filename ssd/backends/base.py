@@ -23,6 +23,7 @@ from ssd.devices import choose_precision, usable_device
 from ssd.errors import CheckpointError, MissingExtra, NonFiniteError
 from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD, PaddedDetections, postprocess
 from ssd.pretrained import PUBLISHED
+from ssd.signatures import HEAD, identify
 from ssd.transforms import MEAN, STD, describe_transform, normalize
 
 MAX_BATCH = 1024
@@ -310,6 +311,16 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def _require_no_stand_in(path: Path) -> None:
+    """Require of a file, or of those of a folder, not to be something else, such as a Git LFS pointer."""
+    for file in (path, *sorted(path.glob("model.*"))):
+        if file.is_file():
+            with file.open("rb") as stream:
+                kind = identify(stream.read(HEAD))
+            if kind and kind.as_weights and not any(own in kind.name for own in ("zip archive", "OpenVINO")):
+                raise CheckpointError(f"{file}: this is {kind.name}; {kind.as_weights}") from None
+
+
 def load(
     path: str | os.PathLike[str], device: torch.device | None = None, precision: str = "auto"
 ) -> tuple[Backend, Metadata]:
@@ -334,9 +345,12 @@ def load(
     try:
         with needing_extra(name):
             backend, metadata = import_module(BACKENDS[name].module).load_file(path, device, precision)
-    except (ImportError, CheckpointError, ValueError):
+    except (ImportError, ValueError):
         raise
     except Exception as error:
+        _require_no_stand_in(path)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: cannot be read as {name}, damaged? ({reason(error)})") from error
     _require_outputs(path, backend)
     asked = device if device is not None or backend.device.type == "cpu" else backend.device

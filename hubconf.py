@@ -14,10 +14,13 @@ if _HERE not in sys.path[1:]:
 try:
     from ssd.hub import nvidia_ssd, nvidia_ssd_processing_utils  # noqa: F401
 except ImportError as error:
-    _found = getattr(sys.modules.get("ssd"), "__file__", None)
-    if _found is None or os.path.realpath(os.path.dirname(_found)) == os.path.realpath(f"{_HERE}/ssd"):
+    _other = sys.modules.get("ssd")
+    # A folder without __init__.py is a package, too, and has no file.
+    _folders = list(getattr(_other, "__path__", []))
+    _found = getattr(_other, "__file__", None) or (_folders[0] if _folders else None)
+    if _other is None or os.path.realpath(f"{_HERE}/ssd") in map(os.path.realpath, _folders):
         raise
     raise ImportError(
-        f"another package called ssd was imported before, from {_found}; load this one in a process that has "
-        "not imported it"
+        f"another ssd is in the way: {_found or 'a module that was made without a file'}; load this one in a "
+        "process that does not import that one, or rename it"
     ) from error

@@ -142,6 +142,10 @@ def around(detector: Detector, files: list[str]) -> None:
     """What reading, the transform and the postprocess are of all the time of a batch."""
     report = run_benchmark(detector, files, batch_size=8, rounds=15)
     print(report)
+    print(
+        "that peak memory is of this process, in which all of the above ran: our networks, torchvision's, an "
+        "export, OpenVINO; benchmarks/memory.py measures each by itself"
+    )
     rest = 1 - report.stages["forward"] / sum(report.stages.values())
     print(f"all but the network: {100 * rest:.1f} %")
 

@@ -1,6 +1,7 @@
 """What was found in one image: a validated record that can be filtered, drawn and written."""
 
 import base64
+import contextlib
 import csv
 import html
 import io
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssd.drawing import draw_detections
-from ssd.errors import MissingExtra
+from ssd.errors import ImageError, MissingExtra
 from ssd.files import atomic_file
 from ssd.labels import category_ids
+from ssd.pixels import DECODED, Original
 
 CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "bottom")
 
@@ -38,6 +40,22 @@ class Detection(NamedTuple):
     score: float
     class_id: int
     name: str
+
+
+class _ImageField:
+    """The field `Detections.image`: what is kept as an `Original` is read when it is asked for."""
+
+    @overload
+    def __get__(self, found: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, found: "Detections", owner: type) -> Image.Image | None: ...
+    def __get__(self, found: "Detections | None", owner: type) -> Image.Image | None:
+        kept = None if found is None else vars(found)["image"]  # None is the default
+        return kept.read() if isinstance(kept, Original) else kept
+
+    def __set__(self, found: "Detections", value: "Image.Image | Original | _ImageField | None") -> None:
+        is_default = isinstance(value, _ImageField)  # as dataclasses pass it
+        vars(found)["image"] = None if is_default else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +89,9 @@ class Detections:
     """Height and width of the upright source image."""
     source: str = ""
     """Path or URL of the image; of one in a list or stream that has none, "image" and its number."""
-    image: Image.Image | None = field(default=None, repr=False)
-    """The upright RGB image, for `draw`."""
+    image: _ImageField = field(default=_ImageField(), repr=False)
+    """The upright RGB image, for `draw`; None if there is none. Of a source in memory it is kept. That of a
+    file is read again each time it is asked for: an ImageError says if the file is gone, or was changed."""
     category_ids: tuple[int, ...] = field(default=(), repr=False)
     """The id of each class in COCO files; by default the official ones of COCO's 80 classes, and numbers
     from 1 for others."""
@@ -86,7 +105,9 @@ class Detections:
             "class_ids": _as_integers(self.class_ids),
         }
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        object.__setattr__(self, "category_ids", tuple(self.category_ids) or category_ids(self.class_names))
+        ids = tuple(map(operator.index, self.category_ids)) or category_ids(self.class_names)
+        object.__setattr__(self, "category_ids", ids)
+        object.__setattr__(self, "image_size", tuple(map(operator.index, self.image_size)))
         if len(self.category_ids) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} classes and {len(self.category_ids)} category ids")
         if arrays["boxes"].size == 0:
@@ -141,7 +162,11 @@ class Detections:
             if index.ndim == 0:
                 return self._single(operator.index(index))
         return replace(
-            self, boxes=self.boxes[index], scores=self.scores[index], class_ids=self.class_ids[index]
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            class_ids=self.class_ids[index],
+            image=self._kept,
         )
 
     def _single(self, index: int) -> Detection:
@@ -191,8 +216,20 @@ class Detections:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
-    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """Entries of a COCO results file: bbox is xywh in pixels, category_id one of `category_ids`."""
+    def to_coco(self, image_id: SupportsIndex | str) -> list[dict[str, Any]]:
+        """Entries of a COCO results file: bbox is xywh in pixels, category_id one of `category_ids`.
+
+        Args:
+            image_id: an integer, also NumPy's or torch's; or a text.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if not isinstance(image_id, str):
+            try:
+                image_id = operator.index(image_id)
+            except TypeError as error:
+                raise TypeError(f"image_id is an integer or a text; got {image_id!r:.60}") from error
         ids = self.category_ids
         sizes = _exact((self.boxes[:, 2:] - self.boxes[:, :2]).ravel())
         return [
@@ -244,27 +281,54 @@ class Detections:
 
     # --- Drawing ---
 
-    def draw(self) -> Image.Image:
+    @property
+    def has_image(self) -> bool:
+        """Whether there is an image to draw on, in memory or in a file that may be read again."""
+        return self._kept is not None
+
+    @property
+    def _kept(self) -> Any:
+        return vars(self)["image"]
+
+    def draw(self, *, font: str | os.PathLike[str] | None = None) -> Image.Image:
         """The image with boxes and labels, as a new picture.
 
         Images with a side under 160 or both under 320 pixels are enlarged first, for labels to be readable.
 
+        Args:
+            font: a TrueType or OpenType file for the labels. By default Pillow's own, and for letters that it
+                lacks a font of the system; names that no font can show are told in a warning, once.
+
         Raises:
             ValueError: these detections have no image.
+            ImageError: its file is gone, or was changed.
+            OSError: the font cannot be read.
         """
-        if self.image is None:
+        image = self.image
+        if image is None:
             raise ValueError("these detections have no image to draw on")
         labels = [" ".join(f"{name} {score:.0%}".split()) for _, score, _, name in self]
-        return draw_detections(self.image, self.boxes, labels, self.class_ids)
+        ours = isinstance(self._kept, Original)
+        return draw_detections(image, self.boxes, labels, self.class_ids, font=font, in_place=ours)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def _room(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, the image may be read."""
+        kept = self._kept
+        return DECODED.taken(kept.pixels) if isinstance(kept, Original) else contextlib.nullcontext()
+
+    def save(self, path: str | os.PathLike[str], *, font: str | os.PathLike[str] | None = None) -> Path:
         """Write the drawn picture; the suffix says the format. The source image is never overwritten.
+
+        Args:
+            path: where to.
+            font: see `draw`.
 
         Returns:
             The path.
 
         Raises:
             ValueError: the path is the source image, its suffix is no known format, or there is no image.
+            ImageError, OSError: see `draw`.
         """
         path = Path(path)
         picture_format = Image.registered_extensions().get(path.suffix.lower())
@@ -272,26 +336,35 @@ class Detections:
             raise ValueError(f"{path}: pictures end in .jpg, .png, .webp or another suffix that Pillow knows")
         if path.exists() and os.path.exists(self.source) and path.samefile(self.source):
             raise ValueError(f"{path} is the source image, which is never overwritten; save to another path")
-        picture = self.draw()
-        with atomic_file(path) as file:
-            picture.save(file, picture_format, quality=92)
+        with self._room():
+            picture = self.draw(font=font)
+            with atomic_file(path) as file:
+                picture.save(file, picture_format, quality=92)
+            del picture
         return path
 
     def _preview(self) -> bytes:
-        picture = self.draw()
-        picture.thumbnail((_LARGEST_PREVIEW, _LARGEST_PREVIEW))
+        with self._room():
+            picture = self.draw()
+            picture.thumbnail((_LARGEST_PREVIEW, _LARGEST_PREVIEW))
         data = io.BytesIO()
         picture.save(data, "PNG")
         return data.getvalue()
 
     def _repr_png_(self) -> bytes | None:
-        return None if self.image is None else self._preview()
+        try:
+            return self._preview() if self.has_image else None
+        except ImageError:  # a notebook shows the rest
+            return None
 
     def _repr_html_(self) -> str:
         picture = ""
-        if self.image is not None:
-            encoded = base64.b64encode(self._preview()).decode()
-            picture = f'<img src="data:image/png;base64,{encoded}" style="max-width: 100%">'
+        try:
+            if self.has_image:
+                encoded = base64.b64encode(self._preview()).decode()
+                picture = f'<img src="data:image/png;base64,{encoded}" style="max-width: 100%">'
+        except ImageError as error:
+            picture = f"<p>{html.escape(str(error))}</p>"
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{score:.0%}</td>"
             + "".join(f"<td>{value:.1f}</td>" for value in box)

@@ -1,14 +1,18 @@
 """Detector: from images of any kind to `Detections`."""
 
+import contextlib
+import ctypes
 import difflib
+import math
 import operator
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal, SupportsIndex, TypeAlias, TypeVar, overload
+from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -20,8 +24,9 @@ from ssd.choices import Precision
 from ssd.detections import Detections
 from ssd.devices import choose_precision, usable_device
 from ssd.errors import ImageError, NonFiniteError
-from ssd.images import ImageSource, load_scaled, source_path
+from ssd.images import MAX_PIXELS, ImageSource, load_scaled, source_path
 from ssd.model import SSD, load_model
+from ssd.pixels import DECODED, Original, origin
 from ssd.postprocess import PaddedDetections
 from ssd.sources import Named, find_images
 from ssd.transforms import resize
@@ -34,14 +39,29 @@ E = TypeVar("E", bound=BaseException)
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
 
 
+_made: "weakref.WeakSet[Detector]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a process that was forked after a detector was made: wait for no threads that were not forked."""
+    for detector in _made:
+        torch.set_num_threads(1)
+        # Other runtimes end their threads when they are freed, and would wait for them: never free them here.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(detector.backend.forward))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @dataclass(frozen=True)
 class Input:
     """An image that was read, as the network is to see it."""
 
     name: str
     """What its result and its errors call it."""
-    image: Image.Image | None
-    """Upright, RGB; None if it is not there at full size."""
+    image: Image.Image | Original | None
+    """Upright, RGB; or where to read it again; None if it was not read at full size."""
     size: tuple[int, int]
     """Width and height, at full size."""
     resized: Tensor
@@ -50,13 +70,23 @@ class Input:
     """Among the images of its list or stream, counted from 0; None by itself."""
 
 
+class Reading(NamedTuple):
+    """How images are read."""
+
+    max_pixels: int = MAX_PIXELS
+    """See `ssd.load_image`."""
+    least: int | None = None
+    """See `ssd.images.load_scaled`."""
+
+
 class Detector:
     """Finds objects in images: reading, transform, network, NMS, boxes in the image's own pixels.
 
     It keeps a copy of the model, prepared for inference, never changes, and may be used from several threads
     at a time. Pickled, as for another process, its weights travel and are prepared anew there, for the same
-    device; an exported file is opened again by its path. What it runs on is in `device`, `precision`,
-    `layout` and `backend`.
+    device; an exported file is opened again by its path. In a process that is forked after a detector was
+    made, torch runs in one thread, since the others are not forked; on CUDA, each process makes its own. What
+    it runs on is in `device`, `precision`, `layout` and `backend`.
 
     Args:
         model: on the device and in the precision that detection is to use; or a `ssd.backends.Backend`.
@@ -80,6 +110,7 @@ class Detector:
         self.device, self.precision = self.backend.device, self.backend.precision
         self.layout = self.backend.layout
         self.class_names, self.category_ids = tuple(class_names), tuple(category_ids)
+        _made.add(self)
 
     def __repr__(self) -> str:
         return (
@@ -135,6 +166,7 @@ class Detector:
         max_detections: int = ...,
         classes: Sequence[str | int] | None = ...,
         batch_size: int = ...,
+        max_pixels: int = ...,
     ) -> list[Detections]: ...
     @overload
     def __call__(
@@ -146,6 +178,7 @@ class Detector:
         max_detections: int = ...,
         classes: Sequence[str | int] | None = ...,
         batch_size: int = ...,
+        max_pixels: int = ...,
     ) -> Detections: ...
     def __call__(
         self,
@@ -156,6 +189,7 @@ class Detector:
         max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
         batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
     ) -> Detections | list[Detections]:
         """Detect objects in one image, or in each of a list.
 
@@ -166,6 +200,7 @@ class Detector:
             max_detections: most objects of an image.
             classes: names or 0-based ids to look for, or one name; None for all.
             batch_size: how many images of a list go through the network at a time.
+            max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
 
         Returns:
             `Detections` for one image, a list of them for a list.
@@ -177,8 +212,8 @@ class Detector:
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(images, list | tuple) and not isinstance(images, Named):
-            return list(self._stream(images, _positive(batch_size), options, None))
-        return self._detect([self._read(images)], options)[0]
+            return list(self._stream(images, _positive(batch_size), options, None, Reading(max_pixels)))
+        return self._detect([self._read(images, how=Reading(max_pixels))], options)[0]
 
     def stream(
         self,
@@ -191,11 +226,13 @@ class Detector:
         classes: Sequence[str | int] | None = None,
         on_error: OnError | None = None,
         scaled_decoding: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> Iterator[Detections]:
         """Detect objects in any number of images, one result at a time and in order.
 
         Other threads read images, some two batches ahead, and detect on the next batch while the results of
-        the last one are used.
+        the last one are used. Photos are at full size only until they are resized, a few at a time: see
+        `ssd.pixels.DECODED`.
 
         Args:
             sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes, or of
@@ -207,6 +244,7 @@ class Detector:
                 it has the `source` and the `number` that the result would have had.
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
+            max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
@@ -215,7 +253,8 @@ class Detector:
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
             )
-        return self._stream(sources, _positive(batch_size), options, on_error, scaled=scaled_decoding)
+        reading = Reading(max_pixels, self.layout.size if scaled_decoding else None)
+        return self._stream(sources, _positive(batch_size), options, on_error, reading)
 
     def _options(
         self,
@@ -251,10 +290,9 @@ class Detector:
         batch_size: int,
         options: Options,
         on_error: OnError | None,
-        *,
-        scaled: bool = False,
+        reading: Reading,
     ) -> Iterator[Detections]:
-        pool = ThreadPoolExecutor(1, "ssd-detect")
+        pool, process = ThreadPoolExecutor(1, "ssd-detect"), os.getpid()
         batch: list[Input] = []
         under_way: deque[tuple[list[Input], _Outcome[list[Detections]]]] = deque()
 
@@ -265,12 +303,13 @@ class Detector:
             batch = []
 
         def results(left: int = 0) -> Iterator[Detections]:
+            _require_process(process)
             while len(under_way) > left:
                 yield from self._finite(*under_way.popleft(), options, on_error)
 
         finished = False
         try:
-            for read in self._read_ahead(sources, 2 * batch_size, scaled=scaled):
+            for read in self._read_ahead(sources, 2 * batch_size, reading):
                 if read is None:  # nobody should wait for images who could have results
                     yield from results()
                     continue
@@ -324,38 +363,57 @@ class Detector:
                 raise NonFiniteError(f"{names}: {error}", error.images) from error
         return self.results(batch, found)
 
-    def _read(self, source: AnySource, number: int | None = None, *, scaled: bool = False) -> Input:
+    def _read(self, source: AnySource, number: int | None = None, how: "Reading | None" = None) -> Input:
         name, image = _named(source, number)
-        least = self.layout.size if scaled else None
-        whole, size = load_scaled(image, least, name=name or "image")
-        kept = whole if whole.size == size else None
-        return Input(name, kept, size, resize(whole, self.layout.size), number)
+        how = how or Reading()
+        where: list[tuple[str | bytes, tuple[int, int] | None]] = []
+        with contextlib.ExitStack() as room:
+
+            def on_open(file: IO[bytes], pixels: int) -> None:
+                where[:] = [origin(image, file)]
+                room.close()  # that of an attempt that failed
+                room.enter_context(DECODED.taken(pixels))
+
+            whole, size = load_scaled(
+                image, how.least, name=name or "image", max_pixels=how.max_pixels, on_open=on_open
+            )
+            resized = resize(whole, self.layout.size)
+            kept: Image.Image | Original | None = whole if whole.size == size else None
+            if kept is not None and where:
+                kept = Original(*where[0], name or "image", size, how.max_pixels)
+            del whole  # before others get its room
+        return Input(name, kept, size, resized, number)
 
     def _read_ahead(
-        self, sources: Iterable[AnySource], ahead: int, *, scaled: bool
+        self, sources: Iterable[AnySource], ahead: int, reading: Reading
     ) -> Iterator[tuple[str, int, Input | BaseException] | None]:
         """Name and number of each source, in order, and what reading it gave.
 
         None comes before each that is not read yet. At most `ahead` are under way, or as many as there are
-        threads.
+        threads; and of images in memory, which are kept, only so many pixels as `DECODED` has room for.
         """
         workers = min(_MAX_READERS, os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(workers, "ssd-read")
-        waiting: deque[tuple[str, int, _Outcome[Input]]] = deque()
+        pool, process = ThreadPoolExecutor(workers, "ssd-read"), os.getpid()
+        waiting: deque[tuple[Named, int, _Outcome[Input]]] = deque()
 
         def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
-            name, number, outcome = waiting.popleft()
+            _require_process(process)
+            (name, _), number, outcome = waiting.popleft()
             if outcome.empty():
                 yield None
             yield name, number, outcome.get()
+
+        def is_full() -> bool:
+            kept = sum(_pixels_in_memory(named.image) for named, _, _ in waiting)
+            return len(waiting) >= max(ahead, workers) or kept > DECODED.pixels
 
         finished = False
         try:
             for number, source in enumerate(sources):
                 named = _named(source, number)
-                outcome = _submit(pool, self._read, named, number, scaled=scaled)
-                waiting.append((named.name, number, outcome))
-                if len(waiting) >= max(ahead, workers):
+                outcome = _submit(pool, self._read, named, number, reading)
+                waiting.append((named, number, outcome))
+                if is_full():
                     yield from oldest()
             while waiting:
                 yield from oldest()
@@ -401,6 +459,14 @@ def _named(source: AnySource, number: int | None) -> Named:
     return Named(name, source)
 
 
+def _pixels_in_memory(image: ImageSource) -> int:
+    """How many pixels the copy of an image has that its result keeps; none of a file's."""
+    if isinstance(image, Image.Image):
+        return image.width * image.height
+    shape = getattr(image, "shape", ())
+    return math.prod(shape) // 3 if shape else 0
+
+
 class _Outcome(SimpleQueue[T | BaseException]):
     """What a function in another thread gave or raised, to `get` once.
 
@@ -420,6 +486,14 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any, **
 
     pool.submit(run)
     return outcome
+
+
+def _require_process(number: int) -> None:
+    if os.getpid() != number:
+        raise RuntimeError(
+            "this stream was begun in the process that this one was forked from, and its threads are not "
+            "here; begin it anew"
+        )
 
 
 def _marked(error: E, name: str, number: int | None) -> E:

@@ -1,7 +1,15 @@
-"""Boxes and labels on pictures."""
+"""Boxes and labels on pictures; letters of any script, as far as the fonts go that are here."""
 
 import colorsys
-import contextlib
+import os
+import shutil
+import subprocess
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import groupby
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +25,38 @@ _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for 
 
 
 def draw_detections(
-    image: Image.Image, boxes: FloatArray, labels: list[str], class_ids: IntArray
+    image: Image.Image,
+    boxes: FloatArray,
+    labels: list[str],
+    class_ids: IntArray,
+    *,
+    font: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
 ) -> Image.Image:
-    """A new picture of an image with boxes and labels, best first.
+    """A picture of an image with boxes and labels, best first.
 
     Images with a side under 160 or both under 320 pixels are enlarged first, for labels to be readable.
 
     Args:
-        image: mode RGB; not changed.
+        image: mode RGB; not changed, unless `in_place`.
         boxes: float32 xyxy in pixels of the image, ``[K, 4]``.
         labels: K texts.
         class_ids: int64 ``[K]``, which choose the colours.
+        font: a font file for the labels; see `missing_letters`.
+        in_place: draw on the image itself if it need not be enlarged, to save the memory of a copy.
+
+    Raises:
+        OSError: the font cannot be read.
     """
     shorter, longer = sorted(image.size)
     factor = max(-(-_SMALLEST_PICTURE[0] // shorter), -(-_SMALLEST_PICTURE[1] // longer))
     size = (image.width * factor, image.height * factor)
-    picture = image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.copy()
-    _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()])
+    if factor > 1:
+        picture = image.resize(size, Image.Resampling.BICUBIC)
+    else:
+        picture = image if in_place else image.copy()
+    fonts = _fonts_of(labels, font)
+    _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()], fonts)
     return picture
 
 
@@ -45,38 +68,34 @@ def class_color(class_id: int) -> tuple[int, int, int]:
 
 
 def _draw_boxes(
-    picture: Image.Image, boxes: FloatArray, labels: list[str], colors: list[tuple[int, int, int]]
+    picture: Image.Image,
+    boxes: FloatArray,
+    labels: list[str],
+    colors: list[tuple[int, int, int]],
+    fonts: "dict[str, _FontFile | None]",
 ) -> None:
     """Draw boxes and labels, best first, on a picture."""
     canvas = ImageDraw.Draw(picture)
     font_size = max(14.0, 0.028 * (picture.width * picture.height) ** 0.5)
-    font = _font(font_size, labels)
-    widest = max((canvas.textlength(label, font) for label in labels), default=0)
+    texts = _lay_out(labels, font_size, fonts)
+    widest = max((text.length for text in texts), default=0)
     if widest > 0.9 * picture.width:  # a narrow picture
-        font = _font(max(9.0, font_size * 0.9 * picture.width / widest), labels)
+        texts = _lay_out(labels, max(9.0, font_size * 0.9 * picture.width / widest), fonts)
     line = max(2, round(font_size / 7))
     for box, color in reversed(list(zip(boxes, colors, strict=True))):  # the best on top
         left, top, right, bottom = (float(value) for value in box)
         canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
 
     taken: list[tuple[float, float, float, float]] = []
-    for box, label, color in zip(boxes, labels, colors, strict=True):
-        area = _label_area(box, canvas.textbbox((0, 0), label, font), line, picture.size, taken)
+    for box, text, color in zip(boxes, texts, colors, strict=True):
+        area = _label_area(box, text.box, line, picture.size, taken)
         taken.append(area)
         canvas.rectangle(area, fill=color)
         red, green, blue = color
         dark = 0.299 * red + 0.587 * green + 0.114 * blue > 140  # ITU-R BT.601 luma
-        offset = canvas.textbbox((0, 0), label, font)
-        at = (area[0] - offset[0] + line, area[1] - offset[1] + line)
-        canvas.text(at, label, "black" if dark else "white", font)
-
-
-def _font(size: float, labels: list[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font; for other letters than English ones the system's DejaVu Sans, if there is one."""
-    if not all(label.isascii() for label in labels):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype("DejaVuSans.ttf", size)
-    return ImageFont.load_default(size)
+        for run in text.runs:
+            at = (area[0] - text.box[0] + line + run.x, area[1] - text.box[1] + line)
+            canvas.text(at, run.letters, "black" if dark else "white", run.font, anchor="ls")
 
 
 def _label_area(
@@ -109,3 +128,202 @@ def _label_area(
         ):
             return area
     return areas[0]
+
+
+# --- Letters ----------------------------------------------------------------------------------------------
+
+
+class _FontFile(NamedTuple):
+    path: str
+    """Empty for Pillow's own."""
+    number: int = 0
+    """Of the font, in a file of several."""
+
+
+class _Run(NamedTuple):
+    """Letters of one font, and where they begin."""
+
+    x: float
+    letters: str
+    font: ImageFont.FreeTypeFont
+
+
+class _Text(NamedTuple):
+    runs: list[_Run]
+    length: float
+    box: tuple[float, float, float, float]
+    """What it covers, from the beginning of its base line."""
+
+
+_PILLOWS_OWN = _FontFile("")
+
+# Where there is no fontconfig, as on macOS and Windows: what comes with systems, for scripts of every kind.
+_COMMON_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "segoeui.ttf", "tahoma.ttf", "Arial Unicode.ttf"),
+    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc"),
+    *("YuGothM.ttc", "malgun.ttf", "AppleSDGothicNeo.ttc", "simsun.ttc", "meiryo.ttc", "msjh.ttc"),
+    *("NotoSansThai-Regular.ttf", "LeelawUI.ttf", "Thonburi.ttc", "NotoSansDevanagari-Regular.ttf"),
+    *("Nirmala.ttf", "Nirmala.ttc", "Kohinoor.ttc", "NotoSansArabic-Regular.ttf", "GeezaPro.ttc"),
+    *("NotoSansHebrew-Regular.ttf", "FreeSans.ttf", "seguisym.ttf", "Apple Symbols.ttf"),
+)
+
+_home_of: "dict[str, _FontFile | None]" = {}
+"""Of each letter that was looked for, the system's font."""
+
+_told: set[str] = set()
+"""Letters of which a warning was given."""
+
+
+def missing_letters(texts: Iterable[str], font: str | os.PathLike[str] | None = None) -> list[str]:
+    """The letters of texts that no font here can draw, sorted; pictures have "?" in their place.
+
+    A letter is drawn in the given font, else in Pillow's own, else in the first of the system's that has it:
+    those of fontconfig in its order, or of some well-known names.
+
+    Args:
+        texts: any.
+        font: a TrueType or OpenType file.
+
+    Raises:
+        OSError: the font cannot be read.
+
+    >>> missing_letters(["cat", "dog"])
+    []
+    """
+    fonts = _choose_fonts({letter for text in texts for letter in _composed(text)}, font)
+    return sorted(letter for letter, home in fonts.items() if home is None)
+
+
+def tell_missing(letters: list[str]) -> str:
+    """What to say of letters that cannot be drawn; it is not said again in a warning."""
+    _told.update(letters)
+    some = " ".join(letters[:20]) + (f" and {len(letters) - 20} more" if len(letters) > 20 else "")
+    return (
+        f"no font here can draw {some} of the class names: pictures have ? in their place, results the "
+        "names; give a font file that has them (font=..., or --font FILE)"
+    )
+
+
+def _composed(text: str) -> str:
+    """A text with accents as part of their letters, which is how fonts have most of them."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _fonts_of(labels: list[str], font: str | os.PathLike[str] | None) -> "dict[str, _FontFile | None]":
+    """The font of each letter of the labels; where there is none, one hears of it once."""
+    fonts = _choose_fonts({letter for label in labels for letter in _composed(label)}, font)
+    missing = sorted(letter for letter, home in fonts.items() if home is None)
+    if not _told.issuperset(missing):
+        warnings.warn(tell_missing(missing), stacklevel=5)
+    return fonts
+
+
+def _choose_fonts(letters: set[str], font: str | os.PathLike[str] | None) -> "dict[str, _FontFile | None]":
+    chosen: dict[str, _FontFile | None] = {}
+    if font is not None:
+        own = _FontFile(os.fspath(font))
+        chosen |= dict.fromkeys(_covered(own, letters), own)
+    rest = letters - chosen.keys()
+    chosen |= dict.fromkeys(_pillows_letters(frozenset(rest)), _PILLOWS_OWN)
+    rest = letters - chosen.keys()
+    unknown = rest - _home_of.keys()
+    for file in _system_fonts() if unknown else ():
+        try:
+            here = _covered(file, unknown)
+        except OSError:  # not here, or of bitmaps
+            continue
+        _home_of.update(dict.fromkeys(here, file))
+        unknown -= here
+        if not unknown:
+            break
+    _home_of.update(dict.fromkeys(unknown))
+    return chosen | {letter: _home_of[letter] for letter in rest}
+
+
+@cache
+def _pillows_letters(letters: frozenset[str]) -> set[str]:
+    return _covered(_PILLOWS_OWN, letters)
+
+
+def _covered(file: _FontFile, letters: Iterable[str]) -> set[str]:
+    """Those of the letters that a font has."""
+    face = _face(file, 32)
+
+    def shape(letter: str) -> tuple[tuple[int, int], bytes]:
+        mask = face.getmask(letter)
+        return mask.size, bytes(mask)
+
+    missing = shape("\U0010ffff")  # which is no letter, and will be none
+    return {
+        letter
+        for letter in letters
+        if not "\ud800" <= letter <= "\udfff"  # of a name that is no Unicode
+        and (unicodedata.category(letter) in ("Zs", "Cf", "Cc") or shape(letter) != missing)
+    }
+
+
+def _face(file: _FontFile, size: float) -> ImageFont.FreeTypeFont:
+    if file == _PILLOWS_OWN:
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
+    try:
+        return ImageFont.truetype(file.path, size, file.number)
+    except OSError as error:
+        raise OSError(f"{file.path}: cannot be read as a font, TrueType or OpenType ({error})") from error
+
+
+@cache
+def _system_fonts() -> list[_FontFile]:
+    """The fonts of the system, those first that are meant to be seen first."""
+    return [*_fontconfigs(), *map(_FontFile, _COMMON_FONTS)]
+
+
+def _fontconfigs() -> Iterator[_FontFile]:
+    """Those of fontconfig: its order for text without serifs, in the language of the user."""
+    program = shutil.which("fc-match")
+    if program is None:
+        return
+    wanted = "sans:scalable=true:color=false"
+    try:
+        found = subprocess.run(
+            [program, "--sort", "--format", "%{index}\t%{file}\n", wanted],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=20,  # it may have to list all fonts first
+        )
+    except (OSError, subprocess.SubprocessError):
+        return
+    for line in os.fsdecode(found.stdout).splitlines():
+        index, _, path = line.partition("\t")
+        if path and index.isdigit():
+            yield _FontFile(path, int(index) & 0xFFFF)  # above are the variants of a variable font
+
+
+def _lay_out(labels: list[str], size: float, fonts: "dict[str, _FontFile | None]") -> list[_Text]:
+    faces = {file: _face(file, size) for file in {home or _PILLOWS_OWN for home in fonts.values()}}
+    return [_line_of(label, faces, fonts) for label in labels]
+
+
+def _line_of(
+    label: str,
+    faces: dict[_FontFile, ImageFont.FreeTypeFont],
+    fonts: "dict[str, _FontFile | None]",
+) -> _Text:
+    """A label as runs of letters of one font; what joins or separates letters goes with what is before."""
+    homes: list[tuple[_FontFile, str]] = []
+    for letter in _composed(label):
+        home = fonts[letter] or _PILLOWS_OWN
+        if homes and unicodedata.category(letter) in ("Cf", "Mn", "Mc"):
+            home = homes[-1][0]
+        homes.append((home, letter if fonts[letter] else "?"))
+    runs: list[_Run] = []
+    x = 0.0
+    left = top = right = bottom = 0.0
+    for home, group in groupby(homes, key=lambda each: each[0]):
+        letters, face = "".join(letter for _, letter in group), faces[home]
+        box = face.getbbox(letters, anchor="ls")
+        left, right = (min(left, x + box[0]), max(right, x + box[2])) if runs else (box[0], box[2])
+        top, bottom = (min(top, box[1]), max(bottom, box[3])) if runs else (box[1], box[3])
+        runs.append(_Run(x, letters, face))
+        x += face.getlength(letters)
+    return _Text(runs, x, (left, top, right, bottom))

@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -63,14 +64,69 @@ def free_path(path: Path) -> Path:
     return candidate
 
 
+@contextlib.contextmanager
+def run_folder(output: Path | None, verb: str) -> Iterator[Path]:
+    """The folder for what a command writes: `output`, or by default a new ``runs/<verb>-N``.
+
+    It is made when the block is entered, before any work, and removed if the block fails and nothing was
+    written.
+
+    Raises:
+        OSError: it cannot be made or written to; see `make_folder`.
+    """
+    above = [] if output is None else [output, *output.parents]
+    made = [folder for folder in above or [Path("runs")] if not os.path.lexists(folder)]
+    folder = new_run_folder(verb) if output is None else make_folder(output)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # others have written there
+            for each in made if output is not None else [folder, *made]:
+                each.rmdir()
+        raise
+
+
 def new_run_folder(verb: str) -> Path:
-    """Make ``runs/<verb>-N``, with the first N that is free, in the current folder."""
-    number = 1
+    """Make ``runs/<verb>-N``, with the first N that is free, in the current folder.
+
+    Raises:
+        OSError: see `make_folder`.
+    """
+    runs, number = make_folder(Path("runs")), 1
     while True:
-        folder = Path("runs") / f"{verb}-{number}"
+        folder = runs / f"{verb}-{number}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             number += 1
         else:
             return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder, and those above it, if it is not there; and try that files can be written in it.
+
+    Raises:
+        OSError: with what is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = _obstacle(folder) or getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"cannot write to the folder {folder}: {reason}; mend that, or choose another with --output"
+        ) from error
+    return folder
+
+
+def _obstacle(folder: Path) -> str:
+    """What is in the place of a folder, or of one above it; empty where it is something else."""
+    for path in (folder, *folder.parents):
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_symlink() and not path.exists():
+                return f"{path} is a link to {os.readlink(path)}, which is not there"
+            if path.exists():
+                return "" if path.is_dir() else f"{path} is a file"
+    return ""

@@ -12,6 +12,8 @@ from torch.nn.functional import interpolate
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+_BAND = 1_000_000  # pixels that are turned into an array at a time
+
 
 def describe_transform(size: int) -> str:
     """What images a network is trained on, for people who read a checkpoint."""
@@ -31,9 +33,22 @@ def resize(image: Image.Image, size: int) -> Tensor:
     Returns:
         uint8 ``[size, size, 3]``.
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    squashed = interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return squashed[0].permute(1, 2, 0).contiguous()
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if height > rows:
+        # The kernel makes rows narrow before it makes columns short, with uint8 between: the same in parts,
+        # which need not be all in memory as arrays.
+        tops = range(0, height, rows)
+        bands = (image.crop((0, top, width, min(top + rows, height))) for top in tops)
+        narrow = torch.cat([_squash(torch.from_numpy(np.array(band)), band.height, size) for band in bands])
+    else:
+        narrow = torch.from_numpy(np.array(image))
+    return _squash(narrow, size, size).contiguous()
+
+
+def _squash(pixels: Tensor, height: int, width: int) -> Tensor:
+    squashed = interpolate(pixels.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)
+    return squashed[0].permute(1, 2, 0)
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from ssd.detections import Detection, Detections
+from ssd.errors import ImageError
 from ssd.labels import COCO_NAMES
+from ssd.pixels import Original, origin
 
 NAMES = ("cat", "dog", "wine glass")
 
@@ -314,3 +317,81 @@ def test_drawing_from_several_threads(found):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# --- Images that are not kept ---
+
+
+@pytest.fixture
+def reread(image, tmp_path):
+    """What was found in a file, whose pixels are not kept."""
+    path = tmp_path / "photo.png"
+    image.save(path)
+    with path.open("rb") as file:
+        where = origin(path, file)
+    return Detections(
+        [[10, 20, 50, 60]],
+        [0.9],
+        [1],
+        class_names=NAMES,
+        image_size=(100, 200),
+        source=str(path),
+        image=Original(*where, str(path), (200, 100)),
+    )
+
+
+def test_the_image_of_a_file_is_read_when_it_is_asked_for(reread, image, monkeypatch):
+    reads = []
+    read = Original.read
+    monkeypatch.setattr(Original, "read", lambda original: reads.append(1) or read(original))
+    assert reread.has_image
+    chosen = pickle.loads(pickle.dumps(reread[:0][[]]))
+    assert chosen.to_dict()["detections"] == []
+    assert reads == []
+    for each in (reread.image, chosen.image):
+        np.testing.assert_array_equal(np.asarray(each), np.asarray(image))
+    assert len(reads) == 2
+    bare = replace(reread, image=None)
+    assert bare.image is None
+    assert not bare.has_image
+    assert len(reads) == 2
+
+
+def test_a_picture_of_a_file_is_that_of_its_image(reread, image, tmp_path):
+    kept = replace(reread, image=image.copy())
+    assert reread.draw().tobytes() == kept.draw().tobytes() == reread.draw().tobytes()
+    whole = Image.effect_mandelbrot((400, 330), (-2, -1, 1, 1), 50).convert("RGB")  # not to be enlarged
+    for each in (whole.copy(), whole.copy()):
+        before = each.tobytes()
+        replace(reread, image=each, image_size=(330, 400)).draw()
+        assert each.tobytes() == before
+
+
+def test_a_file_that_is_gone_is_told_where_it_is_drawn(reread, tmp_path):
+    (tmp_path / "photo.png").unlink()
+    for use in (reread.draw, lambda: reread.image, lambda: reread.save(tmp_path / "out.png")):
+        with pytest.raises(ImageError, match=r"photo\.png: cannot be read again .*; detect in it anew"):
+            use()
+    assert reread._repr_png_() is None  # a notebook shows the rest
+    assert "cannot be read again" in reread._repr_html_()
+    assert "dog" in reread._repr_html_()
+    assert len(reread.to_coco(1)) == 1
+
+
+# --- Ids ---
+
+
+@pytest.mark.parametrize("number", [7, np.int64(7), np.uint8(7), torch.tensor(7), np.array(7)])
+def test_ids_of_any_integer_type_can_be_written(found, number):
+    entries = json.loads(json.dumps(found.to_coco(number)))
+    assert {each["image_id"] for each in entries} == {7}
+    own = replace(found, category_ids=np.array([4, 8, 15]), image_size=np.array([100, 200]))
+    assert [each["category_id"] for each in json.loads(json.dumps(own.to_coco("a")))] == [8, 4, 15]
+    assert json.loads(own.to_json())["width"] == 200
+
+
+@pytest.mark.parametrize("wrong", [7.0, np.float32(7), None, [7], torch.tensor([7, 8])])
+def test_other_ids_are_refused_at_once(found, nothing, wrong):
+    for each in (found, nothing):
+        with pytest.raises(TypeError, match="image_id is an integer or a text"):
+            each.to_coco(wrong)

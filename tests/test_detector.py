@@ -1,8 +1,12 @@
 import copy
+import gc
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,6 +24,7 @@ from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.errors import ImageError, NonFiniteError
 from ssd.images import load_image
+from ssd.pixels import Room
 from ssd.postprocess import postprocess
 from ssd.sources import Named
 from ssd.transforms import evaluation_transform, normalize, resize
@@ -525,3 +530,150 @@ def test_compiled(detector, weights_file, photos):
     paths = [photos / f"{name}.jpg" for name in PHOTOS]
     found, expected = compiled(paths, **LOW), detector(paths, **LOW)
     assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# --- Photos that are large ---
+
+
+class Watch:
+    """Which of the images that were read are in memory, and the most pixels that were at a time."""
+
+    def __init__(self, monkeypatch):
+        self.images, self.most, self._lock = [], 0, threading.Lock()
+        load, shrink = detector_module.load_scaled, detector_module.resize
+
+        def noted_load(*arguments, **options):
+            image, size = load(*arguments, **options)
+            with self._lock:
+                self.images.append((weakref.ref(image), size[0] * size[1]))
+            return image, size
+
+        def noted_resize(*arguments):
+            resized = shrink(*arguments)
+            with self._lock:
+                self.most = max(self.most, self.alive())
+            return resized
+
+        monkeypatch.setattr(detector_module, "load_scaled", noted_load)
+        monkeypatch.setattr(detector_module, "resize", noted_resize)
+
+    def alive(self):
+        return sum(pixels for image, pixels in self.images if image() is not None)
+
+
+def test_results_keep_no_pixels_of_files(detector, photos, server, monkeypatch):
+    watch = Watch(monkeypatch)
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    url = server.serve("/a.jpg", paths[0].read_bytes(), kind="image/jpeg")
+    with paths[2].open("rb") as file:
+        sources = [*paths, url, paths[1].read_bytes(), file]
+        found = detector(sources, batch_size=2, **LOW)
+    one = detector(paths[0], **LOW)
+    gc.collect()
+    assert len(watch.images) == len(sources) + 1
+    assert watch.alive() == 0
+    expected = [*paths, paths[0], paths[1], paths[2], paths[0]]
+    for each, path in zip([*found, one], expected, strict=True):
+        assert each.has_image
+        np.testing.assert_array_equal(np.asarray(each.image), np.asarray(load_image(path)))
+    assert server.requests == ["/a.jpg"]
+
+
+def test_images_in_memory_are_kept_as_they_were(detector, photo):
+    frame = np.array(load_image(photo))
+    before = frame.copy()
+    [found] = detector([frame])
+    frame[:] = 0  # as a camera's buffer that is used again
+    np.testing.assert_array_equal(np.asarray(found.image), before)
+
+
+def test_so_many_pixels_are_read_at_a_time(detector, tmp_path, monkeypatch):
+    """Of photos of 60,000 pixels, two fit the room; one of 200,000 has it alone."""
+    room = Room(130_000)
+    monkeypatch.setattr(detector_module, "DECODED", room)
+    monkeypatch.setattr(detector_module.os, "cpu_count", lambda: 8)
+    for number in range(12):
+        size = (500, 400) if number == 5 else (300, 200)
+        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    watch = Watch(monkeypatch)
+    assert len(list(detector.stream(tmp_path))) == 12
+    assert len(watch.images) == 12
+    assert watch.most <= 200_000
+    small = [pixels for _, pixels in watch.images if pixels == 60_000]
+    assert len(small) == 11
+    assert room._free == room.pixels
+    Image.new("RGB", (300, 200)).save(tmp_path / "06.png", "JPEG")
+    (tmp_path / "07.png").write_bytes((tmp_path / "06.png").read_bytes()[:400])
+    errors = []
+    assert len(list(detector.stream(tmp_path, on_error=lambda *each: errors.append(each)))) == 11
+    assert len(errors) == 1
+    assert room._free == room.pixels
+
+
+def test_the_limit_of_pixels_can_be_lifted(detector, photo):
+    with pytest.raises(ImageError, match=r"chelsea\.jpg"):
+        detector(photo, max_pixels=135_299)
+    [found] = detector.stream([photo], max_pixels=135_300)
+    assert found.image.size == (451, 300)
+
+
+# --- Processes that are forked ---
+
+FORKED = """
+import os, signal, sys, warnings
+import numpy as np, torch
+from ssd.detector import Detector
+
+warnings.simplefilter("ignore")  # Python's own, that threads are not forked
+torch.set_num_threads(2)
+detector = Detector.load(sys.argv[1], "cpu")
+image = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
+expected = [each.to_dict() for each in detector([image] * 3)]
+begun = detector.stream(iter([image] * 40), batch_size=1)
+next(begun)
+child = os.fork()
+if not child:
+    signal.alarm(60)  # which ends it where it hangs
+    try:
+        print([each.to_dict() for each in detector([image] * 3)] == expected, flush=True)
+        print(Detector.load(sys.argv[1], "cpu")(image).to_dict()["detections"] == expected[0]["detections"])
+        next(begun)
+    except RuntimeError as error:
+        print(error, flush=True)
+    del detector, begun
+    os._exit(0) if sys.argv[1].endswith(".onnx") else sys.exit(0)  # ONNX Runtime's own end hangs
+print("ended with", os.waitpid(child, 0)[1])
+print(len(list(begun)), torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.parametrize("kind", ["checkpoint", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_forked_process_answers(kind, weights_file, request):
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    file = weights_file if kind == "checkpoint" else request.getfixturevalue("exported")["onnx"]
+    run = subprocess.run(
+        [sys.executable, "-c", FORKED, str(file)], capture_output=True, text=True, timeout=120, check=False
+    )
+    lines = run.stdout.splitlines()
+    assert lines[:2] == ["True", "True"], run.stderr
+    assert "this stream was begun in the process that this one was forked from" in lines[2]
+    assert lines[3:] == ["ended with 0", "39 2"]
+
+
+def test_frames_are_read_ahead_by_their_pixels(detector, monkeypatch):
+    """Of 16 that may wait, only 3, whose pixels fill the room."""
+    monkeypatch.setattr(detector_module, "DECODED", Room(29_999))
+    monkeypatch.setattr(detector_module.os, "cpu_count", lambda: 2)
+    asked = []
+
+    def frames():
+        for number in range(40):
+            asked.append(number)
+            yield np.zeros((100, 100, 3), np.uint8) if number % 2 else Image.new("RGB", (100, 100))
+
+    found = detector.stream(frames(), batch_size=8)
+    next(found)
+    assert len(asked) <= 8 + 8 + 3
+    assert len(list(found)) == 39

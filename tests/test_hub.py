@@ -314,4 +314,23 @@ def test_another_package_of_this_name_is_named(tmp_path):
         f"torch.hub.load({str(ROOT)!r}, 'nvidia_ssd', source='local', pretrained=False)"
     )
     result = run_in_empty_folder(code, tmp_path, tmp_path)
-    assert f"another package called ssd was imported before, from {tmp_path}/ssd/__init__.py" in result.stderr
+    assert f"another ssd is in the way: {tmp_path}/ssd/__init__.py; load this one" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "made"])
+def test_anything_else_of_this_name_is_named(tmp_path, way):
+    if way == "file":
+        (tmp_path / "ssd.py").write_text("x = 1")
+    elif way == "folder":  # without __init__.py
+        (tmp_path / "ssd").mkdir()
+    make = "types.ModuleType('ssd')" if way == "made" else "importlib.import_module('ssd')"
+    code = (
+        f"import importlib, sys, types; sys.path[:0] = [{str(tmp_path)!r}]\n"
+        f"sys.path[:] = [each for each in sys.path if each != {str(ROOT)!r}]\n"
+        "sys.meta_path[:] = [each for each in sys.meta_path if 'editable' not in repr(each)]\n"
+        f"sys.modules['ssd'] = {make}\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); import hubconf"
+    )
+    result = run_in_empty_folder(code, tmp_path, tmp_path)
+    named = {"file": f"{tmp_path}/ssd.py", "folder": f"{tmp_path}/ssd", "made": "a module that was made"}
+    assert f"another ssd is in the way: {named[way]}" in result.stderr

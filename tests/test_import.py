@@ -16,15 +16,19 @@ PACKAGE = ROOT / "ssd"
 # A module or folder imports only from those before it; so do the modules of a folder, whose kinds (in
 # braces) do not import each other.
 ORDER = [
-    *("errors", "choices", "terminal", "files", "web", "labels"),
+    *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "drawing", "detections", "transforms", "augment"),
-    *("resnet", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("images", "sources", "pixels", "drawing", "detections", "transforms", "augment"),
+    *("resnet", "pretrained", "containers", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {
-    "data": ["annotations", "judge", "builder", {"coco", "yolo", "voc"}, "formats", "dataset"],
+    "data": [
+        *("annotations", "judge", "names", "builder", "folders", "outlines", "pairs", "yolo_settings"),
+        {"coco", "yolo", "voc"},
+        *("formats", "dataset", "holdout"),
+    ],
     "backends": [
         "base",
         "graph",
@@ -54,13 +58,14 @@ ONLY = {
     "onnxruntime": {"backends.onnx"},
     "openvino": {"backends.openvino"},
     "nncf": {"backends.openvino"},
-    "yaml": {"data.yolo"},
+    "yaml": {"data.yolo_settings"},
 }
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "images", "sources", "drawing"),
-    *("detections", "data", "data.formats", "backends", "train", "train.config", "cli", "cli.options"),
+    *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "images", "sources"),
+    *("pixels", "drawing", "detections", "data", "data.formats", "backends", "train", "train.config"),
+    *("cli", "cli.options"),
 ]
 
 

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ssd import transforms
 from ssd.transforms import describe_transform, evaluation_transform, normalize, resize
 
 
@@ -54,3 +55,15 @@ def test_the_size_is_the_callers(size):
     assert resize(image, size).shape == (size, size, 3)
     assert evaluation_transform(image, size).shape == (3, size, size)
     assert f"resized to {size}x{size}" in describe_transform(size)
+
+
+@pytest.mark.parametrize("size", [(300, 300), (1600, 90), (70, 2000), (1200, 900), (6000, 3)])
+def test_large_images_are_resized_in_parts_with_the_same_result(size, monkeypatch):
+    random = np.random.RandomState(0)
+    image = Image.fromarray(random.randint(0, 256, (size[1], size[0], 3), np.uint8))
+    results = []
+    for band in (5_000, 10**9):
+        monkeypatch.setattr(transforms, "_BAND", band)
+        results.append(resize(image, 300).int())
+    assert (results[0] - results[1]).abs().max() <= 1
+    assert (results[0] != results[1]).float().mean() < 1e-3

@@ -1,7 +1,7 @@
 """What verbs share: options, usage errors, the detector and the folder of all processes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -16,7 +16,7 @@ from ssd.detector import Detector
 from ssd.devices import usable_device
 from ssd.distributed import World
 from ssd.errors import UserError
-from ssd.files import new_run_folder
+from ssd.files import make_folder, new_run_folder, run_folder
 
 INTERRUPTED = 130
 
@@ -67,6 +67,11 @@ def load_detector(
 
 def folder_of_all(output: Path | None, verb: str, world: World) -> Path:
     """The folder that all processes write to: the one that is asked for, or a new run folder."""
-    folder = world.gather(output or new_run_folder(verb) if world.is_main else Path())[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(world.gather(output or new_run_folder(verb) if world.is_main else Path())[0])
+
+
+@contextmanager
+def results_folder(output: Path | None, verb: str, world: World) -> Iterator[Path]:
+    """As `folder_of_all`; removed if the block fails and nothing was written."""
+    with run_folder(output, verb) if world.is_main else nullcontext(Path()) as own:
+        yield make_folder(world.gather(own)[0])

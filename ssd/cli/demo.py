@@ -7,7 +7,7 @@ import numpy as np
 import typer
 
 from ssd.detector import Detector
-from ssd.files import new_run_folder
+from ssd.files import run_folder
 from ssd.shapes import draw_scene
 
 
@@ -16,12 +16,11 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="By default a new folder runs/demo-N.")] = None,
 ) -> None:
     """No network is needed."""
-    image, boxes, _ = draw_scene(np.random.default_rng(seed))
-    found = Detector.load("shapes")(image)
-    folder = output or new_run_folder("demo")
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / "scene.jpg", quality=95)
-    typer.echo(found)
-    picture = folder / "detections.jpg"
-    found.save(picture)
+    with run_folder(output, "demo") as folder:
+        image, boxes, _ = draw_scene(np.random.default_rng(seed))
+        found = Detector.load("shapes")(image)
+        typer.echo(found)
+        image.save(folder / "scene.jpg", quality=95)
+        picture = folder / "detections.jpg"
+        found.save(picture)
     typer.echo(f"\n{len(boxes)} shapes drawn, {len(found)} detected; picture in {picture}")

@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +21,17 @@ from ssd.cli.common import (
     Precision,
     Weights,
     chosen_device,
-    folder_of_all,
     load_detector,
+    results_folder,
     usage_errors,
 )
 from ssd.cli.options import OneOf
-from ssd.cli.results import RESULT_FORMATS, FreeNames, Results, coco_image_ids
+from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_name, ids_of_file
 from ssd.detections import Detections
 from ssd.distributed import World, join
-from ssd.sources import Named, find_images, source_of
+from ssd.drawing import missing_letters, tell_missing
+from ssd.images import MAX_PIXELS, shortened
+from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
 
 
@@ -45,13 +47,13 @@ def detect(
     precision: Precision = AUTO,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; for many images.")] = False,
     score_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least score of a detection.")
+        float, typer.Option(min=0, max=1, help="Least score of a detection; ssd evaluate takes 0.05.")
     ] = Options.score_threshold,
     iou_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Overlap at which the lower score goes.")
     ] = Options.iou_threshold,
     max_detections: Annotated[
-        int, typer.Option(min=1, help="Most objects of an image.")
+        int, typer.Option(min=1, help="Most objects of an image; ssd evaluate takes 200.")
     ] = Options.max_detections,
     classes: Annotated[str | None, typer.Option(help="Only these, as in person,dog.")] = None,
     batch_size: BatchSize = 8,
@@ -60,16 +62,35 @@ def detect(
         typer.Option(help="Where to write; by default a new folder runs/detect-N.", file_okay=False),
     ] = None,
     format: Annotated[str, OneOf(RESULT_FORMATS), typer.Option(help="Of the results.")] = "json",
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --format coco: a dataset's COCO file, for its ids of images and classes.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     images: Annotated[bool, typer.Option("--images/--no-images", help="Write pictures with boxes.")] = True,
+    font: Annotated[
+        Path | None,
+        typer.Option(
+            help="Font file for the labels; else fonts of the system are used.", exists=True, dir_okay=False
+        ),
+    ] = None,
     scaled_decoding: Annotated[
         bool, typer.Option("--scaled-decoding", help="Read large JPEG files small; with --no-images.")
     ] = False,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Most pixels of an image; larger ones are left out.")
+    ] = MAX_PIXELS,
 ) -> None:
     """An image that cannot be read is named and left out; the exit status is then 1."""
     if scaled_decoding and images:
         raise typer.BadParameter(
             "pictures need the whole image: add --no-images", param_hint="--scaled-decoding"
         )
+    if annotations is not None and format != "coco":
+        raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
     found_images, total = _find(sources)
     failures: list[str] = []
 
@@ -80,8 +101,7 @@ def detect(
         failures.append(name)
         tqdm.write(f"ssd: left out {name}: {reason}", file=sys.stderr)
 
-    wanted = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
-    with join(chosen_device(device)) as world:
+    with join(chosen_device(device)) as world, results_folder(output, "detect", world) as folder:
         detector = load_detector(weights, world, device, precision, compile=compile)
         with usage_errors():
             results = detector.stream(
@@ -90,55 +110,102 @@ def detect(
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 max_detections=max_detections,
-                classes=wanted,
+                classes=None if classes is None else list(filter(None, map(str.strip, classes.split(",")))),
                 on_error=report,
                 scaled_decoding=scaled_decoding,
+                max_pixels=max_pixels,
             )
-        folder = folder_of_all(output, "detect", world)
         listed = [] if total is None else [each.name for each in found_images]
+        coco_ids = _coco_ids(annotations, listed, detector.class_names)
         out = Results(
             folder,
             format,
             _names(folder, format, listed, world, pictures=images),
             detector.class_names,
-            coco_image_ids(listed) if listed else {},
+            coco_ids,
             pictures=images,
+            font=font,
         )
         if world.size > 1:
             # Each process writes its pictures; the main one all results, in their order.
             results, failures[:] = _gather_results(results, listed, out, failures, world, report)
             if not world.is_main:
                 return
-
-        done = objects = 0
-        stopped: BaseException | None = None
-        with (
-            out as writer,
-            tqdm(total=total, unit="image", disable=True if total == 1 else None) as bar,
-        ):
-            try:
-                for found in results:
-                    try:
-                        writer.add(found)
-                    except (OSError, ValueError) as error:  # a name or size that cannot be written
-                        report(found.source, error)
-                    else:
-                        done, objects = done + 1, objects + len(found)
-                        tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
-                    bar.update(done + len(failures) - bar.n)
-            except (KeyboardInterrupt, Exception) as error:  # whatever happens, what is done is kept
-                stopped = error
+        missing = missing_letters(detector.class_names, font) if images else []
+        for note in [*coco_ids.notes, *([tell_missing(missing)] if missing else [])]:
+            typer.echo(f"ssd: {note}", err=True)
+        counts = _Counts(total, failures)
+        try:
+            stopped = _write(results, out, counts, report)
+        except OSError as error:  # the results file itself cannot be written
+            if counts.done and not isinstance(error, BrokenPipeError):
+                typer.echo(f"{counts}; the results are not written")
+            raise
         if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
             raise stopped
-        if total == done == 1:
-            typer.echo(str(found))
-        _summarise(done, objects, len(failures), total, writer.path, folder if images and done else None)
+        written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
+        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures else 0)
+
+
+@dataclass
+class _Counts:
+    """Of images, for the last line."""
+
+    total: int | None
+    failures: list[str]
+    done: int = 0
+    objects: int = 0
+
+    def __str__(self) -> str:
+        done, objects, failed = self.done, self.objects, len(self.failures)
+        text = f"{done} image{'s'[: done != 1]}, {objects} object{'s'[: objects != 1]}"
+        text += f", {failed} left out" if failed else ""
+        missing = 0 if self.total is None else self.total - done - failed
+        return text + (f", {missing} not reached" if missing > 0 else "")
+
+
+def _write(
+    results: Iterable[Detections], out: Results, counts: _Counts, report: Callable[[str, Exception], None]
+) -> BaseException | None:
+    """Write and show results as they come; gives what stopped that, after which what is done is kept."""
+    alone = counts.total == 1
+    with out as writer, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
+        try:
+            for found in results:
+                try:
+                    writer.add(found)
+                except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
+                    report(found.source, error)
+                else:
+                    counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
+                tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
+                if alone:
+                    typer.echo(str(found))
+                bar.update(counts.done + len(counts.failures) - bar.n)
+        except (KeyboardInterrupt, Exception) as error:
+            return error
+    return None
+
+
+def _coco_ids(annotations: Path | None, listed: list[str], class_names: Sequence[str]) -> CocoIds:
+    if annotations is None:
+        return ids_by_name(listed)
+    if not listed:
+        raise typer.BadParameter(
+            "ids of a dataset go by the names of files, folders or globs", param_hint="--annotations"
+        )
+    return ids_of_file(annotations, listed, class_names)
 
 
 def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
     """The images of all sources, each once, and how many there are, if that is known."""
-    every = _each_once(chain.from_iterable(map(find_images, sources)))
+
+    def tell(counts: Counter[str]) -> None:
+        where = sources[0] if len(sources) == 1 else "the sources"
+        tqdm.write(f"ssd: {left_out_line(where, counts)}", file=sys.stderr)
+
+    every = _each_once(find_all(sources, tell))
     if not all(source_of(text).is_listed for text in sources):
         return every, None
     images = list(every)
@@ -147,7 +214,7 @@ def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
         raise typer.BadParameter(f"no images in {', '.join(sources)}{hint}", param_hint="SOURCES")
     paths = [each.name for each in images if isinstance(each.image, str) and each.image == each.name]
     if len(paths) == len(images) and not any(is_web_url(path) or os.path.exists(path) for path in paths):
-        raise typer.BadParameter(f"no such file: {', '.join(paths)}", param_hint="SOURCES")
+        raise typer.BadParameter(f"no such file: {', '.join(map(shortened, paths))}", param_hint="SOURCES")
     return images, len(images)
 
 
@@ -203,13 +270,3 @@ def _gather_results(
         by_source |= {found.source: found for found in share}
         failed += lost
     return iter([by_source[name] for name in listed if name in by_source]), failed
-
-
-def _summarise(
-    done: int, objects: int, failed: int, total: int | None, results: Path, pictures: Path | None
-) -> None:
-    text = f"{done} image{'s'[: done != 1]}, {objects} object{'s'[: objects != 1]}"
-    text += f", {failed} left out" if failed else ""
-    text += f", {total - done - failed} not reached" if total is not None and total > done + failed else ""
-    text += f"; results in {results}"
-    typer.echo(text + (f", pictures in {pictures}" if pictures else ""))

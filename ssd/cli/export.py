@@ -10,6 +10,7 @@ from ssd.backends import BACKENDS
 from ssd.cli.common import usage_errors
 from ssd.cli.options import OneOf
 from ssd.export import export, write_triton
+from ssd.files import make_folder
 
 _HELD = "; ".join(f"{name}: {', '.join(kind.precisions)}" for name, kind in BACKENDS.items())
 _PRECISIONS = tuple(dict.fromkeys(name for kind in BACKENDS.values() for name in kind.precisions))
@@ -45,6 +46,7 @@ def export_weights(
         raise typer.BadParameter(f"{triton} has a model ssd300 already", param_hint="--triton")
     name = Path(urlsplit(weights).path).stem
     path = output or Path(f"{name}{BACKENDS[format].ending}")
+    make_folder(path.parent)
     size = None if batch == "dynamic" else int(batch)
     with usage_errors():
         made = export(

@@ -3,13 +3,18 @@
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
+from ssd.data.builder import read_text
+from ssd.data.names import loose, named_parts, written_parts
 from ssd.detections import CSV_COLUMNS, Detections
+from ssd.errors import AnnotationError, UserError
 from ssd.files import atomic_file, free_path
 
 RESULT_FORMATS = {
@@ -73,8 +78,9 @@ class Results:
         format: a name in `RESULT_FORMATS`.
         names: the name for the picture of a source.
         class_names: all that the model knows.
-        image_ids: of COCO, by source; those that are not in it are numbered as they come.
+        coco_ids: of images and classes; results of images without one are left out of that format.
         pictures: whether to write them.
+        font: of their labels; see `Detections.draw`.
     """
 
     def __init__(
@@ -83,12 +89,13 @@ class Results:
         format: str,
         names: Callable[[str], str],
         class_names: Sequence[str],
-        image_ids: dict[str, int],
+        coco_ids: "CocoIds",
         *,
         pictures: bool,
+        font: Path | None = None,
     ) -> None:
         self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
-        self._class_names, self._image_ids = class_names, image_ids
+        self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()
         self._entries = 0
         path = folder / RESULT_FORMATS[format]
@@ -105,9 +112,9 @@ class Results:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._format in ("json", "coco"):
-            self._write("\n]\n" if self._entries else "]\n")
-        self._stack.close()
+        with self._stack:
+            if self._format in ("json", "coco"):
+                self._write("\n]\n" if self._entries else "]\n")
 
     def add(self, found: Detections) -> None:
         """Write one result, and its picture if wanted and not written yet."""
@@ -119,15 +126,19 @@ class Results:
         elif self._format == "csv":
             self._write(found.to_csv(header=False))
         elif self._format == "coco":
-            image_id = self._image_ids.setdefault(found.source, len(self._image_ids) + 1)
-            self._list(entry | {"file_name": found.source} for entry in found.to_coco(image_id))
+            image_id = self._coco_ids.of(found.source)
+            if image_id is not None:
+                found = replace(
+                    found, image=None, category_ids=self._coco_ids.categories or found.category_ids
+                )
+                self._list(entry | {"file_name": found.source} for entry in found.to_coco(image_id))
         else:
             self._list([found.to_dict()])
 
     def picture(self, found: Detections) -> None:
         """Write the picture of a result that has its image, if pictures are wanted."""
-        if self._pictures and found.image is not None:
-            found.save(self._folder / self._names(found.source))
+        if self._pictures and found.has_image:
+            found.save(self._folder / self._names(found.source), font=self._font)
 
     def _list(self, entries: Iterable[dict[str, Any]]) -> None:
         for entry in entries:
@@ -139,11 +150,158 @@ class Results:
         self._file.write(text.encode(errors="backslashreplace"))
 
 
-def coco_image_ids(sources: Sequence[str]) -> dict[str, int]:
+class CocoIds:
+    """The ids of images and classes in COCO results, by one rule for all.
+
+    Args:
+        rule: that gave the ids of images, as the command tells it.
+        images: ids by source.
+        counting: whether images that have no id get the next number; else they stay without.
+        categories: an id for each class of the model; empty for those that its detections have.
+        notes: lines on what does not fit.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        images: dict[str, int | str],
+        *,
+        counting: bool = False,
+        categories: tuple[int, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.rule, self.categories, self.notes = rule, categories, notes
+        self._images, self._counting = images, counting
+
+    def of(self, source: str) -> int | str | None:
+        """The id of an image; None if it has none."""
+        if self._counting and source not in self._images:
+            self._images[source] = len(self._images) + 1
+        return self._images.get(source)
+
+
+def ids_by_name(sources: Sequence[str]) -> CocoIds:
     """COCO names files by image id (000000397133.jpg); where any name is not so, all are numbered."""
     stems = [os.path.splitext(os.path.basename(source))[0] for source in sources]
-    if all(stem.isascii() and stem.isdigit() for stem in stems):
-        ids = {source: int(stem) for source, stem in zip(sources, stems, strict=True)}
+    if stems and all(stem.isascii() and stem.isdigit() for stem in stems):
+        ids: dict[str, int | str] = {source: int(stem) for source, stem in zip(sources, stems, strict=True)}
         if len(set(ids.values())) == len(ids):
-            return ids
-    return {source: number for number, source in enumerate(dict.fromkeys(sources), start=1)}
+            return CocoIds("image ids are the numbers that the files are called by", ids)
+    ids = {source: number for number, source in enumerate(dict.fromkeys(sources), start=1)}
+    rule = "image ids count from 1, as the images come; --annotations FILE takes those of a dataset"
+    return CocoIds(rule, ids, counting=True)
+
+
+def ids_of_file(file: Path, sources: Sequence[str], class_names: Sequence[str]) -> CocoIds:
+    """The ids that a COCO file has for images and classes, by their names.
+
+    A source is the image of the file that has most of its last parts (folders and name) in common with it, if
+    that is one only; letter case counts where it has to.
+
+    Args:
+        file: of a dataset, in COCO's format.
+        sources: the images.
+        class_names: of the model.
+
+    Raises:
+        AnnotationError: it is no such file, or has none of the images, or none of the classes.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        content = json.loads(read_text(file))
+        entries, listed = content["images"], content["categories"]
+        known = {str(each["file_name"]): _id(each["id"]) for each in entries}
+        categories = [(_id(each["id"]), str(each["name"])) for each in listed]
+        used = {each.get("category_id") for each in content.get("annotations", [])}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise AnnotationError(
+            f"{file}: not a dataset in COCO's format, with images, their ids and file names, and categories "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    found = _matched(sources, list(known))
+    if not found:
+        raise AnnotationError(
+            f"{file}: has none of the images by name: it has {_some(list(known))}; "
+            f"the sources are {_some(sources)}"
+        )
+    ids, notes = _category_ids(file, categories, used, class_names)
+    left_out = [source for source in sources if source not in found]
+    missed = sorted(known.keys() - found.values())
+    if left_out:
+        what = f"{len(left_out)} of {len(sources)} images are not in {file}, or not under one name alone"
+        notes.append(f"{what}; the results leave them out: {_some(left_out)}")
+    if missed:
+        what = f"{len(missed)} of {len(known)} images of {file} are not among the sources"
+        notes.append(f"{what}; to be scored, their objects count as missed: {_some(missed)}")
+    images = {source: known[name] for source, name in found.items()}
+    return CocoIds(f"image ids are those of {file}", images, categories=ids, notes=tuple(notes))
+
+
+def _id(value: object) -> int | str:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"an id is a number or a text; got {value!r}")
+    return value
+
+
+def _category_ids(
+    file: Path, categories: list[tuple[int | str, str]], used: set[object], class_names: Sequence[str]
+) -> tuple[tuple[int, ...], list[str]]:
+    """The id of each class of the model, and what does not fit."""
+    by_name: dict[str, int] = {}
+    for number, name in sorted(categories, key=lambda each: each[0] not in used):  # what is used comes first
+        if isinstance(number, int):
+            by_name.setdefault(name, number)
+    unknown = [name for name in class_names if name not in by_name]
+    if len(unknown) == len(class_names):
+        raise AnnotationError(
+            f"{file}: has none of the model's classes: it has {_some([name for _, name in categories])}; "
+            f"the model knows {_some(class_names)}"
+        )
+    free = max([0, *by_name.values()]) + 1
+    ids = by_name | {name: free + i for i, name in enumerate(unknown)}
+    notes = []
+    if unknown:
+        notes.append(f"{file} does not have the classes {_some(unknown)}; they have ids from {free} on")
+    if foreign := sorted(by_name.keys() - set(class_names)):
+        notes.append(f"the model does not know {_some(foreign)} of {file}, and finds none of them")
+    return tuple(ids[name] for name in class_names), notes
+
+
+def _matched(sources: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The name of each source that has one to itself."""
+    by_last: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
+    for name in names:
+        parts = _parts(name)
+        by_last[loose(parts[-1]) if parts else ""].append((name, parts))
+    claims: dict[str, list[tuple[tuple[int, int], str]]] = defaultdict(list)
+    for source in dict.fromkeys(sources):
+        parts = _parts(source if "://" in source else os.path.abspath(source))
+        near = by_last.get(loose(parts[-1]), []) if parts else []
+        rated = sorted(((_in_common(parts, others), name) for name, others in near), reverse=True)
+        if len(rated) == 1 or (rated and rated[0][0] > rated[1][0]):
+            claims[rated[0][1]].append((rated[0][0], source))
+    found = {}
+    for name, rivals in claims.items():
+        rivals.sort(reverse=True)
+        if len(rivals) == 1 or rivals[0][0] > rivals[1][0]:
+            found[rivals[0][1]] = name
+    return found
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in named_parts(written_parts(name)) if part]
+
+
+def _in_common(parts: list[str], others: list[str]) -> tuple[int, int]:
+    """How many of the last parts are the same, and how many of those are spelled so."""
+    pairs = list(zip(reversed(parts), reversed(others), strict=False))
+    same = next((i for i, (a, b) in enumerate(pairs) if loose(a) != loose(b)), len(pairs))
+    return same, sum(a == b for a, b in pairs[:same])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

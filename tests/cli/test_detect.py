@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,9 @@ import pytest
 from conftest import PHOTOS, command
 from PIL import Image
 
-from ssd import detections
+from ssd import checkpoint, detections, drawing
 from ssd.cli.detect import _names
-from ssd.cli.results import FreeNames
+from ssd.cli.results import FreeNames, Results
 from ssd.detector import Detector
 from ssd.sources import SOURCES, Named, Source
 
@@ -45,7 +46,7 @@ def test_one_bad_image_never_stops_the_rest(run, photos, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     status, out, err = run("detect", "bad.jpg", photos / "coffee.jpg", "gone.jpg", "--output", "out")
     assert status == 1
-    assert "left out bad.jpg: not an image" in err
+    assert "left out bad.jpg: this is a text file" in err
     assert "left out gone.jpg: no such file" in err
     assert "1 image, " in out
     assert "2 left out" in out
@@ -91,10 +92,10 @@ def test_a_picture_that_cannot_be_written_never_stops_the_rest(run, photos, tmp_
 
 
 def test_results_are_kept_when_something_unforeseen_happens(run, photos, tmp_path, monkeypatch):
-    def fail_on_chelsea(found):
+    def fail_on_chelsea(found, **options):
         if "chelsea" in found.source:
             raise RuntimeError("unforeseen")
-        return original(found)
+        return original(found, **options)
 
     original = detections.Detections.draw
     monkeypatch.setattr(detections.Detections, "draw", fail_on_chelsea)
@@ -227,3 +228,77 @@ def test_processes_take_the_names_that_the_main_one_gives(tmp_path):
     listed = ["a/x.jpg", "b/x.jpg"]
     names = _names(tmp_path, "json", listed, Second(tmp_path, listed), pictures=True)
     assert [names(name) for name in listed] == ["x.jpg", "x-2.jpg"]
+
+
+def test_folders_are_made_before_the_work(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssd.cli.detect.load_detector", lambda *_, **__: pytest.fail("too early"))
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
+    status, _, err = run("detect", photos)
+    assert status == 1
+    assert err == (
+        f"ssd: cannot write to the folder runs: runs is a link to {tmp_path / 'not mounted'}, which is not "
+        "there; mend that, or choose another with --output\n"
+    )
+    (tmp_path / "out").touch()
+    assert "is a file" in " ".join(run("detect", photos, "--output", "out")[2].replace("│", "").split())
+
+
+def test_what_was_found_is_shown_where_it_cannot_be_written(run, photos, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # The disk is full when a picture is written ...
+    monkeypatch.setattr(Results, "picture", full)
+    status, out, err = run("detect", photos / "coffee.jpg")
+    assert status == 1
+    assert len([line for line in out.splitlines() if "%" in line]) > 0
+    assert f"left out {photos / 'coffee.jpg'}: [Errno 28] No space left" in err
+    assert "0 images, 0 objects, 1 left out" in out
+    # ... or when the file of all results is.
+    monkeypatch.setattr(Results, "add", lambda *_: None)
+    write = Results._write
+    monkeypatch.setattr(Results, "_write", lambda out, text: full() if "]" in text else write(out, text))
+    status, out, err = run("detect", photos)
+    assert status == 1
+    assert len(out.splitlines()) == 4
+    assert out.splitlines()[-1].endswith("objects; the results are not written")
+    assert "ssd: [Errno 28] No space left on the disk for detections.json" in err
+    assert os.listdir("runs") == ["detect-1"]
+
+
+def test_what_a_folder_leaves_out_is_one_line(run, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.mov"):
+        (folder / name).touch()
+    (folder / "coffee.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
+    status, _, err = run("detect", "photos", "--no-images")
+    assert (status, err) == (0, "ssd: left out of photos: 2 .txt, 1 .mov\n")
+    status, _, err = run("detect", *map(str, sorted(folder.iterdir())), "--no-images")
+    assert (status, err) == (0, "ssd: left out of the sources: 2 .txt, 1 .mov\n")
+
+
+def test_the_limit_of_pixels(run, photos):
+    status, _, err = run("detect", photos / "coffee.jpg", "--no-images", "--max-pixels", 239_999)
+    assert status == 1
+    assert "240000" in err
+    assert run("detect", photos / "coffee.jpg", "--no-images", "--max-pixels", 240_000)[0] == 0
+
+
+def test_names_that_cannot_be_drawn_are_told_and_written(run, photos, tmp_path, small_model, monkeypatch):
+    monkeypatch.setattr(drawing, "_system_fonts", list)
+    monkeypatch.setattr(drawing, "_home_of", {})
+    names = ("\u732b", "\u676f", "person")
+    checkpoint.save(tmp_path / "own.safetensors", small_model.state_dict(), names)
+    options = ("--weights", "own.safetensors", "--output", "out")
+    status, _, err = run("detect", photos / "coffee.jpg", *options)
+    assert status == 0
+    assert err.startswith("ssd: no font here can draw \u676f \u732b of the class names: pictures have ?")
+    assert len(err.splitlines()) == 1
+    [written] = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {each["name"] for each in written["detections"]} & set(names)
+    assert run("detect", photos / "coffee.jpg", *options, "--no-images")[2] == ""
+    (tmp_path / "bad.ttf").write_bytes(b"x")
+    status, _, err = run("detect", photos / "coffee.jpg", *options, "--font", "bad.ttf")
+    assert status == 1
+    assert err.startswith("ssd: bad.ttf: cannot be read as a font, TrueType or OpenType")

@@ -335,7 +335,7 @@ def find_network(path: Path, content: object, sought: Sought = SSD) -> Network:
 
 
 def _why_not_one(path: Path, chosen: list[_Candidate]) -> str:
-    example = next((each for each in chosen if each.prefix), chosen[0])
+    example = max(chosen, key=lambda each: len(each.prefix))
     wanted = "c" + "".join(f"[{key!r}]" for key in example.place)
     if example.prefix:
         wanted = f"{{k: v for k, v in {wanted}.items() if {example.prefix!r} in k}}"

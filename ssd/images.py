@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, TypeV
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from ssd import web
 from ssd.errors import ImageError
@@ -200,11 +200,25 @@ def upright_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
 
 
 def _size_from_header(image: Image.Image) -> tuple[int, int]:
+    if isinstance(image, PngImagePlugin.PngImageFile) and not _has_notes(cast("IO[bytes]", image.fp)):
+        return image.size  # else Pillow reads all pixels, for what may be behind them
     if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # it may say how it is to be turned at its end only
+        image.load()
     # A TIFF's size is that of the upright image already.
     turned = image.format != "TIFF" and _orientation(image) >= 5
     return image.size[::-1] if turned else image.size
+
+
+def _has_notes(file: IO[bytes]) -> bool:
+    """Whether a PNG has a chunk that may tell its orientation, in front of its pixels or behind them."""
+    place = file.tell()
+    file.seek(8)
+    found = False
+    while not found and len(header := file.read(8)) == 8:
+        found = header[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+        file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+    return found
 
 
 # --- Files ------------------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ def _open_path(path: Path, name: str) -> IO[bytes]:
         if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
             raise
         raise ImageError(
-            f"{shortened(name)!r}: no possible path ({_reason(error)}); images go as bytes"
+            f"{shortened(name)!r}: no possible path ({_reason(error)}); of an image itself, pass the bytes"
         ) from error
     raise ImageError(f"{name}: is a folder, not an image; a detector's stream takes folders")
 

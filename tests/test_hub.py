@@ -325,11 +325,11 @@ def test_anything_else_of_this_name_is_named(tmp_path, way):
         (tmp_path / "ssd").mkdir()
     make = "types.ModuleType('ssd')" if way == "made" else "importlib.import_module('ssd')"
     code = (
-        f"import importlib, sys, types; sys.path[:0] = [{str(tmp_path)!r}]\n"
-        f"sys.path[:] = [each for each in sys.path if each != {str(ROOT)!r}]\n"
+        "import importlib, os, sys, types; path = sys.path[:]\n"
+        f"sys.path[:] = [{str(tmp_path)!r}, *(each for each in path if not os.path.isdir(each + '/ssd'))]\n"
         "sys.meta_path[:] = [each for each in sys.meta_path if 'editable' not in repr(each)]\n"
         f"sys.modules['ssd'] = {make}\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); import hubconf"
+        f"sys.path[:] = [{str(ROOT)!r}, *path]; import hubconf"
     )
     result = run_in_empty_folder(code, tmp_path, tmp_path)
     named = {"file": f"{tmp_path}/ssd.py", "folder": f"{tmp_path}/ssd", "made": "a module that was made"}

@@ -1,6 +1,7 @@
 """OpenVINO's folders of model.xml and model.bin."""
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,24 @@ from ssd.model import SSD
 
 
 @cache
-def _core() -> Any:
+def _core(runtime: Callable[[], Any]) -> Any:
     """OpenVINO's runtime: one in this process, which is kept.
 
     On processors with AMX, the first use of a runtime gives the thread another stack for signals, and its end
     puts back the one that was there before, even if that is gone with another runtime: the next signal with a
     handler, such as Ctrl-C, then kills the process (seen with OpenVINO 2026.4).
     """
-    import openvino  # noqa: PLC0415
-
-    return openvino.Core()
+    return runtime()
 
 
 def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[Backend, Metadata]:
     """See `ssd.backends`; the folder, or the model.xml in it."""
+    import openvino  # noqa: PLC0415
+
     if device is not None and device.type != "cpu":
         raise ValueError(f"{path}: OpenVINO runs on the CPU here, not on {device}")
     file = path / "model.xml" if path.is_dir() else path
-    core = _core()
+    core = _core(openvino.Core)
     model = core.read_model(file)
     text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
     metadata = parse_metadata(path, text)
@@ -82,7 +83,7 @@ def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = No
     onnx.write(model, file, metadata)
     converted = openvino.convert_model(file)
     if images is not None:
-        _core()  # before those that nncf makes and ends
+        _core(openvino.Core)  # before those that nncf makes and ends
         converted = _quantize(converted, metadata, images)
     converted.set_rt_info(metadata.to_json(), [METADATA])
     try:

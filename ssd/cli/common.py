@@ -16,7 +16,7 @@ from ssd.detector import Detector
 from ssd.devices import usable_device
 from ssd.distributed import World
 from ssd.errors import UserError
-from ssd.files import make_folder, new_run_folder, run_folder
+from ssd.files import make_folder, run_folder
 
 INTERRUPTED = 130
 
@@ -65,13 +65,8 @@ def load_detector(
         return Detector.load(weights, target, precision, compile=compile)  # type: ignore[arg-type]
 
 
-def folder_of_all(output: Path | None, verb: str, world: World) -> Path:
-    """The folder that all processes write to: the one that is asked for, or a new run folder."""
-    return make_folder(world.gather(output or new_run_folder(verb) if world.is_main else Path())[0])
-
-
 @contextmanager
 def results_folder(output: Path | None, verb: str, world: World) -> Iterator[Path]:
-    """As `folder_of_all`; removed if the block fails and nothing was written."""
+    """The folder that all processes write to, asked for or new; if the block fails, an empty one goes."""
     with run_folder(output, verb) if world.is_main else nullcontext(Path()) as own:
         yield make_folder(world.gather(own)[0])

@@ -35,7 +35,7 @@ from ssd.errors import UserError
 from ssd.files import atomic_file
 from ssd.loss import LOSSES
 from ssd.train import PRESETS, TrainConfig, fit, keep_memory
-from ssd.train.setup import require_free
+from ssd.train.setup import plan, require_free
 
 HELD_OUT = "val_images.txt"
 """The file of a run folder that lists the images that were held out, a line each."""
@@ -87,6 +87,7 @@ def train(
     ):
         if resume is None:
             require_free(folder / "state.pt")
+        own_list = not (folder / HELD_OUT).exists()
         try:
             train_set, val_set = _datasets(source, crowd=config.crowd)
             if "val_fraction" in source:
@@ -95,7 +96,7 @@ def train(
                         "there is a val split, which is what is evaluated on; leave out --val-fraction"
                     )
                 train_set, val_set = _held_out(
-                    train_set, source["val_fraction"], config.seed, folder, world, resume=resume is not None
+                    train_set, source["val_fraction"], config, folder, world, resume=resume is not None
                 )
             result = fit(
                 train_set,
@@ -110,7 +111,7 @@ def train(
                 tensorboard=tensorboard,
             )
         except BaseException as error:
-            if not (folder / "config.json").exists():  # the run has not begun
+            if own_list and not (folder / "config.json").exists():  # the run has not begun
                 (folder / HELD_OUT).unlink(missing_ok=True)
             if isinstance(error, ValueError) and not isinstance(error, UserError):
                 raise typer.BadParameter(str(error)) from error
@@ -191,14 +192,20 @@ def _datasets(source: dict[str, Any], *, crowd: bool) -> tuple[DetectionDataset,
 
 
 def _held_out(
-    whole: DetectionDataset, fraction: float, seed: int, folder: Path, world: World, *, resume: bool
+    whole: DetectionDataset,
+    fraction: float,
+    config: TrainConfig,
+    folder: Path,
+    world: World,
+    *,
+    resume: bool,
 ) -> tuple[DetectionDataset, Annotations]:
     """The images to train on, and those that are held out: as the run folder says, or chosen and noted."""
     file = folder / HELD_OUT
     annotations = whole.annotations
     if resume:
         try:
-            names = file.read_text(encoding="utf-8").split("\n")
+            names = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file} is missing, which lists the images that the run held out; put it back"
@@ -209,10 +216,15 @@ def _held_out(
         with tqdm(
             total=len(annotations), desc="looking for copies", unit="image", disable=hidden, leave=False
         ) as bar:
-            train, val = hold_out(annotations, fraction, seed, on_done=bar.update)
+            train, val = hold_out(annotations, fraction, config.seed, crowd=whole.crowd, on_done=bar.update)
+        try:
+            plan(len(train), config, world)
+        except ValueError as error:
+            held = f"--val-fraction {fraction:g} holds out {len(val)} of {len(annotations)} images"
+            raise ValueError(f"{error}; {held}") from error
         if world.is_main:
             with atomic_file(file) as new:
-                new.write("".join(f"{name}\n" for name in val.file_names).encode())
+                new.write("".join(f"{name}\n" for name in val.file_names).encode("utf-8", "surrogateescape"))
     if world.is_main:
         held = f"{len(val)} of {len(annotations)} images are held out to evaluate on"
         typer.echo(f"{held}, nearly equal ones together; {file} lists them")

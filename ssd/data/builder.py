@@ -86,10 +86,17 @@ class Builder:
             the classes, which is a problem of each box that is of it.
 
         Raises:
-            AnnotationError: there are no categories.
+            AnnotationError: there are no categories, or their names are no text, so that several may be the
+                same.
         """
         if not names:
             raise AnnotationError(f"{self.source}: there are no categories")
+        broken = next((name for name in names if "\N{REPLACEMENT CHARACTER}" in name), None)
+        if broken is not None:
+            raise AnnotationError(
+                f"{self.source}: the class name {broken!r} was not saved as UTF-8; save the file that names "
+                "the classes as UTF-8, with the names as they should be"
+            )
         first = {name: names.index(name) for name in dict.fromkeys(names)}
         ids = {name: category_ids[i] for name, i in first.items()}
         if wanted is None:

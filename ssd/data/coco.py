@@ -1,6 +1,7 @@
 """COCO: a JSON file for each split and a folder of images, in the layouts of the tools that write it."""
 
 import json
+import math
 import mmap
 import os
 import re
@@ -27,6 +28,7 @@ from ssd.data.folders import (
 from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY
 from ssd.data.outlines import Box, around_segmentation, turned
 from ssd.errors import AnnotationError
+from ssd.images import upright_size
 
 BAD_IMAGE = "bad image entry"
 BAD_CATEGORY = "bad category"
@@ -43,6 +45,8 @@ _UNNAMED = 7
 
 _KEYPOINTS = 20
 """The rank of COCO's files of key points, which have boxes, too, where there are no others."""
+
+_LEAST_BOXES = 2  # that reach outside, before all are taken for corners
 
 _SNIFFED = 50  # files of a folder that are looked into; labelme keeps one for each image
 
@@ -286,12 +290,14 @@ def _read_content(
     categories = _classes(content["categories"], used, builder, class_names)
     indices = _images(content["images"], entries, builder)
     seen: Counter[str] = Counter()
-    fractions = _are_fractions(entries)
+    wrong = "in parts of the image" if _are_fractions(entries) else ""
+    if not wrong and _are_corners(entries, indices, content["images"], builder):
+        wrong = "corners (xyxy)"
     for place, entry in enumerate(entries):
         if isinstance(entry, dict):
             tag = str(entry.get("id", f"#{place}"))
             seen[tag] += 1
-            _annotation(entry, tag, indices, categories, builder, fractions=fractions)
+            _annotation(entry, tag, indices, categories, builder, wrong=wrong)
         else:
             builder.problem(NOT_A_BOX, str(file), f"#{place}", "is not an object")
     unlabelled = content["annotations"] is None
@@ -355,6 +361,8 @@ def _classes(
             message = f"the category id {key} is that of {names[key]!r} and of {name!r}"
             builder.problem(BAD_CATEGORY, str(builder.source), "", message, fatal=key in used)
             unclear.add(key)
+    if categories and not names:
+        raise AnnotationError(f"{builder.source}: {_why_no_categories(categories)}")
     if all(map(_is_whole, names)):
         names = dict(sorted(names.items(), key=lambda item: int(item[0])))
         category_ids = tuple(map(int, names))
@@ -363,6 +371,18 @@ def _classes(
     labels = builder.set_classes(list(names.values()), category_ids, class_names)
     found = {key: _Category(names[key], label) for key, label in zip(names, labels, strict=True)}
     return {key: category for key, category in found.items() if key not in unclear}
+
+
+def _why_no_categories(categories: list[Any]) -> str:
+    """Why no class comes of categories."""
+    shape = 'COCO has {"id": 1, "name": "cat"}'
+    no_object = next((each for each in categories if not isinstance(each, dict)), None)
+    if no_object is not None:
+        return f"its categories are no objects, but {json.dumps(no_object)[:60]}; {shape}"
+    without = next((each for each in categories if each.get("id") is None), None)
+    if without is not None:
+        return f"its categories have no id, as {json.dumps(without)[:100]}; {shape}"
+    return f"nothing uses its categories, and none names a class, as {json.dumps(categories[0])[:100]}"
 
 
 def _is_no_class(category: dict[str, Any], name: str, groups: set[str]) -> bool:
@@ -417,8 +437,9 @@ def _annotation(
     categories: dict[str, _Category],
     builder: Builder,
     *,
-    fractions: bool,
+    wrong: str,
 ) -> None:
+    """Add an annotation, or what is wrong with it; `wrong` says what all boxes are that are not COCO's."""
     key = _key(entry.get("image_id"))
     if key not in indices:
         message = f"its image_id {entry.get('image_id')!r} is no image's"
@@ -439,9 +460,11 @@ def _annotation(
             message += ", and its segmentation is no mask and no polygons of three points or more"
         builder.problem(NOT_A_BOX, builder.names[image], tag, message)
         return
-    if fractions:
-        message = f"its bbox {entry.get('bbox')} seems to be in parts of the image, as those of all are"
-        builder.problem(NOT_A_BOX, builder.names[image], tag, f"{message}; COCO has pixels")
+    if wrong:
+        message = f"its bbox {entry.get('bbox')} seems to be {wrong}, as all are"
+        builder.problem(
+            NOT_A_BOX, builder.names[image], tag, f"{message}; COCO has x, y, width, height in pixels"
+        )
         return
     area = finite_numbers([entry.get("area")], 1)
     crowd = entry.get("iscrowd") in (1, "1")
@@ -475,14 +498,66 @@ def _box(entry: dict[str, Any]) -> Box | None:
 
 
 def _are_fractions(entries: list[Any]) -> bool:
-    """Whether all boxes end within the first pixel, and are not of whole numbers only."""
+    """Whether all boxes are within the first pixel, even as corners, and not of whole numbers only."""
     boxes = (_four(entry.get("bbox")) for entry in entries if isinstance(entry, dict))
     found = False
-    for left, top, width, height in filter(None, boxes):
-        if max(left + width, top + height) > 1.001:
+    for box in filter(None, boxes):
+        if max(box) > 1.001:
             return False
-        found = found or not all(value.is_integer() for value in (left, top, width, height))
+        found = found or not all(value.is_integer() for value in box)
     return found
+
+
+def _are_corners(
+    entries: list[Any], indices: dict[str, int | None], images: list[Any], builder: Builder
+) -> bool:
+    """Whether all boxes seem to be xyxy: by the areas that are given, or as else many would reach outside."""
+    boxes: list[tuple[float, ...]] = []
+    keys: list[str] = []
+    asked, as_corners, as_sides = 0, 0, 0
+    for entry in entries:
+        box = _four(entry.get("bbox")) if isinstance(entry, dict) else None
+        if box is None:
+            continue
+        left, top, right, bottom = box
+        if right <= left or bottom <= top or min(left, top) < -1:
+            return False
+        area = finite_numbers([entry.get("area")], 1)
+        if area and area[0] > 0:
+            asked += 1
+            as_corners += math.isclose(area[0], (right - left) * (bottom - top), rel_tol=1e-3, abs_tol=0.01)
+            as_sides += math.isclose(area[0], right * bottom, rel_tol=1e-3, abs_tol=0.01)
+        boxes.append(box)
+        keys.append(_key(entry.get("image_id")))
+    if 2 * max(as_corners, as_sides) > asked and as_corners != as_sides:
+        return as_corners > as_sides
+    if len(boxes) < _LEAST_BOXES:
+        return False
+    sizes = _sizes(set(keys), indices, images, builder)
+    outside = 0
+    for (left, top, right, bottom), key in zip(boxes, keys, strict=True):
+        width, height = sizes.get(key, (math.inf, math.inf))
+        if right > width + 1 or bottom > height + 1:
+            return False
+        outside += left + right > width + 1 or top + bottom > height + 1
+    return outside >= max(_LEAST_BOXES, len(boxes) / 3)
+
+
+def _sizes(
+    keys: set[str], indices: dict[str, int | None], images: list[Any], builder: Builder
+) -> dict[str, tuple[float, ...]]:
+    """Width and height of images by their ids, as the file says them, or else the images."""
+    entries = {_key(each.get("id")): each for each in images if isinstance(each, dict)}
+    sizes = {}
+    for key in keys & entries.keys():
+        index = indices.get(key)
+        size = finite_numbers([entries[key].get("width"), entries[key].get("height")], 2)
+        unknown = not (size and min(size) >= 1)
+        if unknown and index is not None and stays_inside(builder.names[index]):
+            size = upright_size(builder.root / builder.names[index])
+        if size and min(size) >= 1:
+            sizes[key] = size
+    return sizes
 
 
 def _four(value: object) -> tuple[float, ...] | None:

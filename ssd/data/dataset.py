@@ -1,5 +1,6 @@
 """Annotations and their images as a torch Dataset, and what an item of any such dataset holds."""
 
+import bisect
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ssd.data.annotations import Annotations
 from ssd.data.judge import require_size, trained_on, usable_for_training
@@ -68,12 +69,62 @@ def annotations_of(dataset: Annotations | Dataset[Any]) -> Annotations | None:
     return dataset if isinstance(dataset, Annotations) else None
 
 
+def parts_of(dataset: Annotations | Dataset[Any]) -> list[Any]:
+    """The datasets that one is made of by torch's Subset and ConcatDataset; any other is its only part."""
+    if isinstance(dataset, Subset):
+        return parts_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [part for each in dataset.datasets for part in parts_of(each)]
+    return [dataset]
+
+
+def _origin(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int]:
+    """Which part of a dataset an item comes from, and its index there."""
+    if isinstance(dataset, Subset):
+        return _origin(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConcatDataset):
+        index = range(len(dataset))[index]  # negative ones count from the end
+        number = bisect.bisect_right(dataset.cumulative_sizes, index)
+        before = dataset.cumulative_sizes[number - 1] if number else 0
+        return _origin(dataset.datasets[number], index - before)
+    return dataset, index
+
+
 def item_name(dataset: Dataset[Any], index: int) -> str:
     """What messages call an item of any dataset: its file, if the dataset has a method ``name(index)``."""
-    if isinstance(dataset, Subset):
-        return item_name(dataset.dataset, dataset.indices[index])
-    name = getattr(dataset, "name", None)
-    return str(name(index)) if callable(name) else f"item {index}"
+    part, within = _origin(dataset, index)
+    name = getattr(part, "name", None)
+    return str(name(within)) if callable(name) else f"item {index if part is dataset else within}"
+
+
+def require_in_pixels(
+    boxes: npt.NDArray[np.float32], size: tuple[int, int], dataset: Dataset[Any], index: int
+) -> None:
+    """Require boxes that are in their image, where nobody has judged them before.
+
+    Args:
+        boxes: xyxy in pixels ``[M, 4]``; they may reach over the image's edge.
+        size: of the image, width and height in pixels.
+        dataset: that the item is from; the boxes of a `DetectionDataset` are known to be sound.
+        index: of the item.
+
+    Raises:
+        AnnotationError: a box is wholly outside, or all of them seem to be normalised.
+    """
+    if not len(boxes) or type(_origin(dataset, index)[0]) is DetectionDataset:
+        return
+    name, (width, height) = item_name(dataset, index), size
+    outside = (boxes[:, :2] >= size).any(1) | (boxes[:, 2:] <= 0).any(1)
+    if outside.any():
+        raise AnnotationError(
+            f"{name}: the box {boxes[outside][0].tolist()} (xyxy in pixels) is outside its image of "
+            f"{width}x{height}; boxes have to be of the image's own size, upright"
+        )
+    if min(size) > 2 and boxes.min() >= 0 and boxes.max() <= 1:
+        raise AnnotationError(
+            f"{name}: its boxes, such as {boxes[0].tolist()}, seem to be parts of the image of "
+            f"{width}x{height}; boxes are in pixels"
+        )
 
 
 def require_items(dataset: Annotations | Dataset[Any], purpose: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssd.data.builder import SPLITS, Builder, stays_inside
 from ssd.data.judge import UNREADABLE
-from ssd.data.names import files_below
+from ssd.data.names import files_below, is_folder
 from ssd.errors import ImageError
 from ssd.images import is_image_name, load_image
 
@@ -34,10 +34,10 @@ _ASKED = 40  # images for which a folder is asked
 def split_of(name: str) -> str | None:
     """The split that a name speaks of: "val" of "instances_Validation2017"; None of none or of several.
 
-    >>> split_of("instances_Train"), split_of("valid"), split_of("latest"), split_of("train_val")
+    >>> split_of("instances_Train"), split_of("valset"), split_of("latest"), split_of("train_val")
     ('train', 'val', None, None)
     """
-    words = set(re.findall(r"[^\W\d_]+", name.lower()))
+    words = {word.removesuffix("set") for word in re.findall(r"[^\W\d_]+", name.lower())}
     found = [split for split, names in SPLITS.items() if words & set(names)]
     return found[0] if len(found) == 1 else None
 
@@ -51,7 +51,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
     """The folders in a folder by their names in lower case, sorted, without hidden ones; {} if it is none."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
+            names = sorted(entry.name for entry in entries if is_folder(entry))
     except OSError:
         return {}
     # Of "images" and "Images", the first in lower case.
@@ -133,7 +133,7 @@ def note_unread(builder: Builder) -> None:
     """
     for name in dict.fromkeys(builder.names):
         path = builder.root / name
-        if is_image_name(name) or "\0" in name or not path.is_file():
+        if is_image_name(name) or "\0" in name or not os.path.isfile(path):
             continue
         try:
             load_image(path, name=name)

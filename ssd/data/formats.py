@@ -12,6 +12,7 @@ from pathlib import Path
 from ssd.data import coco, voc, yolo
 from ssd.data.annotations import Annotations
 from ssd.data.builder import SPLITS
+from ssd.data.folders import ANNOTATION_FOLDERS, IMAGE_FOLDERS, split_of, subfolders
 from ssd.errors import AnnotationError
 from ssd.signatures import HEAD, identify
 
@@ -75,8 +76,9 @@ def load(
     labelme2coco and makesense write them, such as: COCO (``train.json`` with ``train/``;
     ``annotations/instances_train2017.json`` with ``train2017/`` or ``images/train2017/``; Roboflow's
     ``train/_annotations.coco.json``; Label Studio's ``result.json`` with ``images/``), YOLO (``data.yaml``),
-    VOC (``Annotations/*.xml``, ``JPEGImages/``, ``ImageSets/Main/train.txt``; XML files beside the images).
-    Names of splits and folders count in any case. What is of no split is "train", where nothing else is.
+    VOC (``Annotations/*.xml``, ``JPEGImages/``, ``ImageSets/Main/train.txt`` or ``train.txt``; XML files
+    beside the images). Names of splits and folders count in any case. What is of no split is "train", where
+    nothing else is.
 
     Args:
         path: the dataset's folder, its ``data.yaml``, or one COCO JSON file.
@@ -98,7 +100,7 @@ def load(
             return data_format.read(root, split, folder, class_names)
     for data_format in FORMATS.values():
         if data_format.is_at(root):
-            return data_format.read(root, split, folder, class_names)  # it tells what is wrong
+            return _read_in_vain(data_format, root, split, folder, class_names)
     if root.is_file():
         files = [each.file for each in FORMATS.values() if each.file]
         with root.open("rb") as opened:
@@ -114,6 +116,40 @@ def find_split(path: str | os.PathLike[str], split: str) -> bool:
     return any(data_format.has_split(Path(path), split) for data_format in FORMATS.values())
 
 
+def _read_in_vain(
+    data_format: Format, root: Path, split: str, images: Path | None, class_names: Sequence[str] | None
+) -> Annotations:
+    """Let a format tell what is wrong, with the folder that may be meant where there is no split at all."""
+    try:
+        return data_format.read(root, split, images, class_names)
+    except AnnotationError as error:
+        other = None if root.is_file() or _is_dataset(root) else _other_folder(root)
+        if other is None or str(other) in str(error):
+            raise
+        raise AnnotationError(f"{error}; or give {other}, which is a dataset") from error
+
+
+def _other_folder(root: Path) -> Path | None:
+    """The folder that is a dataset, if it is one in this one, or that which this is a part of."""
+    folders = _subfolders(root)
+    deeper = [each for folder in folders for each in _subfolders(folder)]
+    above = [root.resolve().parent, root.resolve().parent.parent] if _is_part(root.resolve()) else []
+    return next((each for each in [*above, *folders, *deeper] if _is_dataset(each)), None)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Those that may be datasets: not a dataset's folder of annotations, which by itself looks like one."""
+    found = [each for name, each in subfolders(folder).items() if name not in ANNOTATION_FOLDERS]
+    return found[:_MOST_TOLD]
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a folder is called as one for images or annotations, or as a split in one."""
+    parts = {*IMAGE_FOLDERS, *ANNOTATION_FOLDERS}
+    names = (folder.name.lower(), folder.parent.name.lower())
+    return names[0] in parts or (split_of(names[0]) is not None and names[1] in parts)
+
+
 def _told(root: Path) -> str:
     """What a folder holds that is no dataset, and which folder in it is one."""
     try:
@@ -127,8 +163,8 @@ def _told(root: Path) -> str:
     if not entries:
         return "it is empty"
     told = f"it holds {', '.join([*files, *(f'{name}/' for name in names)])}"
-    inner = next((each for each in folders[:_MOST_TOLD] if _is_dataset(each)), None)
-    return f"{told}; {inner} is one" if inner else told
+    other = _other_folder(root)
+    return f"{told}; {other} is one: give that folder" if other else told
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -11,12 +11,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssd.data.annotations import Annotations
+from ssd.data.judge import trained_on
 from ssd.errors import AnnotationError, ImageError
 from ssd.images import load_scaled
 
 _SIDE = 16  # of the thumbnails that are compared
 # Of 255, how far two thumbnails of one picture are apart: anywhere, for JPEG moves colours, and on average.
 _MOST_APART, _MEAN_APART = 32, 10
+_LEAST_SPREAD = 8  # of 255, standard deviation: less is flat, of which brightness is all that there is
+_SPREAD = 48  # that of usual photos, at which all that are not flat are hashed
 _CONTRAST = 4  # of 255: smaller differences between neighbouring cells are noise, as of JPEG
 _BANDS, _BAND_BITS = 4, 16  # of a hash of 8 x 8 bits; hashes of fewer than four differences share a band
 _NEIGHBOURS = 8  # of one band that each image is compared with: without a limit, all of flat images would be
@@ -27,18 +30,20 @@ def hold_out(
     fraction: float,
     seed: int = 0,
     *,
+    crowd: bool = False,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[Annotations, Annotations]:
     """Part the images of a dataset into those to train on and those to evaluate on, at random.
 
-    Images that look nearly the same stay together, as do those that Roboflow made of one (``name.rf.*``) and
-    several entries of one file. Images with and without boxes are parted alike, and each class keeps boxes to
-    train on.
+    Images that look nearly the same stay together, also mirrored or with another brightness or contrast, as
+    do those that Roboflow made of one (``name.rf.*``) and several entries of one file. Images with and
+    without boxes are parted alike, and each class keeps boxes to train on.
 
     Args:
         annotations: see `ssd.data.load`.
         fraction: of the images to evaluate on, in (0, 1); as near as the groups allow.
         seed: the same one gives the same parts of the same images.
+        crowd: whether crowd boxes are trained on; what is held out has others, too, which alone are measured.
         on_done: called after each image that was looked at.
 
     Returns:
@@ -46,18 +51,34 @@ def hold_out(
 
     Raises:
         ValueError: the fraction is not in (0, 1).
-        AnnotationError: there are no two groups of images to part.
+        AnnotationError: there are no two groups of images to part, or no box that an evaluation counts.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction of images to hold out is above 0 and below 1; got {fraction:g}")
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    measured = np.bincount(images[~annotations.crowd], minlength=len(annotations)) > 0
+    if not measured.any():
+        raise AnnotationError(
+            f"{annotations.source}: no images can be held out to evaluate on: there is no box that counts in "
+            "evaluation, as crowd and difficult ones do not; train without holding images out"
+        )
     groups = _groups(annotations, on_done)
     groups = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    counts = _boxes_by_class(annotations)
+    counts = _boxes_by_class(annotations, crowd=crowd)
     labelled = [group for group in groups if counts[group].any()]
     others = [group for group in groups if not counts[group].any()]
     held = _chosen(labelled, fraction, counts) + _chosen(others, fraction, counts)
-    if not counts[held].any():
-        held += _smallest(labelled or groups, counts, len(annotations))
+    if not measured[held].any():
+        wanted = [group for group in groups if measured[group].any()]
+        smallest = _smallest(wanted, counts, len(annotations))
+        if smallest is None:
+            raise AnnotationError(
+                f"no images can be held out of {len(annotations)}: they make {len(groups)} groups of nearly "
+                f"equal ones, {len(wanted)} of them with boxes to measure, the largest of "
+                f"{max(map(len, wanted))} images; half of the images, and boxes of every class, have to be "
+                "left to train on. Make a val split of images of another scene, camera or day"
+            )
+        held += smallest
     kept = np.setdiff1d(np.arange(len(annotations)), held)
     return annotations.select(kept.tolist()), annotations.select(sorted(held))
 
@@ -72,12 +93,15 @@ def part_by_names(annotations: Annotations, held: Iterable[str]) -> tuple[Annota
     if gone := sorted(wanted - set(names)):
         raise AnnotationError(
             f"{annotations.source}: {len(gone)} images that were held out are not among its images any more, "
-            f"as {gone[0]}"
+            f"as {gone[0]}; put them back, or begin a new run"
         )
     val = [i for i, name in enumerate(names) if name in wanted]
     train = [i for i, name in enumerate(names) if name not in wanted]
     if not val or not train:
-        raise AnnotationError(f"{annotations.source}: {len(val)} of {len(names)} images were held out")
+        raise AnnotationError(
+            f"{annotations.source}: the run's list holds out {len(val)} of {len(names)} images, which leaves "
+            f"none to {'train' if val else 'evaluate'} on; put the list back as it was"
+        )
     return annotations.select(train), annotations.select(val)
 
 
@@ -95,26 +119,21 @@ def _chosen(groups: Sequence[list[int]], fraction: float, counts: npt.NDArray[np
     return held
 
 
-def _smallest(groups: Sequence[list[int]], counts: npt.NDArray[np.int64], images: int) -> list[int]:
+def _smallest(groups: Sequence[list[int]], counts: npt.NDArray[np.int64], images: int) -> list[int] | None:
     """The smallest group that training can do without, for where a fraction of few images is none."""
     total = counts.sum(0)
     for group in sorted(groups, key=len):
         lost = counts[group].sum(0)
         if len(group) <= images / 2 and ((total > lost) | (lost == 0)).all():
             return group
-    largest = max(map(len, groups), default=0)
-    raise AnnotationError(
-        f"no images can be held out of {images}: they make {len(groups)} groups of nearly equal ones, the "
-        f"largest of {largest} images, and every class has to keep boxes to train on. Make a val split of "
-        "images of another scene, camera or day"
-    )
+    return None
 
 
-def _boxes_by_class(annotations: Annotations) -> npt.NDArray[np.int64]:
-    """How many boxes, without crowd, of each class are in each image, ``[N, classes]``."""
+def _boxes_by_class(annotations: Annotations, *, crowd: bool) -> npt.NDArray[np.int64]:
+    """How many boxes of each class that are trained on are in each image, ``[N, classes]``."""
     counts = np.zeros((len(annotations), len(annotations.class_names)), np.int64)
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    real = annotations.usable & ~annotations.crowd
+    real = trained_on(annotations, crowd=crowd)
     np.add.at(counts, (images[real], annotations.labels[real] - 1), 1)
     return counts
 
@@ -184,26 +203,50 @@ def _thumbnails(
 
 def _alike(thumbnails: npt.NDArray[np.uint8], indices: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Pairs of images that look nearly the same; each is compared with few that its hash makes likely."""
-    hashes = _hashes(thumbnails)
-    brightness = thumbnails.mean((1, 2, 3))
+    # Behind them their mirror images, so that one of a pair may be turned.
+    mirrored = np.repeat([False, True], len(indices))
+    thumbnails = np.concatenate([thumbnails, thumbnails[:, :, ::-1]])
+    indices = np.tile(indices, 2)
+    grey = thumbnails.mean(3, dtype=np.float32)
+    brightness, spread = grey.mean((1, 2)), grey.std((1, 2))
+    hashes = _hashes(grey, spread)
     for band in range(_BANDS):
         keys = hashes >> np.uint64(band * _BAND_BITS) & np.uint64(2**_BAND_BITS - 1)
-        order = np.lexsort((brightness, keys))
+        order = np.lexsort((brightness, hashes, keys))
         for step in range(1, _NEIGHBOURS + 1):
             one, other = order[:-step], order[step:]
-            likely = keys[one] == keys[other]
+            likely = (keys[one] == keys[other]) & ~(mirrored[one] & mirrored[other])
             one, other = one[likely], other[likely]
             for start in range(0, len(one), 4096):
                 a, b = one[start : start + 4096], other[start : start + 4096]
-                apart = np.abs(thumbnails[a].astype(np.int16) - thumbnails[b]).reshape(len(a), -1)
-                same = (apart.max(1) <= _MOST_APART) & (apart.mean(1) <= _MEAN_APART)
+                same = _near(thumbnails[a], thumbnails[b], brightness[[a, b]], spread[[a, b]])
                 yield from zip(indices[a[same]].tolist(), indices[b[same]].tolist(), strict=True)
 
 
-def _hashes(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+def _near(
+    a: npt.NDArray[np.uint8],
+    b: npt.NDArray[np.uint8],
+    brightness: npt.NDArray[np.float32],
+    spread: npt.NDArray[np.float32],
+) -> npt.NDArray[np.bool_]:
+    """Which thumbnails ``[n, 16, 16, 3]`` are those of one picture; the others are ``[2, n]``, of both.
+
+    Those that are not flat get the same brightness first, and the higher of both contrasts.
+    """
+    flat = spread.min(0) < _LEAST_SPREAD
+    centre = np.where(flat, 0, brightness)
+    factor = np.where(flat, 1, spread.max(0) / spread.clip(_LEAST_SPREAD))
+    centre, factor = centre[:, :, None], factor[:, :, None].astype(np.float32)
+    pixels = [each.reshape(len(a), -1).astype(np.float32) for each in (a, b)]
+    apart = np.abs((pixels[0] - centre[0]) * factor[0] - (pixels[1] - centre[1]) * factor[1])
+    near: npt.NDArray[np.bool_] = (apart.max(1) <= _MOST_APART) & (apart.mean(1) <= _MEAN_APART)
+    return near
+
+
+def _hashes(grey: npt.NDArray[np.float32], spread: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
     """Difference hashes of 64 bits: of 8 x 8 cells, whether the next one to the right is brighter."""
-    grey = thumbnails.mean(3)
-    cells = grey.reshape(-1, 8, 2, 8, 2).mean((2, 4))
+    scale = np.where(spread < _LEAST_SPREAD, 1, _SPREAD / spread.clip(_LEAST_SPREAD))
+    cells = grey.reshape(-1, 8, 2, 8, 2).mean((2, 4)) * scale[:, None, None]
     bits = (np.roll(cells, -1, axis=2) - cells > _CONTRAST).reshape(-1, 64)
     weights = np.uint64(1) << np.arange(64, dtype=np.uint64)
     hashes: npt.NDArray[np.uint64] = (bits * weights).sum(1, dtype=np.uint64)

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image
 
 from ssd.data.annotations import Annotations, Problem
 from ssd.errors import AnnotationError
-from ssd.images import upright_size
+from ssd.images import is_image_name, upright_size
+from ssd.signatures import HEIF_SUFFIXES
 
 MISSING = "missing image"
 UNREADABLE = "unreadable image"
@@ -65,6 +67,7 @@ def judge_files(root: Path, names: Sequence[str]) -> list[Problem]:
     """
     # One listing of a folder, not a question to the file system for every image.
     folders: dict[str, dict[str, bool]] = {}
+    alike: dict[str, dict[str, str]] = {}
     problems = []
     for name in names:
         folder, last = os.path.split(name)
@@ -72,7 +75,10 @@ def judge_files(root: Path, names: Sequence[str]) -> list[Problem]:
             folders[folder] = _listing(root / folder)
         is_link = folders[folder].get(last)
         if is_link is None or (is_link and not os.path.exists(root / name)):
-            problems.append(Problem(MISSING, name, "", _why_missing(root, name)))
+            if folder not in alike:
+                alike[folder] = _by_stem(folders[folder])
+            why = _why_missing(root, name, alike[folder].get(os.path.splitext(last)[0], ""))
+            problems.append(Problem(MISSING, name, "", why))
     return problems
 
 
@@ -85,13 +91,28 @@ def _listing(folder: Path) -> dict[str, bool]:
         return {}
 
 
-def _why_missing(root: Path, name: str) -> str:
+def _by_stem(names: Iterable[str]) -> dict[str, str]:
+    """Of names, those of images, read or not, by the names without suffix."""
+    images = [each for each in names if is_image_name(each) or _is_heif(each)]
+    return {os.path.splitext(each)[0]: each for each in sorted(images, key=lambda each: not _is_heif(each))}
+
+
+def _is_heif(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in HEIF_SUFFIXES
+
+
+def _why_missing(root: Path, name: str, alike: str) -> str:
+    """Why an image is missing; `alike` is a file beside it of another suffix, if there is one."""
     path = root / name
     for step in (path, *path.parents)[: len(Path(name).parts)]:
         if os.path.islink(step) and not os.path.exists(step):
             what = "is" if step == path else f"{step} is"
             return f"{what} a link to {os.path.realpath(step)}, where nothing is found"
-    return f"there is no such file in {root}"
+    why = f"there is no such file in {root}"
+    if alike and alike != os.path.basename(name):
+        why += f"; {alike} is there"
+        why += "" if is_image_name(alike) else ", which needs pillow-heif (pip install pillow-heif)"
+    return why
 
 
 def judge_repeats(
@@ -229,13 +250,33 @@ def require_size(annotations: Annotations, i: int, size: tuple[int, int]) -> Non
     Raises:
         AnnotationError: it has another one; the boxes would be elsewhere.
     """
+    if why := _why_wrong_size(annotations, i, size):
+        raise AnnotationError(f"{annotations.path(i)}: {why}")
+
+
+def _why_wrong_size(annotations: Annotations, i: int, size: tuple[int, int]) -> str:
+    """What is wrong with the size of an image; empty if nothing is."""
     width, height = (int(value) for value in annotations.sizes[i])
-    if (width, height) not in ((0, 0), size):
-        turned = " (the annotations seem to ignore its EXIF orientation)" if size == (height, width) else ""
-        raise AnnotationError(
-            f"{annotations.root / str(annotations.file_names[i])}: is {size[0]}x{size[1]}, but "
-            f"{annotations.source} says {width}x{height}{turned}; correct the annotations"
-        )
+    if (width, height) in ((0, 0), size):
+        return ""
+    turned = ""
+    if size == (height, width):
+        turned = " (width and height are exchanged)"
+        if _is_turned(annotations.path(i)):
+            turned = " (the annotations seem to ignore its EXIF orientation)"
+    return (
+        f"is {size[0]}x{size[1]}, but {annotations.source} says {width}x{height}{turned}; correct the "
+        "annotations"
+    )
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether a file says that its width and height change places."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # decoders raise anything
+        return False
 
 
 def judge_image(annotations: Annotations, i: int, size: tuple[int, int] | str) -> Problem | None:
@@ -249,11 +290,8 @@ def judge_image(annotations: Annotations, i: int, size: tuple[int, int] | str) -
     name = str(annotations.file_names[i])
     if isinstance(size, str):
         return Problem(UNREADABLE, name, "", size)
-    try:
-        require_size(annotations, i, size)
-    except AnnotationError as error:
-        return Problem(WRONG_SIZE, name, "", str(error))
-    return None
+    why = _why_wrong_size(annotations, i, size)
+    return Problem(WRONG_SIZE, name, "", why) if why else None
 
 
 def lost_images(problems: Iterable[Problem]) -> set[str]:
@@ -418,9 +456,9 @@ def _told_without_images(annotations: Annotations, fatal: Sequence[Problem]) -> 
     if is_without_images(annotations):
         what = (
             f"{annotations.source}: no images that can be read in {annotations.root}; if they are elsewhere, "
-            "give their folder with --images (images=...), or --val-images for what is evaluated on"
+            "give their folder with --images (images=...)"
         )
-    return f"{what}\n  {fatal[0]}"
+    return f"{what}\n  {next((each for each in fatal if each.kind in LOST), fatal[0])}"
 
 
 def _with_header_problems(annotations: Annotations) -> Annotations:
@@ -429,7 +467,7 @@ def _with_header_problems(annotations: Annotations) -> Annotations:
     indices = [i for i, name in enumerate(annotations.file_names.tolist()) if name not in lost]
     sizes = upright_sizes([annotations.path(i) for i in indices])
     found = (
-        judge_image(annotations, i, size or "is no image, or a damaged one")
+        judge_image(annotations, i, size or "cannot be read as an image (ssd check says why)")
         for i, size in zip(indices, sizes, strict=True)
     )
     return replace(annotations, problems=(*annotations.problems, *filter(None, found)))

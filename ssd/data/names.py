@@ -46,6 +46,7 @@ class ImageFolder:
         self._files: list[str] | None = None
         self._by_whole: dict[str, list[str]] = {}
         self._by_last: list[dict[str, list[str]]] = []
+        self._folder_names: set[str] = set()
 
     def find(self, written: str) -> Found:
         """The file that a name stands for.
@@ -63,7 +64,7 @@ class ImageFolder:
         wanted = [part for part in named_parts(parts) if part]
         if not wanted:
             return Found(shown, "the name is empty")
-        found = self._fitting(wanted)
+        found = [file for file in self._fitting(wanted) if not self._is_of_another_folder(file, wanted)]
         if len(found) == 1:
             guessed = not self._is_exactly(found[0], wanted)
             return Found(found[0], guessed=guessed)
@@ -103,6 +104,7 @@ class ImageFolder:
             self._files = list(files_below(self.root))
             for file in self._files:
                 self._by_whole.setdefault(loose(file), []).append(file)
+            self._folder_names = {part for each in self._by_whole for part in each.split("/")[-2:-1]}
         parts = loose("/".join(wanted)).split("/")
         found = self._by_whole.get("/".join(parts), []) or self._by_last_parts(parts)
         if not found and (own := without_upload(parts[-1])) != parts[-1]:
@@ -130,6 +132,13 @@ class ImageFolder:
                 table.setdefault("/".join(parts[-len(self._by_last) - 1 :]), []).extend(files)
             self._by_last.append(table)
         return self._by_last[count - 1]
+
+    def _is_of_another_folder(self, file: str, wanted: list[str]) -> bool:
+        """Whether the folder that was written is here, and the file is in another one."""
+        if len(wanted) < 2:
+            return False
+        written, own = loose(wanted[-2]), loose([*self._own, *file.split("/")][-2])
+        return written != own and written in self._folder_names
 
     def _is_exactly(self, file: str, wanted: list[str]) -> bool:
         """Whether the parts are those of a file's absolute path."""
@@ -171,23 +180,16 @@ def files_below(folder: Path) -> Iterator[str]:
     Each folder is listed once, however many links lead there; what is hidden is left out.
     """
     seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        below = waiting.pop()
-        try:
-            status = os.stat(folder / below)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder / below) as listing:
-                entries = sorted(
-                    (each.name, each.is_dir()) for each in listing if not each.name.startswith(".")
-                )
-        except OSError:
+    for above, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(above)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
             continue
-        above = f"{below}/" if below else ""
-        yield from (above + name for name, is_folder in entries if not is_folder)
-        waiting += [above + name for name, is_folder in reversed(entries) if is_folder]
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(above, folder).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        yield from (prefix + name for name in sorted(files) if not name.startswith("."))
 
 
 def _within(parts: list[str]) -> list[str] | None:
@@ -216,11 +218,19 @@ def named_parts(parts: list[str]) -> list[str]:
     return kept
 
 
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder, or a link to one; not one that cannot be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _names_in(folder: Path) -> list[str]:
     """What is in a folder but for folders; nothing if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if not entry.is_dir()]
+            return [entry.name for entry in entries if not is_folder(entry)]
     except (OSError, ValueError):  # the latter of names that no file can have
         return []
 
@@ -230,7 +240,8 @@ def _closest(files: list[str], wanted: list[str]) -> list[str]:
     if len(files) < 2:
         return files
     likeness = [tuple(_count_alike(file, wanted, spelling) for spelling in _SPELLINGS) for file in files]
-    return [file for file, each in zip(files, likeness, strict=True) if each == max(likeness)]
+    best = max(likeness)
+    return [file for file, each in zip(files, likeness, strict=True) if each == best]
 
 
 def _count_alike(file: str, wanted: list[str], spelling: Callable[[str], str]) -> int:

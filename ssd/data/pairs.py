@@ -20,6 +20,9 @@ _COMPANIONS = frozenset(
 )
 """Suffixes of what lies beside images and is none."""
 
+_PREDICTED = ("predict", "runs", "results", "output", "inference", "exp")
+"""How folders are called, or begin, in which networks leave what they found."""
+
 
 class Pairs(NamedTuple):
     """The label files of images, and what does not fit together; paths are absolute."""
@@ -32,6 +35,8 @@ class Pairs(NamedTuple):
     """Of images that have none, by their index: label files elsewhere that may be theirs."""
     strays: dict[str, int]
     """Label files that are no image's, with the number of their objects; none that have no objects."""
+    elsewhere: Sequence[int] = ()
+    """The images, by their index, whose label files are not where labels are looked for."""
 
 
 def pair(
@@ -76,13 +81,14 @@ def pair(
         images, labels, lacking, unused, known, lambda file: split in _splits_of(file, root)
     )
     for i, label in sure.items():
-        if is_of_another(label, root, split):
+        if is_of_another(label, root, split) or _may_be_predicted(label, root):
             doubtful[i] = [label]
         else:
             labels[i] = label
     used = {*labels, *(option for options in doubtful.values() for option in options)}
     strays = {label: known.count(label) for label in free if label not in used}
-    return Pairs(images, labels, doubtful, {label: count for label, count in strays.items() if count})
+    strays = {label: count for label, count in strays.items() if count}
+    return Pairs(images, labels, doubtful, strays, sorted(sure.keys() - doubtful.keys()))
 
 
 def is_label_name(name: str) -> bool:
@@ -273,7 +279,21 @@ def is_of_another(file: str, root: str, split: str) -> bool:
 
 def _splits_of(file: str, root: str) -> set[str]:
     """The splits of which the folders of a file in a dataset speak."""
-    return {found for part in Path(os.path.relpath(file, root)).parts[:-1] if (found := split_of(part))}
+    return {found for part in _folders_within(file, root) if (found := split_of(part))}
+
+
+def _folders_within(file: str, root: str) -> tuple[str, ...]:
+    """The folders of a file, from that of the dataset on if it is in it."""
+    path = Path(file)
+    return (path.relative_to(root) if path.is_relative_to(root) else path).parts[:-1]
+
+
+def _may_be_predicted(file: str, root: str) -> bool:
+    """Whether a label file may be what a network found: by its folders, or as each line ends in a score."""
+    if any(part.lower().startswith(_PREDICTED) for part in _folders_within(file, root)):
+        return True
+    rows = [line.split() for line in read_text(Path(file)).splitlines() if line.strip()]
+    return all(len(row) == 6 for row in rows)
 
 
 def _label_folders_in(folder: Path) -> list[Path]:

@@ -5,12 +5,12 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
-from ssd.data.builder import Builder, finite_numbers, number, read_text, split_names
+from ssd.data.builder import SPLITS, Builder, finite_numbers, number, read_text, split_names
 from ssd.data.folders import (
     ANNOTATION_FOLDERS,
     files_of,
@@ -33,6 +33,9 @@ NO_FILE = "missing annotation file"
 _ENDINGS = ["", *(end for each in (".jpg", ".png", *sorted(SUFFIXES)) for end in (each, each.upper()))]
 """What an image may be called after the name of its annotation file, the usual first."""
 _NO_IMAGES = (".xml", ".txt", ".json", ".csv")
+
+_LIST_FOLDERS = ("splits", "split", "lists", "sets")
+"""Folders in which some keep the lists of names, in place of ``ImageSets``."""
 
 _ASKED = 40  # files of which a folder is asked for the images
 _TOLD = 5
@@ -155,7 +158,7 @@ def _split(root: Path, split: str) -> _Split:
         raise AnnotationError(f"{root}: there is no {split} split, as there are no XML files")
     (base, folder) = sources[0]
     every = _xml_files(folder)
-    lists = _lists(base)
+    lists = _lists(base) or _loose_lists(base, folder, every)
     listing = _list_of(lists, split)
     if listing is not None:
         files, lost = _of_list(listing, every, folder)
@@ -226,6 +229,24 @@ def _lists(base: Path) -> dict[str, Path]:
     return {}
 
 
+def _loose_lists(base: Path, folder: Path, every: Sequence[Path]) -> dict[str, Path]:
+    """Lists in other places that are called as splits and name some of the files.
+
+    By their splits; by what they are called where several may be one split's.
+    """
+    folders = [base, folder, *(each for name, each in subfolders(base).items() if name in _LIST_FOLDERS)]
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for file in (file for each in dict.fromkeys(folders) for file in files_of(each, ".txt")):
+        stem = file.stem.lower()
+        name = split_of(stem) or stem
+        if name in (*SPLITS, "trainval") and not _is_class_list(file) and _of_list(file, every, folder)[0]:
+            found[name].setdefault(stem, file)
+    lists: dict[str, Path] = {}
+    for name, files in found.items():
+        lists |= files if len(files) > 1 else {name: next(iter(files.values()))}
+    return lists
+
+
 def _is_class_list(file: Path) -> bool:
     """Whether a list is of one class, which says of all names whether they have it: "cat_train.txt"."""
     start, _, end = file.stem.rpartition("_")
@@ -280,10 +301,13 @@ def _readings(line: str) -> Iterator[str]:
     ['GSHJ (1) -1', 'GSHJ (1)']
     """
     quoted = re.match(r'"([^"]+)"', line)  # as CVAT writes a name with spaces
-    texts = [quoted[1]] if quoted else [line, re.sub(r"\s+-?[01]$", "", line)]
-    # PaddleDetection has an image and an XML file in a line.
+    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets.
+    flags = (r"\s+-?[01]$", r"(\s+\d+){3}$")
+    texts = [quoted[1]] if quoted else [line, *(re.sub(each, "", line) for each in flags)]
+    # PaddleDetection has an image and an XML file in a line; other tools, an image and its boxes.
     pair = re.fullmatch(r"(.+?\.\w+)\s+(.+\.xml)", line, re.IGNORECASE)
-    for text in dict.fromkeys([*texts, pair[2] if pair else texts[-1]]):
+    boxed = re.fullmatch(r"(.+?\.\w+)(\s+-?\d+(\.\d+)?(,-?\d+(\.\d+)?)+)+", line)
+    for text in dict.fromkeys([*texts, pair[2] if pair else boxed[1] if boxed else texts[-1]]):
         name = text.replace("\\", "/").removeprefix("./")
         yield name
         stem, suffix = os.path.splitext(name)
@@ -330,15 +354,21 @@ def _pair(files: Mapping[Path, "_File"], folder: Path, images: Path) -> dict[Pat
         for called in (os.path.splitext(name)[0], name):  # of which some write a.jpg.xml
             whole[loose(called)].append(name)
             last[loose(called).rsplit("/", 1)[-1]].append(name)
+    folders = {part for name in whole for part in name.split("/")[-2:-1]}
     pairs, named = {}, {}
+    astray = set()
     for file, entry in files.items():
         stem = _stem(file, folder)
         short = os.path.splitext(stem)[0] if is_image_name(stem) else stem
         same = next((whole[loose(each)] for each in (stem, short) if loose(each) in whole), [])
         alike = last.get(loose(short).rsplit("/", 1)[-1], [])
-        if not same and len(alike) == 1:
-            same = alike
         written = entry.written.replace("\\", "/").rsplit("/", 1)[-1]
+        if not same and len(alike) == 1:
+            ways = [stem, entry.written] if _short(written) == _short(stem) else [stem]
+            if any(_is_of_another_folder(f"{images.name}/{alike[0]}", way, folders) for way in ways):
+                astray.add(file)
+            else:
+                same = alike
         # Of a.jpg and a.png, the one that the file names; of a.jpg and A.jpg, that of the file's spelling.
         same = sorted(
             same,
@@ -354,9 +384,16 @@ def _pair(files: Mapping[Path, "_File"], folder: Path, images: Path) -> dict[Pat
         stem, suffix = _stem(file, folder), os.path.splitext(written)[1]
         own = unread.get(loose(stem.rsplit("/", 1)[-1]))
         if own is None:
-            own = f"{stem}{suffix or '.jpg'}" if _short(written) in taken else written
+            by_stem = _short(written) in taken or (file in astray and "/" in stem)
+            own = f"{stem}{suffix or '.jpg'}" if by_stem else written
         pairs[file] = own
     return pairs
+
+
+def _is_of_another_folder(image: str, named: str, folders: Collection[str]) -> bool:
+    """Whether the folder that stands in a name is one of those, and an image is in another one."""
+    written = loose(named).split("/")[-2:-1]
+    return bool(written) and written[0] in folders and loose(image).split("/")[-2:-1] != written
 
 
 def _unread(folder: Path) -> dict[str, str]:
@@ -406,7 +443,7 @@ def _parse(file: Path) -> "_File | str":
     if b"<!ENTITY" in content.replace(b"\0", b""):
         return "not an XML file as VOC has them: it defines entities, which may expand without end"
     try:
-        tree = ET.fromstring(content.lstrip())
+        tree = _tree(content)
     except (ET.ParseError, ValueError, LookupError) as error:  # the latter of unknown encodings
         return f"not an XML file ({error})"
     for each in tree.iter():
@@ -418,6 +455,28 @@ def _parse(file: Path) -> "_File | str":
     written = _text(tree, "filename") or _text(tree, "path")
     width, height = (number(_text(tree, f"size/{side}")) for side in ("width", "height"))
     return _File(written, (width, height), [_object(each) for each in tree.iter("object")])
+
+
+def _tree(content: bytes) -> ET.Element:
+    """The elements of an XML file.
+
+    Raises:
+        ET.ParseError, ValueError, LookupError: it is none.
+    """
+    try:
+        return ET.fromstring(content.lstrip())
+    except (ET.ParseError, ValueError, LookupError):
+        # Encodings that the parser has not, wrong declarations, or lines before one.
+        declared = re.search(rb"encoding\s*=\s*[\"']([\w.-]+)", content[:200])
+        name = declared[1].decode().lower() if declared else "utf-8"
+        for codec in ("gb18030" if name.startswith("gb") else name, "utf-8"):
+            try:
+                text = content.decode(codec).lstrip("\ufeff \t\r\n")
+                if "<!ENTITY" not in text:
+                    return ET.fromstring(re.sub(r"^<\?xml.*?\?>", "", text, flags=re.DOTALL).lstrip())
+            except (ET.ParseError, ValueError, LookupError):
+                continue
+        raise
 
 
 def _text(element: ET.Element, path: str) -> str:

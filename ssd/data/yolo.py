@@ -48,8 +48,10 @@ def has_split(path: Path, split: str) -> bool:
         settings = find_settings(path)
     except AnnotationError:
         return False
-    if settings is None:
-        return False
+    return settings is not None and _has_split(settings, split)
+
+
+def _has_split(settings: Settings, split: str) -> bool:
     try:
         return any(_has_some(listing, settings) for listing in find_listings(settings, split))
     except (
@@ -84,7 +86,21 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
     pairs = pair(found.paths, folders, str(home), split, places)
     if images:
         pairs = _without_other_splits(pairs, str(home), split)
-    return _build(settings, listings, found, pairs, home, class_names)
+    told = _told_without_val(settings) if split == "train" else ""
+    return _build(settings, listings, found, pairs, home, class_names, told)
+
+
+def _told_without_val(settings: Settings) -> str:
+    """What to say where the val split is named, but cannot be found; else nothing is evaluated unseen."""
+    entries = entries_of(settings, "val")
+    if not entries or _has_split(settings, "val"):
+        return ""
+    named = f"{settings.file.name} names {', '.join(entries[:3])} as val"
+    try:
+        find_listings(settings, "val")
+    except AnnotationError:
+        return f"{named}, which is not there"
+    return f"{named}, where there are no images"
 
 
 # --- Images -----------------------------------------------------------------------------------------------
@@ -161,6 +177,7 @@ def _without_other_splits(pairs: Pairs, root: str, split: str) -> Pairs:
         [pairs.labels[i] for i in kept],
         {new: pairs.doubtful[i] for new, i in enumerate(kept) if i in pairs.doubtful},
         pairs.strays,
+        [new for new, i in enumerate(kept) if i in pairs.elsewhere],
     )
 
 
@@ -202,6 +219,7 @@ def _build(
     pairs: Pairs,
     home: Path,
     wanted: Sequence[str] | None,
+    note: str,
 ) -> Annotations:
     paths = [Path(image) for image in pairs.images]
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else listings[0]
@@ -224,6 +242,8 @@ def _build(
             lines.read(label, image, size)
     _tell_lists(settings, listings, listed, builder)
     _tell_pairs(pairs, home, builder)
+    if note:
+        builder.note(note)
     hint = ""
     if paths:
         hint = f"those of {paths[0].name} were looked for in {_expected(paths[0], home)}"
@@ -272,6 +292,13 @@ def _tell_pairs(pairs: Pairs, home: Path, builder: Builder) -> None:
         count = len(pairs.images)
         builder.note(
             f"{len(lacking)} of {count} images have no label file and count as background, {example}"
+        )
+    if pairs.elsewhere:
+        first = pairs.elsewhere[0]
+        found = _short(pairs.labels[first] or "", home)
+        builder.note(
+            f"{len(pairs.elsewhere)} of {len(pairs.images)} images have their label file in another place, "
+            f"where it was found by its name alone, such as {found} for {builder.names[first]}"
         )
     images_of: dict[str, list[str]] = defaultdict(list)
     for image, label in zip(pairs.images, pairs.labels, strict=True):
@@ -354,7 +381,7 @@ class _Lines:
         """The number of the class, if it is one, and the words that follow it."""
         words = _words(line)
         value = number(words[0]) if words else math.nan
-        if value in range(len(self._names)):
+        if value.is_integer() and 0 <= value < len(self._names):
             return int(value), words[1:]
         for name in self._by_length:  # which may have spaces
             if line.startswith(name) and line[len(name) : len(name) + 1] in tuple(" \t,;"):

@@ -117,20 +117,37 @@ def _located(entry: str, settings: Settings, split: str, images: Path | None) ->
     parts = written_parts(entry)
     is_list = entry.lower().endswith(".txt")
     for start in [] if images and not is_list else settings.starts:
-        for way in (entry, "/".join(parts)):
-            if (start / way).exists():
-                return Path(os.path.abspath(start / way))
+        for written in (entry, "/".join(parts)):
+            if os.path.exists(start / written):
+                return Path(os.path.abspath(start / written))
     # Paths of another machine: as many of their last parts as are there, down to those that tell the split.
     least = next((len(parts) - i for i, part in enumerate(parts) if speaks_of(part, split)), 1)
-    whole = [part for part in named_parts([*written_parts(settings.base), *parts]) if part]
     starts = settings.starts if images is None or is_list else [images]
-    for count in range(len(whole), least - 1, -1):
-        for start in starts:
-            if found := in_any_case(start, whole[-count:] if count else []):
-                return Path(os.path.abspath(found))
+    for way in _spellings(parts, split):
+        whole = [part for part in named_parts([*written_parts(settings.base), *way]) if part]
+        for count in range(len(whole), least - 1, -1):
+            for start in starts:
+                if found := in_any_case(start, whole[-count:] if count else []):
+                    return Path(os.path.abspath(found))
     if images is not None and not is_list:
         return Path(os.path.abspath(images))
     raise AnnotationError(f"{settings.file}: there is no folder {entry}; {_there(settings.root)}")
+
+
+def _spellings(parts: list[str], split: str) -> Iterator[list[str]]:
+    """The parts of a split's path, first as written: Roboflow may write val/images where valid/images is.
+
+    >>> list(_spellings(["val", "images"], "val"))
+    [['val', 'images'], ['valid', 'images'], ['validation', 'images']]
+    """
+    yield parts
+    names = split_names(split)
+    for i, part in enumerate(parts):
+        stem, suffix = os.path.splitext(part)
+        if stem.lower() in names:
+            for name in names:
+                if name != stem.lower():
+                    yield [*parts[:i], name + suffix, *parts[i + 1 :]]
 
 
 # --- Files that tell it -----------------------------------------------------------------------------------
@@ -152,7 +169,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         # The loader makes text, lists and dicts only.
         config = yaml.load(read_text(file), Loader=_AsWritten)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise AnnotationError(f"{file}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())
         raise AnnotationError(f"{file}: not a YAML file ({told})") from error
     if not isinstance(config, dict):

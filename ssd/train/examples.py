@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssd.augment import augment
 from ssd.choices import Recipe
 from ssd.data import as_targets, item_name
+from ssd.data.dataset import require_in_pixels
 from ssd.distributed import World
 from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.images import load_image
@@ -82,7 +83,11 @@ class Examples(Dataset[Example | Exception]):
                 f"{name}: label {labels.max()}, but there are {self.num_classes - 1} classes"
             )
         rng = np.random.default_rng((self.seed, epoch, index))
-        image = load_image(source, name=name)
+        try:
+            image = load_image(source, name=name)
+        except TypeError as error:
+            raise ImageError(f"{name}: {error}") from error
+        require_in_pixels(boxes, image.size, self.dataset, index)
         pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, self.size)
         return pixels, torch.from_numpy(boxes), torch.from_numpy(labels), index
 

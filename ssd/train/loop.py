@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,11 @@ from ssd.train.setup import Assign, Forward, Loss, set_up
 from ssd.train.state import Run
 from ssd.train.watch import Say, Watch
 from ssd.transforms import normalize
+
+_WITHOUT_BOXES = (
+    "no image of the first epoch had a box, so the network learns nothing but background; see that the "
+    'dataset gives "boxes" and "labels"'
+)
 
 
 class Stop:
@@ -94,7 +100,8 @@ def fit(
     save and return; continued, a run gives on the CPU the same weights as one that was never interrupted.
 
     Args:
-        train: gives images and targets; see `ssd.data.DetectionDataset`.
+        train: gives images and targets; see `ssd.data.DetectionDataset`. Boxes of other datasets are looked
+            at when they are read: one outside its image, or in parts of it, is an error.
         val: to evaluate on; None for no evaluation.
         config: all other choices.
         folder: of the run; made if it is not there.
@@ -107,7 +114,8 @@ def fit(
         tensorboard: also write for TensorBoard, into the folder.
 
     Raises:
-        ValueError: too few images for a step; or a choice that does not fit the device or the weights.
+        ValueError: too few images for a step; classes other than the dataset's own; or a choice that does not
+            fit the device or the weights.
         NonFiniteError: the loss stays NaN or infinite; the message names the images. What was saved stays.
         AnnotationError, ImageError, FileNotFoundError: an item cannot be used; the message names it.
         LostContactError: a process that reads images has died, or another of the run; what to do is said.
@@ -177,13 +185,14 @@ def fit(
                 if world.size == 1 and files.write_state(run):
                     raise LostContactError(
                         f"{error}. The epoch so far is saved; go on with: "
-                        f"ssd train --resume {folder} --workers 0"
+                        f"ssd train --resume {shlex.quote(str(folder))} --workers 0"
                     ) from error
                 raise
             stop.asked = world.any(stop.asked)
             if stop.asked:
                 break
             number = run.progress.epoch + 1
+            _tell_background(watch, first=number == 1 and ready.batches.start == 0, world=world, say=say)
             due = val is not None and (number % ready.evaluate_every == 0 or number == ready.epochs)
             if due:
                 files.write_state(run)  # an evaluation may take long, or fail
@@ -199,7 +208,7 @@ def fit(
         if stop.asked:
             saved = files.write_state(run)
             what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
-            say(f"stopped; {what}. Go on with: ssd train --resume {folder}")
+            say(f"stopped; {what}. Go on with: ssd train --resume {shlex.quote(str(folder))}")
     finished = run.progress.epoch >= ready.epochs
     detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ready.category_ids)
     return Result(finished, measured, run.progress.best, folder, detector)
@@ -246,7 +255,7 @@ def train_epoch(
     run.model.train()
     freeze(run.model, frozen)
     for batch in batches:
-        # Equal for all processes: each has as many batches, and an empty image still has a loss, of 0.
+        # Equal for all processes: each has as many batches, and an empty image has a loss, too.
         last = (progress.batch + 1) % accumulate == 0
         images = normalize(batch.images.to(device, non_blocking=True))
         images = images.contiguous(memory_format=memory_format)
@@ -294,6 +303,12 @@ def close_epoch(run: Run, rate: Callable[[int], float], world: World) -> dict[st
     }
     progress.history.append(row)
     return row
+
+
+def _tell_background(watch: Watch, *, first: bool, world: World, say: Say) -> None:
+    """Say so if the first epoch, seen whole, had no boxes."""
+    if first and not world.any(watch.any_boxes):
+        say(_WITHOUT_BOXES)
 
 
 def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:

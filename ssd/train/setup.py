@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from ssd import checkpoint
 from ssd.boxes import LAYOUTS, match
@@ -25,6 +25,7 @@ from ssd.data import (
     require_items,
     usable_for_evaluation,
 )
+from ssd.data.dataset import parts_of
 from ssd.data.judge import notes_of
 from ssd.devices import choose_precision, native_precisions
 from ssd.distributed import World
@@ -157,15 +158,27 @@ def classes_of(
     """Class names and category ids, the dataset's own where none are given.
 
     Raises:
-        ValueError: there are no class names.
+        ValueError: there are no class names, or a dataset of ours has others.
     """
     annotations = annotations_of(train)
     names = class_names or getattr(train if annotations is None else annotations, "class_names", None)
     if not names:
         raise ValueError("pass class_names=..., one for each class but the background: the dataset has none")
+    for part in parts_of(train):
+        if isinstance(part, DetectionDataset) and part.class_names != tuple(names):
+            raise ValueError(
+                f"{part.annotations.source}: its classes are {_some(part.class_names)}, but those of "
+                f"training are {_some(names)}; leave class_names out, or load each dataset with "
+                "load(..., class_names=[...]) of these, in this order"
+            )
     if annotations is not None:
         category_ids = category_ids or annotations.category_ids
     return tuple(names), [int(each) for each in category_ids or ()]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names of classes, for messages."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
 
 
 def usable_val(
@@ -178,27 +191,28 @@ def usable_val(
     """
     if val is None:
         return None
-    annotations = annotations_of(val)
-    if annotations is not None and annotations.class_names != names:
-        raise AnnotationError(
-            f"{annotations.source}: its classes are not those of training; read it with class_names=..."
-        )
+    for part in parts_of(val):
+        theirs = annotations_of(part)
+        if theirs is not None and theirs.class_names != names:
+            raise AnnotationError(
+                f"{theirs.source}: its classes are not those of training; read it with class_names=..."
+            )
     if isinstance(val, Annotations):
         return usable_for_evaluation(val)
     # A dataset of ours has been judged when it was made, by its own leniency.
     require_items(val, "to evaluate on")
+    annotations = annotations_of(val)
     return val if annotations is None else annotations
 
 
 def _require_same_crowd(train: Dataset[Any], *, crowd: bool) -> None:
     """Require that a dataset of ours, which holds crowd boxes or not, is what the config says."""
-    while isinstance(train, Subset):
-        train = train.dataset
-    if isinstance(train, DetectionDataset) and train.annotations.crowd.any() and train.crowd != crowd:
-        raise ValueError(
-            f"the config says crowd={crowd}, but the DetectionDataset was made with "
-            f"crowd={train.crowd}; make both the same"
-        )
+    for part in parts_of(train):
+        if isinstance(part, DetectionDataset) and part.annotations.crowd.any() and part.crowd != crowd:
+            raise ValueError(
+                f"the config says crowd={crowd}, but the DetectionDataset was made with "
+                f"crowd={part.crowd}; make both the same"
+            )
 
 
 def plan(images: int, config: TrainConfig, world: World) -> EpochBatches:
@@ -350,6 +364,13 @@ def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:
     return torch.compile(forward) if compiled else forward
 
 
+def _files_of(annotations: Annotations) -> set[str]:
+    """The images' paths, with links to folders resolved."""
+    names = [os.path.split(name) for name in annotations.file_names.tolist()]
+    folders = {below: os.path.realpath(annotations.root / below) for below, _ in set(names)}
+    return {os.path.normcase(os.path.join(folders[below], name)) for below, name in names}
+
+
 def _describe(
     config: TrainConfig,
     train: Dataset[Any],
@@ -373,6 +394,10 @@ def _describe(
         lines.append(_WITHOUT_VAL)
     elif isinstance(val, Annotations):
         lines += [f"val: {line}" for line in notes_of(val, "evaluation")]
+        if annotations is not None and (both := len(_files_of(annotations) & (files := _files_of(val)))):
+            lines.append(
+                f"val: {both} of its {len(files)} images are trained on, too; its numbers say little"
+            )
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
     lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))

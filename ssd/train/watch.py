@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Watch:
         self._every = 1 if world.device.type == "cpu" and world.size == 1 else _LOOK_EVERY
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # batches of the step under way
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.any_boxes = False
+        """Whether an image of the batches so far had one."""
         self._any_bad = False
         self._last_bad = torch.tensor([]), torch.tensor([])
         self._first, self._batches = run.progress.batch, run.progress.batch + len(loader)
@@ -70,9 +72,12 @@ class Watch:
             disable=not (world.is_main and is_watched()),
         )
 
-    def batches(self) -> Iterable[Batch | Exception]:
+    def batches(self) -> Iterator[Batch | Exception]:
         """What the loader gives, with a progress bar where a person sees one."""
-        return self._bar  # type: ignore[no-any-return]
+        for batch in self._bar:
+            if isinstance(batch, Batch):
+                self.any_boxes = self.any_boxes or bool(batch.labels.any())
+            yield batch
 
     def add(self, loc: Tensor, conf: Tensor, indices: Tensor) -> None:
         """Take note of a batch: its loss terms, float32 ``[N]``, and its images, int64 ``[N]``."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_LAYOUT
+from made_data import as_yolo, picture
 
 import ssd
 from ssd import checkpoint, shapes
@@ -136,6 +137,24 @@ def test_images_are_held_out_where_there_is_no_val_split(run, without_val, tmp_p
     status, _, err = run("train", "--resume", "r", "--epochs", "3")
     assert status == 1
     assert "val_images.txt is missing, which lists the images that the run held out" in err
+
+
+def test_a_share_that_leaves_too_few_images_is_named(run, without_val, tmp_path):
+    status, _, err = run("train", without_val, *TINY, "--batch-size", "5", "--val-fraction", "0.34")
+    assert status == 2
+    told = " ".join(err.replace("│", " ").split())
+    assert "4 images are too few for a step of batch_size 5" in told
+    assert "--val-fraction 0.34 holds out 2 of 6 images" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_val_split_that_leads_nowhere_is_told_by_check_and_training(run, tmp_path):
+    data = as_yolo(tmp_path / "data")
+    picture(data / "images" / "train" / "b.jpg")
+    (data / "labels" / "train" / "b.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    told = "data.yaml names images/nowhere as val, which is not there"
+    assert told in run("check", data)[1]
+    assert told in run("train", data, *TINY)[1]
 
 
 def test_a_run_that_is_there_keeps_its_list(run, without_val, tmp_path):

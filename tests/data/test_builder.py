@@ -51,6 +51,17 @@ def test_without_categories_nothing_can_be_learned(tmp_path):
         made(tmp_path, ())
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1"])
+def test_class_names_that_are_not_utf_8_are_refused_before_they_become_one(tmp_path, encoding):
+    names = ["\u6c7d\u8f66", "\u884c\u4eba"] if encoding == "gbk" else ["\xe9", "\xe8"]
+    decoded = [decode(name.encode(encoding)) for name in names]
+    assert decoded[0] == decoded[1]
+    with pytest.raises(
+        AnnotationError, match=r"x\.json: the class name '\ufffd+' was not saved as UTF-8; save"
+    ):
+        made(tmp_path, decoded)
+
+
 def test_categories_of_one_name_are_one_class_and_a_problem_where_several_have_boxes(tmp_path):
     names, ids = ("cat", "dog", "cat", "cat"), (1, 2, 3, 4)
     builder, labels = made(tmp_path, names, ids)

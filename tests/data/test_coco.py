@@ -399,6 +399,99 @@ def test_the_folder_that_has_the_images_counts_before_the_one_that_is_called_so(
     assert load(tmp_path).root == tmp_path / "images"
 
 
+def corners(box):
+    left, top, width, height = box
+    return [left, top, left + width, top + height]
+
+
+SPREAD = [[60, 10, 30, 20], [50, 45, 40, 30], [5, 5, 20, 20]]
+
+
+def kinds(folder, boxes, areas=(None,) * 9, size=None, picture_size=(100, 80)):
+    """The kinds of problems of these boxes in an image of 100 x 80."""
+    entries = [
+        annotation(id=i, bbox=box, **({} if area is None else {"area": area}))
+        for i, (box, area) in enumerate(zip(boxes, areas, strict=False))
+    ]
+    content = coco(annotations=entries)
+    for entry in entries:
+        if areas[0] is None:
+            entry.pop("area", None)
+    content["images"][0] |= size or {"width": 100, "height": 80}
+    picture(folder / "train" / "a.jpg", picture_size)
+    (folder / "train.json").write_text(json.dumps(content))
+    return load(folder)
+
+
+@pytest.mark.parametrize("size", [None, {"width": None, "height": None}])
+def test_boxes_that_are_corners_by_where_they_would_reach(tmp_path, size):
+    found = kinds(tmp_path, list(map(corners, SPREAD)), size=size)
+    assert [(each.kind, each.fatal) for each in found.problems] == [("not a box", True)] * 3
+    assert found.problems[0].message == (
+        "its bbox [60, 10, 90, 30] seems to be corners (xyxy), as all are; COCO has x, y, width, height "
+        "in pixels"
+    )
+
+
+def test_no_sizes_are_read_of_images_elsewhere(tmp_path):
+    picture(tmp_path / "elsewhere" / "b.jpg")
+    images = [{"id": 1, "file_name": str(tmp_path / "elsewhere" / "b.jpg")}]
+    boxes = [{"id": i, "image_id": 1, "category_id": 5, "bbox": corners(box)} for i, box in enumerate(SPREAD)]
+    found = load(plain(tmp_path / "here", coco(images, boxes)))
+    assert [each.kind for each in found.problems] == ["missing image"]
+
+
+def test_boxes_that_are_corners_by_their_areas(tmp_path):
+    assert len(kinds(tmp_path, [[5, 5, 20, 30]], [15 * 25]).problems) == 1
+    found = kinds(tmp_path, [[0.5, 0, 20, 30], [5, 5, 20, 31], [5, 5, 9, 9]], [19.5 * 30, 15 * 26, 3])
+    assert len(found.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("boxes", "areas"),
+    [
+        (SPREAD, (None,) * 3),
+        ([[5, 5, 20, 30], [1, 2, 30, 40]], (600, 1200)),
+        ([[5, 5, 20, 30], [1, 2, 30, 40]], (None,) * 2),
+        ([[0, 0, 20, 30], [0, 0, 30, 40]], (600, 1200)),
+        ([[10, 10, 98, 60], [5, 5, 20, 30], [5, 5, 20, 31]], (None,) * 3),
+        ([[10, 10, 92, 75]], (None,)),
+        ([[20, 10, 81, 71], [10, 20, 90, 61]], (None,) * 2),
+        ([[60, 10, 90, 30], [50, 45, 90, 75], [5, 5, 4, 20]], (None,) * 3),
+        ([[60, 10, 90, 30], [50, 45, 90, 75]], (2700, 6750)),
+        ([[60, 10, 190, 30], [50, 45, 90, 75]], (None,) * 2),
+    ],
+)
+def test_boxes_that_may_be_cocos_are_taken_for_them(tmp_path, boxes, areas):
+    assert "not a box" not in {each.kind for each in kinds(tmp_path, boxes, areas).problems}
+
+
+def test_corners_in_parts_of_the_image(tmp_path):
+    found = kinds(tmp_path, [[0.6, 0.7, 0.9, 1.0], [0.5, 0.1, 0.7, 0.4]])
+    assert [each.kind for each in found.problems] == ["not a box"] * 2
+
+
+@pytest.mark.parametrize(
+    ("categories", "told"),
+    [
+        (["cat", "dog"], 'its categories are no objects, but "cat"; COCO has {"id": 1, "name": "cat"}'),
+        (
+            [{"name": "cat"}],
+            'its categories have no id, as {"name": "cat"}; COCO has {"id": 1, "name": "cat"}',
+        ),
+        (
+            [{"id": 0, "name": "background"}],
+            'nothing uses its categories, and none names a class, as {"id": 0',
+        ),
+        ([], "there are no categories"),
+    ],
+)
+def test_why_there_are_no_classes(tmp_path, categories, told):
+    with pytest.raises(AnnotationError) as error:
+        load(plain(tmp_path, coco() | {"categories": categories}))
+    assert told in str(error.value)
+
+
 numbers = st.one_of(
     st.none(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=3), st.booleans()
 )

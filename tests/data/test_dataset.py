@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_data import BOX, annotation, as_voc, as_yolo, coco, picture, plain
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, tv_tensors
 
 from ssd import shapes
@@ -20,6 +20,7 @@ from ssd.data import (
     load,
     require_items,
 )
+from ssd.data.dataset import parts_of, require_in_pixels
 
 NAN = float("nan")
 
@@ -64,7 +65,9 @@ def test_background_images_stay(tmp_path):
 def test_another_size_than_annotated(tmp_path):
     plain(tmp_path)
     picture(tmp_path / "train" / "a.jpg", (80, 100))
-    with pytest.raises(AnnotationError, match=r"a\.jpg: is 80x100, but .*train\.json says 100x80 .*EXIF"):
+    with pytest.raises(
+        AnnotationError, match=r"a\.jpg: is 80x100, but .*train\.json says 100x80 .*exchanged"
+    ):
         DetectionDataset(load(tmp_path))[0]
 
 
@@ -209,3 +212,45 @@ def test_a_dataset_travels_to_a_worker(tmp_path):
     shapes.write_dataset(tmp_path, 2, 0)
     dataset = pickle.loads(pickle.dumps(DetectionDataset(load(tmp_path))))
     assert len(dataset[1][1]["boxes"]) == len(dataset[1][1]["labels"])
+
+
+def test_items_of_parts_keep_their_names(tmp_path):
+    first, second = (
+        DetectionDataset(
+            load(plain(tmp_path / name, coco([{"id": 1, "file_name": f"{name}.jpg"}]), [f"{name}.jpg"]))
+        )
+        for name in "ab"
+    )
+    both = ConcatDataset([first, Subset(ConcatDataset([second, first]), [1, 0])])
+    named = [item_name(both, i).rsplit("/", 1)[-1] for i in (0, 1, 2, -1)]
+    assert named == ["a.jpg", "a.jpg", "b.jpg", "b.jpg"]
+    assert parts_of(both) == [first, second, first]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[5, 5, 9, 9], [700, 20, 900, 60]], r"item 2: the box \[700.0, 20.0, 900.0, 60.0\] .*of 100x80"),
+        ([[-9, 5, 0, 9]], "is outside its image"),
+        ([[5, 80, 9, 99]], "is outside its image"),
+        ([[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]], "item 2: its boxes, such as .* parts of the image of 100x80"),
+        ([[-9, -9, 5, 5], [90, 70, 200, 300]], None),
+        ([[0, 0, 0.5, 0.5], [0.5, 0.5, 1.5, 1]], None),
+        ([], None),
+    ],
+)
+def test_boxes_that_nobody_judged_have_to_be_in_their_image(boxes, message):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    if message is None:
+        require_in_pixels(boxes, (100, 80), Dataset(), 2)
+        return
+    with pytest.raises(AnnotationError, match=message):
+        require_in_pixels(boxes, (100, 80), Dataset(), 2)
+
+
+def test_a_box_of_one_pixel_in_the_corner_is_one_where_it_was_judged(tmp_path):
+    dataset = DetectionDataset(load(plain(tmp_path)))
+    corner = np.array([[0, 0, 1, 1]], np.float32)
+    require_in_pixels(corner, (100, 80), Subset(ConcatDataset([dataset, dataset]), [1]), 0)
+    with pytest.raises(AnnotationError, match="parts of the image"):
+        require_in_pixels(corner, (100, 80), Dataset(), 0)

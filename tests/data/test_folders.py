@@ -17,6 +17,13 @@ from ssd.data.folders import (
     [
         *(("train", "train"), ("Training", "train"), ("instances_train2017", "train"), ("VALID", "val")),
         *(("my_Validation-set", "val"), ("test-dev2017", "test"), ("coco.test", "test")),
+        *(
+            ("trainset", "train"),
+            ("ValSet", "val"),
+            ("my_testset2", "test"),
+            ("dataset", None),
+            ("sets", None),
+        ),
         *(("", None), ("latest", None), ("trainval", None), ("train_val", None), ("default", None)),
     ],
 )

@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_split_is_told_by_its_own_format(tmp_path):
     as_voc(tmp_path / "voc" / "VOC2007")
     shutil.copytree(tmp_path / "voc" / "VOC2007", tmp_path / "voc" / "VOC2012")
     assert not find_split(tmp_path / "voc", "train")
-    with pytest.raises(AnnotationError, match="holds several datasets; give one of"):
+    with pytest.raises(AnnotationError, match="holds several datasets; give one of [^;]*$"):
         load(tmp_path / "voc")
 
 
@@ -109,7 +109,39 @@ def test_what_a_folder_holds_that_is_no_dataset(tmp_path):
     assert told() == "holds 2 .jpg, 1 without suffix, deep/"
     (tmp_path / "deep" / "data.yaml").unlink()
     as_voc(tmp_path / "deep" / "1")
-    assert told() == f"holds 2 .jpg, 1 without suffix, deep/; {tmp_path / 'deep'} is one"
+    assert told() == f"holds 2 .jpg, 1 without suffix, deep/; {tmp_path / 'deep'} is one: give that folder"
+
+
+def test_a_dataset_one_or_two_folders_deeper_is_named(tmp_path):
+    as_yolo(tmp_path / "a" / "b" / "b")
+    for given in ("a/b", "a"):
+        with pytest.raises(AnnotationError) as error:
+            load(tmp_path / given)
+        assert str(error.value).endswith(
+            (
+                f"; or give {tmp_path}/a/b/b, which is a dataset",
+                f"; {tmp_path}/a/b/b is one: give that folder",
+            )
+        )
+
+
+@pytest.mark.parametrize("part", ["images", "labels", "images/train", "labels/train"])
+def test_of_a_part_of_a_dataset_the_whole_is_named(tmp_path, part):
+    root = as_yolo(tmp_path.resolve() / "ds")
+    root = root.parent if root.is_file() else root
+    with pytest.raises(AnnotationError) as error:
+        load(root / part)
+    assert str(error.value).endswith(f"; {root} is one: give that folder")
+
+
+def test_a_dataset_whose_file_is_wrong_is_told_of_itself(tmp_path):
+    as_voc(tmp_path)
+    for file in (tmp_path / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    (tmp_path / "ImageSets" / "Main" / "other_.txt").write_text("")
+    (tmp_path / "ImageSets" / "Main" / "mine_.txt").write_text("")
+    with pytest.raises(AnnotationError, match=r"there is no train split; the lists are [^;]*$"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["x.json", "x.yaml", "x.xml"])

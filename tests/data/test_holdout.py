@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_data import annotation, coco, plain
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.data.holdout import hold_out, part_by_names
@@ -71,9 +73,33 @@ def test_copies_stay_together_whatever_was_done_to_them(tmp_path):
         assert not {name[0] for name in names(train)} & {name[0] for name in names(val)}
 
 
+def test_mirrored_copies_and_those_of_another_brightness_or_contrast_stay_together(tmp_path):
+    pictures = {}
+    for i in range(10):
+        whole = Image.fromarray(np.asarray(scene(i)) // 2 + 40)  # room for more, and for less
+        pictures |= {
+            f"{i}-a.png": (whole, {}),
+            f"{i}-b.jpg": (ImageOps.mirror(whole), {"quality": 80}),
+            f"{i}-c.jpg": (ImageEnhance.Brightness(whole).enhance(1.35), {"quality": 80}),
+            f"{i}-d.jpg": (ImageEnhance.Contrast(whole).enhance(0.6), {"quality": 80}),
+            f"{i}-e.png": (ImageEnhance.Brightness(ImageOps.mirror(whole)).enhance(0.7), {}),
+        }
+    found = dataset(tmp_path, pictures)
+    for seed in range(5):
+        train, val = hold_out(found, 0.3, seed)
+        assert len(val) == 15
+        assert not {name[0] for name in names(train)} & {name[0] for name in names(val)}
+
+
+def test_plain_pictures_of_another_brightness_are_no_copies(tmp_path):
+    """There is nothing else that tells them apart."""
+    grey = {f"{i}.png": (Image.new("RGB", (100, 80), (25 * i, 25 * i, 25 * i)), {}) for i in range(10)}
+    assert len(hold_out(dataset(tmp_path, grey), 0.3, 0)[1]) == 3
+
+
 def test_pictures_that_differ_in_colour_or_in_one_object_are_no_copies(tmp_path):
     """Flat ones all have the same hash."""
-    flat = {f"{i}.png": (Image.new("RGB", (64, 48), (20 * i, 90, 200 - 20 * i)), {}) for i in range(10)}
+    flat = {f"{i}.png": (Image.new("RGB", (100, 80), (20 * i, 90, 200 - 20 * i)), {}) for i in range(10)}
     assert len(hold_out(dataset(tmp_path / "flat", flat), 0.3, 0)[1]) == 3
     moving = {}
     for i in range(10):
@@ -123,6 +149,37 @@ def test_what_cannot_be_parted_is_told(tmp_path):
         hold_out(dataset(tmp_path / "b", plain_scenes(1)), 0.2, 0)
 
 
+def test_one_labelled_group_among_others_is_told_as_such(tmp_path):
+    found = dataset(tmp_path, plain_scenes(10), background=[f"{i:02}.png" for i in range(1, 10)])
+    with pytest.raises(AnnotationError, match=r"10: they make 10 groups .*, 1 of them with boxes to measure"):
+        hold_out(found, 0.2, 0)
+
+
+def crowded(found, crowd):
+    """The dataset, with the boxes of some images a crowd's."""
+    return replace(found, crowd=np.array(crowd))
+
+
+def test_what_evaluation_does_not_count_is_not_all_that_is_held_out(tmp_path):
+    """Two images have a box that is no crowd's, of which one is left to train on unless crowds are, too."""
+    found = crowded(dataset(tmp_path, plain_scenes(10)), [i not in (5, 6) for i in range(10)])
+    for crowd in (False, True):
+        for seed in range(6):
+            train, val = hold_out(found, 0.2, seed, crowd=crowd)
+            measured = {"05.png", "06.png"} & set(names(val))
+            assert len(measured) in ((1, 2) if crowd else (1,))
+            assert sorted(names(train) + names(val)) == names(found)
+
+
+def test_crowds_alone_cannot_be_measured(tmp_path):
+    found = crowded(dataset(tmp_path, plain_scenes(10)), [True] * 10)
+    for crowd in (False, True):
+        with pytest.raises(
+            AnnotationError, match=r"train\.json: no images can be held out .* no box that counts"
+        ):
+            hold_out(found, 0.2, 0, crowd=crowd)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5, 20, float("nan")])
 def test_other_fractions_are_refused(tmp_path, fraction):
     with pytest.raises(ValueError, match=r"above 0 and below 1; got"):
@@ -142,7 +199,7 @@ def test_parts_by_names_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(AnnotationError, match=r"1 images that were held out are not among .* as gone\.png"):
         part_by_names(found, ["gone.png", "01.png"])
     for held in ([], names(found)):
-        with pytest.raises(AnnotationError, match="of 3 images were held out"):
+        with pytest.raises(AnnotationError, match="of 3 images, which leaves none"):
             part_by_names(found, held)
 
 

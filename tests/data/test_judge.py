@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_data import BOX, annotation, as_voc, as_yolo, coco, picture, plain
+from PIL import Image
 
 from ssd.check import check_dataset
 from ssd.data import AnnotationError, DetectionDataset, load, require_boxes, usable_for_evaluation
@@ -301,3 +302,47 @@ def test_the_folder_itself_may_be_a_link_and_names_may_be_odd(tmp_path):
     os.symlink(tmp_path / "real", tmp_path / "link")
     dataset = DetectionDataset(load(tmp_path / "link"))
     assert dataset[0][0].size == dataset[1][0].size == (100, 80)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "told"),
+    [
+        (6, "(the annotations seem to ignore its EXIF orientation)"),
+        (3, "(width and height are exchanged)"),
+        (None, "(width and height are exchanged)"),
+    ],
+)
+def test_exif_is_named_only_where_the_image_has_it(tmp_path, orientation, told):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    upright = (100, 80)
+    picture(tmp_path / "train" / "a.jpg", upright[::-1] if orientation == 6 else upright, exif=exif)
+    content = coco([{"id": 1, "file_name": "a.jpg", "width": 80, "height": 100}])
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    found = load(tmp_path)
+    why = f"is 100x80, but {tmp_path}/train.json says 80x100 {told}; correct the annotations"
+    (problem,) = [each for each in check_dataset({"train": found}).splits[0].problems if each.fatal]
+    assert str(problem) == f"a.jpg: {why}"
+    with pytest.raises(AnnotationError) as error:
+        DetectionDataset(found)[0]
+    assert str(error.value) == f"{tmp_path}/train/a.jpg: {why}"
+
+
+def test_a_missing_image_is_told_with_what_is_called_like_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssd.images._reads_heif", lambda: False)
+    names = ["f0.jpg", "f1.jpg", "f2.jpg", "f3.jpg"]
+    plain(tmp_path, coco([{"id": i, "file_name": name} for i, name in enumerate(names)]), ["else.jpg"])
+    (tmp_path / "train" / "f0.heic").touch()
+    picture(tmp_path / "train" / "f1.png")
+    (tmp_path / "train" / "f2.txt").touch()
+    folder = tmp_path / "train"
+    assert [each.message for each in load(tmp_path).problems if each.kind == "missing image"] == [
+        f"there is no such file in {folder}{told}"
+        for told in (
+            "; f0.heic is there, which needs pillow-heif (pip install pillow-heif)",
+            "; f1.png is there",
+            "",
+            "",
+        )
+    ]

@@ -1,4 +1,5 @@
 import os
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -129,6 +130,23 @@ def test_what_is_not_there(folder, written, why):
     assert len(found.name) < 300
     assert "\0" not in found.name
     found.name.encode()
+
+
+def test_a_file_of_another_folder_is_not_taken_where_the_folder_that_is_named_is_there(tmp_path):
+    for name in ("cam1/1.jpg", "cam2/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    folder = ImageFolder(tmp_path)
+    assert folder.find("cam1/2.jpg") == ("cam1/2.jpg", "", False)
+    assert folder.find("elsewhere/2.jpg").name == "cam2/2.jpg"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_link_that_cannot_be_followed_hides_nothing_beside_it(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "notes").symlink_to("notes")
+    assert list(files_below(tmp_path)) == ["a.jpg", "notes"]
+    assert ImageFolder(tmp_path).find("a.jpg").name == "a.jpg"
 
 
 def test_lone_surrogates_can_be_shown(folder):

@@ -102,6 +102,26 @@ def test_a_label_file_elsewhere_is_taken_only_if_it_can_be_no_others(tmp_path):
     assert (doubtful, strays) == ({}, {"labels/train/a.txt": 1})
 
 
+@pytest.mark.parametrize(
+    ("label", "line"),
+    [("runs/detect/predict/labels/5.txt", LINE), ("odd/5.txt", "0 0.5 0.5 0.2 0.2 0.91\n")],
+)
+def test_what_a_network_found_is_not_taken_for_labels(tmp_path, label, line):
+    tree(tmp_path, "images/train/5.jpg", "images/train/6.jpg", "labels/train/6.txt", label)
+    (tmp_path / label).write_text(line)
+    labels, doubtful, _ = paired(tmp_path, "images/train")
+    assert labels["images/train/5.jpg"] is None
+    assert doubtful == {"images/train/5.jpg": [label]}
+
+
+def test_label_files_in_another_place_are_told(tmp_path):
+    tree(tmp_path, "images/train/5.jpg", "images/train/6.jpg", "labels/train/6.txt", "odd/5.txt")
+    images = [str(tmp_path / f"images/train/{number}.jpg") for number in (5, 6)]
+    found = pair(images, [str(tmp_path / "images/train")], str(tmp_path), "train")
+    assert found.labels[0] == str(tmp_path / "odd/5.txt")
+    assert found.elsewhere == [0]
+
+
 def test_labels_of_another_split_are_in_doubt_and_never_taken(tmp_path):
     tree(tmp_path, "images/val/a.jpg", "labels/train/a.txt", "images/train/b.jpg", "labels/train/b.txt")
     labels, doubtful, _ = paired(tmp_path, "images/val", "val")

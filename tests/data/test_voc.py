@@ -60,6 +60,63 @@ def test_errors_name_the_lists_that_are_there(tmp_path):
         load(made(tmp_path / "other", ["a"]), "val")
 
 
+def listed(folder, split):
+    return [name.split(".")[0] for name in load(folder, split).file_names.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "line"),
+    [
+        ("train.txt", "val.txt", "{}"),
+        ("train_list.txt", "val_list.txt", "JPEGImages/{0}.jpg Annotations/{0}.xml"),
+        ("Annotations/trainval.txt", "Annotations/valid.txt", "{} 12 1 2"),
+        ("splits/trainset.txt", "splits/valset.txt", "{}.xml"),
+        (
+            "2012_train.txt",
+            "2012_val.txt",
+            "/data/VOC2012/JPEGImages/{}.jpg 48,240,195,371,11 8,12,352,498,14",
+        ),
+    ],
+)
+def test_lists_in_other_places_make_the_splits(tmp_path, train, val, line):
+    made(tmp_path, ["a", "b", "c", "d 1"])
+    for name, stems in ((train, ["a", "d 1"]), (val, ["b"])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(map(line.format, stems)))
+    (tmp_path / "label_list.txt").write_text("cat\ndog\n")
+    assert splits(tmp_path) == ["train", "val"]
+    assert (listed(tmp_path, "train"), listed(tmp_path, "val")) == (["a", "d 1"], ["b"])
+    assert "1 XML files are in no list, such as c.xml, and not used" in load(tmp_path).notes
+
+
+def test_several_lists_in_other_places_that_may_be_one_splits(tmp_path):
+    made(tmp_path, ["a", "b"])
+    for name, stem in (("train1", "a"), ("train2", "b"), ("val", "b")):
+        (tmp_path / f"{name}.txt").write_text(stem)
+    assert splits(tmp_path) == ["val"]
+    with pytest.raises(
+        AnnotationError, match=r"no train split; the lists are train1\.txt, train2\.txt, val\.txt"
+    ):
+        load(tmp_path)
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    assert listed(tmp_path, "train") == ["a", "b"]
+
+
+def test_text_files_that_list_no_names_make_no_splits(tmp_path):
+    made(tmp_path, ["a", "b"])
+    for name in ("train", "val", "readme"):
+        (tmp_path / f"{name}.txt").write_text("100 epochs, loss 0.3\n")
+    assert splits(tmp_path) == ["train"]
+    assert listed(tmp_path, "train") == ["a", "b"]
+
+
+def test_folders_that_are_called_sets_are_splits(tmp_path):
+    made(tmp_path / "trainset", ["a"])
+    made(tmp_path / "valset", ["b"])
+    assert splits(tmp_path) == ["train", "val"]
+    assert listed(tmp_path, "val") == ["b"]
+
+
 @pytest.mark.parametrize(
     ("stem", "line"),
     [
@@ -205,6 +262,35 @@ def test_images_without_a_file_are_counted(tmp_path):
     assert load(tmp_path).notes == (note,)
 
 
+@pytest.mark.parametrize(
+    ("xml", "written", "others", "told"),
+    [
+        ("a/0001", "0001.jpg", ["a/0002", "b/0001"], "a/0001.jpg"),
+        ("a/0001", "a/0001.jpg", ["a/0002", "b/0001"], "a/0001.jpg"),
+        ("a/0001", "0001.jpg", ["a/0002", "0001"], "a/0001.jpg"),
+        ("0001", "a/0001.jpg", ["a/0002", "b/0001"], "a/0001.jpg"),
+        ("A/0001", "0001.jpg", ["a/0002", "b/0001"], "A/0001.jpg"),
+    ],
+)
+def test_a_file_of_another_folder_does_not_stand_for_a_missing_one(tmp_path, xml, written, others, told):
+    for each in others:
+        picture(tmp_path / "JPEGImages" / f"{each}.jpg")
+    for stem, name in ((xml, written), ("a/0002", "0002.jpg")):
+        file = tmp_path / "Annotations" / f"{stem}.xml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(of(name))
+    (problem,) = load(tmp_path).problems
+    assert (problem.kind, problem.file) == ("missing image", told)
+
+
+def test_folders_that_are_only_those_of_the_annotation_files_say_nothing_of_the_images(tmp_path):
+    picture(tmp_path / "JPEGImages" / "one" / "0001.jpg")
+    (tmp_path / "Annotations" / "a").mkdir(parents=True)
+    (tmp_path / "Annotations" / "a" / "0001.xml").write_text(of("0001.jpg"))
+    found = load(tmp_path)
+    assert (found.file_names.tolist(), found.problems) == (["one/0001.jpg"], ())
+
+
 # --- What files say ---------------------------------------------------------------------------------------
 
 
@@ -219,8 +305,9 @@ BAD = {
     b" \n": "is empty",
     of().encode()[:150]: "not an XML file (",
     b"\x00\x01\xff\xd8\x89": "not an XML file (",
-    b'<?xml version="1.0" encoding="klingon"?><annotation/>': "not an XML file (",
+    b'<?xml version="1.0" encoding="klingon"?><annotation>\xff</annotation>': "not an XML file (",
     BOMB.encode(): "it defines entities, which may expand without end",
+    b'<?xml version="1.0" encoding="utf-7"?>' + BOMB.replace("<", "+ADw-").encode(): "not an XML file (",
     BOMB.encode("utf-16"): "it defines entities, which may expand without end",
     b"<annotations><image/></annotations>": "its root element is <annotations>, not <annotation>; CVAT",
     b"<html><body/></html>": "its root element is <html>, not <annotation>",
@@ -380,3 +467,33 @@ def test_files_of_any_encoding_with_namespaces_or_without(tmp_path, encoding):
     (tmp_path / "Annotations" / "a.xml").write_bytes(f"\n{text}".encode(encoding))
     found = load(tmp_path)
     assert (found.class_names, found.boxes.tolist()) == (("\u732b",), [BOX])
+
+
+XML = "<?xml version='1.0' encoding='{}'?>\n"
+
+
+@pytest.mark.parametrize(
+    ("declared", "saved"),
+    [
+        *(
+            ("GBK", "gbk"),
+            ("gb2312", "gbk"),
+            ("utf-16", "utf-8"),
+            ("Big5", "big5"),
+            ("Shift_JIS", "shift_jis"),
+        ),
+        *(("us-ascii", "utf-8"), ("klingon", "utf-8")),
+    ],
+)
+def test_files_that_declare_another_encoding_than_the_parser_has_or_than_is_theirs(tmp_path, declared, saved):
+    made(tmp_path, ["a"])
+    text = XML.format(declared) + of().replace("cat", "\u8c93" if declared == "Big5" else "\u732b")
+    (tmp_path / "Annotations" / "a.xml").write_bytes(text.encode(saved))
+    found = load(tmp_path)
+    assert (found.class_names, found.boxes.tolist()) == ((text.split("<name>")[1][0],), [BOX])
+
+
+def test_a_mark_and_a_line_before_the_declaration(tmp_path):
+    made(tmp_path, ["a"])
+    (tmp_path / "Annotations" / "a.xml").write_text(f"\ufeff\n{XML.format('utf-8')}{of()}", "utf-8")
+    assert load(tmp_path).boxes.tolist() == [BOX]

@@ -252,6 +252,42 @@ def test_a_number_of_classes_that_is_not_that_of_the_names_is_told(tmp_path):
     assert load(tmp_path).notes == ("data.yaml says nc: 3, but has 2 names, which count",)
 
 
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        ("../val/images", ("valid/images/b.jpg", "valid/labels/b.txt")),
+        ("./valid/images", ("val/images/b.jpg", "val/labels/b.txt")),
+        ("images/val", ("images/Validation/b.jpg", "labels/Validation/b.txt")),
+        ("D:\\data\\valid\\images", ("val/images/b.jpg", "val/labels/b.txt")),
+        ("val.txt", ("valid.txt: photos/b.jpg\n", "photos/b.jpg", "photos/b.txt")),
+    ],
+)
+def test_a_split_may_go_by_its_other_names(tmp_path, named, files):
+    write(
+        tmp_path,
+        YAML.format(f"train: train/images\nval: {named}"),
+        "train/images/a.jpg",
+        "train/labels/a.txt",
+    )
+    assert not find_split(tmp_path, "val")
+    write(tmp_path, *files)
+    assert find_split(tmp_path, "val")
+    np.testing.assert_allclose(load(tmp_path, "val").boxes, [BOX])
+    assert load(tmp_path).notes == ()
+
+
+def test_a_val_split_that_leads_nowhere_is_told(tmp_path):
+    write(
+        tmp_path,
+        YAML.format("train: images/train\nval: images/nope"),
+        "images/train/a.jpg",
+        "labels/train/a.txt",
+    )
+    assert load(tmp_path).notes == ("data.yaml names images/nope as val, which is not there",)
+    (tmp_path / "images" / "nope").mkdir()
+    assert load(tmp_path).notes == ("data.yaml names images/nope as val, where there are no images",)
+
+
 def test_tags_of_yaml_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "images/a.jpg", "labels/a.txt: 0 0.25 0.5 0.3 0.5")

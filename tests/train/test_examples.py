@@ -9,7 +9,7 @@ from training import ALONE, CPU
 
 from ssd.data import DetectionDataset, item_name, load
 from ssd.distributed import World
-from ssd.errors import ImageError, LostContactError
+from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.train.examples import EpochBatches, Examples, Loader, whole_steps
 
 
@@ -75,6 +75,27 @@ def test_the_size_is_that_of_the_network(images, recipe):
     assert image.shape == (96, 96, 3)
     assert (boxes.dtype, labels.dtype, index) == (torch.float32, torch.int64, 3)
     assert boxes.numel() == 0 or boxes.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([0.1, 0.2, 0.6, 0.7], "seem to be parts of the image"),
+        ([50, 10, 90, 30], "outside its image of 40x30"),
+    ],
+)
+def test_boxes_that_are_not_in_pixels_of_the_image_are_told(box, message):
+    class Own(torch.utils.data.Dataset):
+        def name(self, index):
+            return f"frame-{index}"
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (40, 30)), {"boxes": [box], "labels": [1]}
+
+    told = Examples(Own(), 2, "none", 0, 96)[0, 7]
+    assert isinstance(told, AnnotationError)
+    assert str(told).startswith("frame-7: ")
+    assert message in str(told)
 
 
 def test_a_part_of_a_dataset_keeps_the_names_of_its_items(images):

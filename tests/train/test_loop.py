@@ -55,10 +55,14 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(images, tmp_p
     assert not torch.equal(weights(tmp_path / "other")[key], weights(tmp_path / "0")[key])
 
 
-def test_background_alone_is_a_loss_of_zero(tmp_path):
-    fit(Background(), Background(), replace(QUICK, epochs=1), tmp_path, say=None)
+@pytest.mark.parametrize("loss", ["batch", "multibox"])
+def test_background_alone_teaches_with_the_loss_of_the_batch_only_and_is_told(tmp_path, loss):
+    lines = []
+    fit(Background(), Background(), replace(SMALL, epochs=1, loss=loss), tmp_path, say=lines.append)
     (row,) = rows(tmp_path)
-    assert float(row["loss"]) == 0
+    assert (float(row["loss"]) > 0) == (loss == "batch")
+    assert float(row["loss"]) < float("inf")
+    assert "\n".join(lines).count("no image of the first epoch had a box, so the network learns nothing") == 1
     assert float(row["AP"]) == -1
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL_LAYOUT, made_model
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from training import QUICK, SMALL, Background, Interrupting, assert_equal, rows, weights
 
 from ssd import checkpoint, shapes
@@ -132,6 +132,31 @@ def test_a_part_of_a_dataset_keeps_names_and_ids(images):
     assert (names, tuple(ids)) == (shapes.CLASSES, images.annotations.category_ids)
 
 
+def test_labels_of_other_classes_are_refused(scenes, images, tmp_path):
+    names = images.class_names
+    for others in (names[::-1], names[:-1], (*names, "heart")):
+        with pytest.raises(ValueError, match=r"train\.json: its classes are .*, but those of training are"):
+            fit(images, None, QUICK, tmp_path, class_names=others, say=None)
+    other = DetectionDataset(load(scenes, "train", class_names=names[::-1]))
+    with pytest.raises(ValueError, match=f"its classes are {', '.join(names[::-1])}, but"):
+        fit(ConcatDataset([images, other]), None, QUICK, tmp_path, class_names=names, say=None)
+    with pytest.raises(AnnotationError, match="its classes are not those of training"):
+        fit(images, ConcatDataset([images, other]), QUICK, tmp_path, say=None)
+    both = ConcatDataset([images, Subset(images, [0])])
+    assert classes_of(both, names, None) == (names, [])
+    assert usable_val(both, names) is both
+
+
+def test_images_that_are_trained_on_and_evaluated_on_are_told(scenes, images, tmp_path):
+    (tmp_path / "link").symlink_to(scenes)
+    train = load(tmp_path / "link", "train")
+    told = introduction(images, train.select([0, 2, 3]), tmp_path / "a")
+    assert "val: 3 of its 3 images are trained on, too; its numbers say little" in told
+    told = introduction(Subset(images, [0, 1, 4]), train.select([0, 2, 3]), tmp_path / "b")
+    assert "val: 1 of its 3 images are trained on, too" in told
+    assert "trained on, too" not in introduction(images, load(scenes, "val"), tmp_path / "c")
+
+
 def test_a_dataset_without_names_is_told(images, tmp_path):
     with pytest.raises(ValueError, match="pass class_names="):
         fit([images[0], images[1]], None, QUICK, tmp_path, say=None)
@@ -214,7 +239,15 @@ def test_what_may_not_change_when_a_run_goes_on(images, toy_layout, tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             fit(images, None, replace(stopped, **change), tmp_path, resume=True, say=None)
     with pytest.raises(checkpoint.CheckpointError, match=r"is of other classes: circle, square"):
-        fit(images, None, stopped, tmp_path, class_names=list("abcdef"), resume=True, say=None)
+        fit(
+            Interrupting(images, 99),
+            None,
+            stopped,
+            tmp_path,
+            class_names=list("abcdef"),
+            resume=True,
+            say=None,
+        )
     assert fit(images, None, replace(stopped, channels_last=False), tmp_path, resume=True, say=None).finished
 
 

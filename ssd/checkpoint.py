@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError  # noqa: F401 (caught by this name, too)
 from ssd.files import atomic_file
-from ssd.labels import is_background, read_class_names
+from ssd.labels import is_background, may_hold_names, read_class_names
 from ssd.pretrained import PUBLISHED, weights_in
 from ssd.resnet import DEPTHS
 from ssd.transforms import describe_transform
@@ -55,8 +56,9 @@ class Checkpoint:
 _NOTES = ("category_ids", "config", "layout")
 _NAMES = (
     *("label_map", "class_names", "classes", "CLASSES", "names", "categories"),
-    *("class_to_idx", "idx_to_class", "id2label", "label2id"),
+    *("class_to_idx", "idx_to_class", "id2label", "label2id", "labels", "label_names"),
 )
+_OF_MANY_THINGS = ("labels", "label_names")  # classes where they are lists
 _INNER = ("data", "meta", "dataset_meta", "hyper_parameters", "hparams", "args", "config", "cfg")
 
 
@@ -106,21 +108,28 @@ def _notes(around: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
             (each, key) for each in inner for key in _NAMES
         ]
         for each, key in given:
+            if key in _OF_MANY_THINGS and not isinstance(each.get(key), list | tuple):
+                continue
             if key in each and not isinstance(each[key], Tensor):
                 notes.setdefault(key, each[key])
     return notes
 
 
 def _metadata_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The same, of a safetensors file."""
-    try:
-        notes = {key: json.loads(metadata[key]) for key in _NOTES if key in metadata}
-        names = json.loads(metadata.get("class_names", "[]"))
-        if not isinstance(names, list):
-            raise TypeError("its class names are no list")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    return notes | {"class_names": names, "is_ours": "class_names" in metadata}
+    """The same, of a safetensors file, whose notes are text, most of it JSON."""
+    notes: dict[str, Any] = {}
+    for key in (*_NOTES, *_NAMES):
+        if key not in metadata:
+            continue
+        try:
+            notes[key] = json.loads(metadata[key])
+        except (ValueError, RecursionError) as error:
+            if key == "layout":
+                raise CheckpointError(
+                    f"{path}: its layout, a note beside the weights, cannot be read ({error})"
+                ) from None
+            notes[key] = metadata[key]
+    return _notes([notes]) | {"is_ours": isinstance(notes.get("class_names"), list)}
 
 
 def _with_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,23 +264,47 @@ def _layout(path: Path, noted: object) -> Layout:
 
 def _class_names(path: Path, notes: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     """Names of classes 1 to num_classes - 1, which files give in many forms."""
-    ours = notes["class_names"] if notes.get("is_ours") else ()
-    if len(ours) == num_classes - 1 and all(isinstance(name, str) for name in ours):
-        return tuple(ours)  # a class may be called as the background is: labelme has one so
+    found: dict[str, tuple[str, ...]] = {}
     for key in _NAMES:
         try:
-            names = read_class_names(notes.get(key), num_classes - 1)
+            names = _read_names(key, notes, num_classes - 1)
         except ValueError as error:
+            if found:
+                continue
             raise CheckpointError(
                 f'{path}: its "{key}" gives {error}. Save it with the right names, in the order of training: '
                 f"{_with_names(path)}"
             ) from None
         if names:
-            return names
+            found[key] = names
+    if len(set(found.values())) > 1:
+        (first, ours), *rest = found.items()
+        second, theirs = next((key, names) for key, names in rest if names != ours)
+        i = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        raise CheckpointError(
+            f'{path}: its "{first}" and "{second}" give different class names, as {ours[i]!r} and '
+            f"{theirs[i]!r}. Save it with the right names, in the order of training: {_with_names(path)}"
+        )
+    if found:
+        return next(iter(found.values()))
+    unread = next((key for key in _NAMES if may_hold_names(notes.get(key))), None)
     coco = PUBLISHED["coco"].class_names
-    if num_classes == len(coco) + 1:
+    if unread:
+        warnings.warn(
+            f"{path}: its class names ({unread}) cannot be read; classes are called class 0 and on",
+            stacklevel=2,
+        )
+    elif num_classes == len(coco) + 1:
         return coco
     return tuple(f"class {i}" for i in range(num_classes - 1))
+
+
+def _read_names(key: str, notes: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    given = notes.get(key)
+    is_ours = key == "class_names" and notes.get("is_ours") and len(given or ()) == count
+    if is_ours and all(isinstance(name, str) for name in given or ()):
+        return tuple(given or ())  # a class may be called as the background is: labelme has one so
+    return read_class_names(given, count)
 
 
 def _with_names(path: Path) -> str:
@@ -279,12 +312,14 @@ def _with_names(path: Path) -> str:
     new, names = str(path.with_name(f"named-{path.name}")), "'the first class', 'the second'"
     code = f"from ssd import containers; c, notes = containers.read({str(path)!r}); "
     if path.suffix == ".safetensors":
+        kept = f"{{k: notes[k] for k in {_NOTES} if k in notes}}"
         return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
-            f"notes | {{'class_names': json.dumps([{names}])}})"
+            f"{kept} | {{'class_names': json.dumps([{names}])}})"
         )
+    kept = "{k: a[k] for a in n.around for k in ('category_ids', 'layout') if k in a}"
     return (
-        f"import torch; {code}c['label_map'] = dict(enumerate(['background', {names}])); "
-        f"torch.save(c, {new!r})"
+        f"import torch; {code}n = containers.find_network({str(path)!r}, c); torch.save({kept} | "
+        f"{{'model': n.tensors | n.beside, 'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
     )
 
 

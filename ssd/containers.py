@@ -135,11 +135,39 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         "Where the program that made it runs, load it as that program does, and save its model's tensors "
         f"alone: torch.save(model.state_dict(), {new_name(path)!r})"
     )
+    if kind and "pickle" in kind.name and _MAGIC not in head[:32]:
+        return (
+            f"this is {kind.name}, not a checkpoint of torch, and is not loaded for safety. {anew}; or, "
+            f"where it holds arrays by name: torch.save({{k: torch.as_tensor(v) for k, v in c.items()}}, "
+            f"{new_name(path)!r}), c being what it holds"
+        )
     if found := _refused(error):
         name = found.removeprefix("builtins.")
         return f"holds more than tensors and plain containers ({name}), and is not loaded for safety. {anew}"
     problem = f"damaged or cut off ({path.stat().st_size:,} bytes), or not to be loaded safely; get it again"
     return f"{problem}. {anew}" if "Weights only load failed" in str(error) else problem
+
+
+_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that torch's legacy files begin with
+
+
+def checkpoint_kind(path: Path) -> str:
+    """What kind of checkpoint a file is, for messages; empty for an exported program and whatever else."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    kind = identify(head)
+    if kind and kind.name == "a safetensors file":
+        return kind.name
+    if _MAGIC in head[:32]:
+        return "a checkpoint of torch"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return ""
+    inner = [name.partition("/")[2] for name in names]  # below the archive's own name
+    is_program = any(name == "constants.pkl" or name.startswith("code/") for name in inner)
+    return "a checkpoint of torch" if "data.pkl" in inner and not is_program else ""
 
 
 def _within(path: Path) -> str:

@@ -334,7 +334,8 @@ class Detections:
         picture_format = Image.registered_extensions().get(path.suffix.lower())
         if picture_format not in Image.SAVE:
             raise ValueError(f"{path}: pictures end in .jpg, .png, .webp or another suffix that Pillow knows")
-        if path.exists() and os.path.exists(self.source) and path.samefile(self.source):
+        own = self._kept.path if isinstance(self._kept, Original) else ""
+        if path.exists() and any(map(path.samefile, filter(os.path.exists, (own, self.source)))):
             raise ValueError(f"{path} is the source image, which is never overwritten; save to another path")
         with self._room():
             picture = self.draw(font=font)

@@ -26,7 +26,7 @@ from ssd.devices import choose_precision, usable_device
 from ssd.errors import ImageError, NonFiniteError
 from ssd.images import MAX_PIXELS, ImageSource, load_scaled, source_path
 from ssd.model import SSD, load_model
-from ssd.pixels import DECODED, Original, origin
+from ssd.pixels import DECODED, Original, opened_path, origin
 from ssd.postprocess import PaddedDetections
 from ssd.sources import Named, find_images
 from ssd.transforms import resize
@@ -249,7 +249,7 @@ class Detector:
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
             sources = find_images(sources)
-        elif isinstance(sources, Image.Image | bytes) or getattr(sources, "ndim", 4) < 4:
+        elif _is_one_image(sources):
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
             )
@@ -380,7 +380,7 @@ class Detector:
             resized = resize(whole, self.layout.size)
             kept: Image.Image | Original | None = whole if whole.size == size else None
             if kept is not None and where:
-                kept = Original(*where[0], name or "image", size, how.max_pixels)
+                kept = Original(*where[0], name or "image", size, how.max_pixels, opened_path(image))
             del whole  # before others get its room
         return Input(name, kept, size, resized, number)
 
@@ -457,6 +457,14 @@ def _named(source: AnySource, number: int | None) -> Named:
         return source
     name = source_path(source) or ("" if number is None else f"image {number}")
     return Named(name, source)
+
+
+def _is_one_image(source: object) -> bool:
+    """Whether a source of a stream, which may be an array of paths, is an image itself."""
+    if isinstance(source, Image.Image | bytes | bytearray | memoryview) or hasattr(source, "read"):
+        return True
+    kind = getattr(getattr(source, "dtype", None), "kind", "")
+    return kind not in ("O", "U", "S") and getattr(source, "ndim", 4) < 4
 
 
 def _pixels_in_memory(image: ImageSource) -> int:

@@ -233,6 +233,8 @@ def _opened(source: object, name: str) -> Iterator[IO[bytes]]:
         raise ImageError(f"{shortened(name)}: {problem}")
     elif isinstance(source, str) and web.is_url(source):
         yield io.BytesIO(_read_url(source))
+    elif source == "":
+        raise ImageError(f"{name}: an empty path")
     elif isinstance(source, str | os.PathLike):
         with _open_path(Path(source), name) as file:
             yield file if file.seekable() else io.BytesIO(file.read())
@@ -267,6 +269,8 @@ def _read_file(file: Readable, name: str) -> bytes:
         file.seek(0)  # type: ignore[attr-defined]
     try:
         content = file.read()
+    except (UnicodeDecodeError, io.UnsupportedOperation) as error:
+        raise ImageError(f"{name}: is open as text, or not for reading; open files with mode 'rb'") from error
     except ValueError as error:
         raise ImageError(f"{name}: {error}; open the file again") from error  # it was closed
     if not isinstance(content, bytes | bytearray | memoryview):
@@ -298,8 +302,13 @@ def _reason(error: BaseException) -> str:
 
 def _of_pil_image(source: Image.Image, name: str) -> Image.Image:
     with _refusals(name):
-        with _LAZY_READ:
-            source.load()
+        try:
+            with _LAZY_READ:
+                source.load()
+        except (AssertionError, AttributeError) as error:
+            raise ImageError(
+                f"{name}: its file was closed before its pixels were read; read them first: image.load()"
+            ) from error
         image = _upright_rgb(source, name)
         return image.copy() if image is source else image
 
@@ -604,10 +613,17 @@ def _shape_advice(shape: tuple[int, ...]) -> str:
 
 def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
     if values.dtype == np.uint8:
+        if values.size and values.max() == 1:
+            _tell_dark(name, "its values reach only to 1", "if 1 is white, pass array.astype(bool)")
         return cast("npt.NDArray[np.uint8]", values)
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.uint16:
+        high = int(values.max()) if values.size else 0
+        if 0 < high <= 4095:
+            white = 255 if high <= 255 else 1023 if high <= 1023 else 4095
+            scale = f"if {white} is white, scale it: (array * (65535 / {white})).astype(numpy.uint16)"
+            _tell_dark(name, f"of 16 bits, its values reach only to {high}", scale)
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if values.dtype.kind in "iu":
         return _integers_to_uint8(values, name)
@@ -617,6 +633,10 @@ def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint
         )
         raise ImageError(f"{name}: values are uint8, uint16 or floats in [0, 1]; got {values.dtype}{hint}")
     return _floats_to_uint8(cast("npt.NDArray[np.floating[Any]]", values), name)
+
+
+def _tell_dark(name: str, what: str, advice: str) -> None:
+    warnings.warn(f"{name}: {what}, so it is seen as nearly black; {advice}", stacklevel=2)
 
 
 def _integers_to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """Class names: COCO's 80, with their official category ids, and those that other people's files give."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 
@@ -50,9 +51,9 @@ def is_background(name: str) -> bool:
 def read_class_names(given: object, count: int) -> tuple[str, ...] | None:
     """The names of a network's classes, from any of the forms in which files give them.
 
-    A list of names, or of COCO's categories, {number: name} and {name: number} are known; numbers may be
-    text, and count from the background or from the first class. Names are taken where one reading alone fits
-    the network.
+    A list of names, or of COCO's categories, {number: name} and {name: number} are known, and text with
+    commas or JSON; numbers may be text, and count from the background or from the first class. Names are
+    taken where one reading alone fits the network.
 
     Args:
         given: what a file says, of any type.
@@ -69,11 +70,15 @@ def read_class_names(given: object, count: int) -> tuple[str, ...] | None:
     >>> read_class_names({"cat": 0, "cup": 1}, 2)
     ('cat', 'cup')
     """
+    if isinstance(given, str):
+        given = _from_text(given)
     if isinstance(given, Mapping):
         return _from_numbers(_numbered(given.items()), count)
     if not isinstance(given, list | tuple):
         return None
     if given and all(isinstance(each, Mapping) and "name" in each for each in given):
+        if not any("id" in each for each in given):
+            return read_class_names([each["name"] for each in given], count)
         return _from_numbers(_numbered((each.get("id"), each["name"]) for each in given), count)
     names = tuple(each for each in given if isinstance(each, str))
     if not names:
@@ -85,6 +90,33 @@ def read_class_names(given: object, count: int) -> tuple[str, ...] | None:
     if len(names) != count or any(map(is_background, names)):
         raise ValueError(_misfit(names, count))
     return names
+
+
+def may_hold_names(given: object) -> bool:
+    """Whether there may be names in what a file says, be they in a form that is not known.
+
+    >>> may_hold_names({"cat": [0]}), may_hold_names({1: 3}), may_hold_names("experiment 7")
+    (True, False, False)
+    """
+    if isinstance(given, str):
+        return re.search(r"[,;\n\[{]", given) is not None
+    if isinstance(given, Mapping):
+        given = [*given.keys(), *given.values()]
+    parts = given if isinstance(given, list | tuple) else [given]
+    return not all(
+        each is None or isinstance(each, int | float) or _number(each) is not None for each in parts
+    )
+
+
+def _from_text(text: str) -> object:
+    """What a text has of names: JSON's value, or its parts between commas, semicolons or lines."""
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+    parts = [part.strip() for part in re.split(r"[,;\n]", text.strip())]
+    return parts if len(parts) > 1 and all(parts) else None
 
 
 def _numbered(entries: Iterable[tuple[object, object]]) -> dict[int, str]:
@@ -106,6 +138,8 @@ def _numbered(entries: Iterable[tuple[object, object]]) -> dict[int, str]:
 
 def _number(value: object) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

@@ -83,6 +83,13 @@ class Original:
     """Width and height of the upright image."""
     max_pixels: int = MAX_PIXELS
     """See `ssd.load_image`."""
+    opened: str = ""
+    """The absolute path of a file that was given open."""
+
+    @property
+    def path(self) -> str:
+        """The file on the disk, which a picture must not replace; empty if there is none."""
+        return self.file if isinstance(self.file, str) else self.opened
 
     @property
     def pixels(self) -> int:
@@ -113,6 +120,12 @@ def origin(source: ImageSource, file: IO[bytes]) -> tuple[str | bytes, tuple[int
     if isinstance(file, io.BytesIO):  # of a URL, or given as bytes or as a file
         return file.getvalue(), None
     return os.path.abspath(os.fsdecode(cast(str, source))), _state(os.fstat(file.fileno()))
+
+
+def opened_path(source: object) -> str:
+    """The absolute path of an open file; empty where there is none."""
+    name = getattr(source, "name", None)
+    return os.path.abspath(name) if isinstance(name, str) and os.path.isfile(name) else ""
 
 
 def _state(found: os.stat_result) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def find_all(
     def each() -> Iterator[Named | LeftOut]:
         for text in sources:
             kind = source_of(text)
-            is_file = kind is SOURCES["file or URL"] and os.path.isfile(text)
+            is_file = kind is SOURCES["file or URL"] and os.path.exists(text)
             yield from [_by_content(text)] if is_file and len(sources) > 1 else kind.find(text)
 
     yield from _told(each(), on_left_out)

@@ -290,18 +290,64 @@ def test_a_few_bytes_that_stand_for_a_hundred_million_classes_are_refused(tmp_pa
         load_model(tmp_path / "bomb.pt")
 
 
-@pytest.mark.parametrize("labels", [{"²": "a", "--1": "b", "9" * 5000: "c"}, [1], {1: 3}, None])
-def test_odd_class_names_are_left_out(tmp_path, small_model, labels):
+@pytest.mark.parametrize("labels", [[1], {1: 3}, None, "run 7"])
+def test_what_is_no_class_names_is_left_out(tmp_path, small_model, labels):
     torch.save({"model": small_model.state_dict(), "label_map": labels}, tmp_path / "odd.pt")
     assert checkpoint.read(tmp_path / "odd.pt").class_names == ("class 0", "class 1", "class 2")
 
 
-@pytest.mark.parametrize("names", ["5", "null", "[" * 100_000, "{"])
-def test_odd_metadata_is_refused(tmp_path, small_model, names):
-    state = {key: value.contiguous() for key, value in small_model.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "odd.safetensors", {"class_names": names})
-    with pytest.raises(CheckpointError, match="odd.safetensors"):
-        load_model(tmp_path / "odd.safetensors")
+@pytest.mark.parametrize(
+    "labels",
+    [{"²": "a", "--1": "b", "9" * 5000: "c"}, np.array(["a", "b", "c"]), {"a": [0]}, "a,,b", [["a"]]],
+    ids=["numbers", "array", "lists", "text", "nested"],
+)
+def test_class_names_that_cannot_be_read_are_told(tmp_path, small_model, labels):
+    torch.save({"model": small_model.state_dict(), "label_map": labels}, tmp_path / "odd.pt")
+    with pytest.warns(
+        UserWarning, match=r"odd\.pt: its class names \(label_map\) cannot be read; classes are"
+    ):
+        found = checkpoint.read(tmp_path / "odd.pt")
+    assert found.class_names == ("class 0", "class 1", "class 2")
+
+
+def saved(path, model, notes):
+    """A safetensors file with the notes, as text."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, path, {"layout": json.dumps(SMALL_LAYOUT.to_dict())} | notes)
+    return path
+
+
+@pytest.mark.parametrize("names", ["[" * 100_000, "{", "cat,,cup", '[["cat"]]'])
+def test_notes_of_safetensors_that_cannot_be_read_are_told(tmp_path, tiny_model, names):
+    path = saved(tmp_path / "odd.safetensors", tiny_model, {"class_names": names})
+    with pytest.warns(UserWarning, match=r"odd\.safetensors: its class names \(class_names\) cannot"):
+        assert checkpoint.read(path).class_names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("layout", ["300", "[" * 100_000, "{", "none"])
+def test_a_layout_that_cannot_be_read_is_refused(tmp_path, tiny_model, layout):
+    path = saved(tmp_path / "odd.safetensors", tiny_model, {"layout": layout})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: its layout"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"class_names": "cat,cup, person"},
+        {"class_names": "cat,cup,person", "config": "lr 0.1, for 3 epochs"},
+        {"class_names": '{"0": "background", "1": "cat", "2": "cup", "3": "person"}'},
+        {"label_map": '{"1": "cat", "2": "cup", "3": "person"}', "class_names": "5"},
+        {"names": '["cat", "cup", "person"]', "category_ids": "?"},
+        {
+            "id2label": '{"0": "cat", "1": "cup", "2": "person"}',
+            "label2id": '{"cat": 0, "cup": 1, "person": 2}',
+        },
+    ],
+)
+def test_notes_of_safetensors_in_the_forms_of_others(tmp_path, tiny_model, notes):
+    found = checkpoint.read(saved(tmp_path / "w.safetensors", tiny_model, notes))
+    assert (found.class_names, found.config, found.category_ids) == (NAMES, {}, ())
 
 
 # --- Class names ---
@@ -324,6 +370,13 @@ NAMES = ("cat", "cup", "person")
         {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cup"}, {"id": 3, "name": "person"}]},
         {"label_map": {1: 3, 2: 2}, "class_names": NAMES},
         {"names": "experiment 7", "classes": 3, "class_names": NAMES},
+        {"label_map": {0.0: "cat", 1.0: "cup", 2.0: "person"}},
+        {"categories": [{"name": "cat"}, {"name": "cup"}, {"name": "person"}]},
+        {"classes": "cat, cup, person"},
+        {"labels": list(NAMES)},
+        {"label_names": ["background", *NAMES]},
+        {"labels": np.zeros(3), "names": NAMES, "label_map": {1: "cat", 2: "cup", 3: "person"}},
+        {"label_map": np.zeros(3), "names": NAMES},
     ],
 )
 def test_class_names_in_the_forms_of_others(tmp_path, tiny_model, notes):
@@ -351,6 +404,23 @@ def test_class_names_that_do_not_fit_can_be_replaced_as_advised(
     with pytest.raises(
         CheckpointError, match="for a network of 3 classes and the background|no text"
     ) as caught:
+        load_model(f"w{suffix}")
+    code = str(caught.value).split("in the order of training: ")[1]
+    exec(code.replace("'the first class', 'the second'", "'cat', 'cup', 'person'"), {})
+    assert load_model(f"named-w{suffix}")[1].class_names == NAMES
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_two_lists_of_class_names_that_differ_are_refused(tmp_path, monkeypatch, tiny_model, suffix):
+    monkeypatch.chdir(tmp_path)
+    others = {"class_names": list(NAMES), "names": ["cat", "person", "cup"]}
+    if suffix == ".pt":
+        content = {"layout": SMALL_LAYOUT.to_dict(), "data": {"names": others.pop("names")}} | others
+        torch.save({"model": tiny_model.state_dict()} | content, "w.pt")
+    else:
+        saved("w.safetensors", tiny_model, {key: json.dumps(value) for key, value in others.items()})
+    told = "its \"class_names\" and \"names\" give different class names, as 'cup' and 'person'"
+    with pytest.raises(CheckpointError, match=told) as caught:
         load_model(f"w{suffix}")
     code = str(caught.value).split("in the order of training: ")[1]
     exec(code.replace("'the first class', 'the second'", "'cat', 'cup', 'person'"), {})

@@ -361,12 +361,38 @@ def test_what_is_not_loaded_for_safety_can_be_saved_anew_as_advised(tmp_path, mo
         with pytest.raises(CheckpointError, match=r"save its model's tensors alone: ") as caught:
             containers.read(pathlib.Path(name))
         assert "weights_only" not in str(caught.value)
-        advice = re.search(r"torch\.save\(.*\)", str(caught.value))[0]
+        advice = re.search(r"torch\.save\(model.*?'\)", str(caught.value))[0]
         code.append(f"name = {name!r}; model = {load}; {advice}")
     subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(code)], check=True)
     for name in loads:
         anew = pathlib.Path(f"{name.split('.')[0]}-weights.pt")
         assert find(containers.read(anew)[0]).tensors.keys() == net.state_dict().keys()
+
+
+def test_a_plain_pickle_is_told_and_its_arrays_can_be_saved_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    c = {key: value.numpy() for key, value in made().items()}
+    for protocol in (2, 3, 4, 5):
+        pathlib.Path("zoo.pkl").write_bytes(pickle.dumps(c, protocol=protocol))
+        with pytest.raises(CheckpointError, match=r"zoo\.pkl: this is a pickle of Python, not a") as caught:
+            containers.read(pathlib.Path("zoo.pkl"))
+    exec(re.search(r"torch\.save\(\{.*?'\)", str(caught.value))[0], {"torch": torch, "c": c})
+    assert_is(find(containers.read(pathlib.Path("zoo-weights.pt"))[0]), made())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_kinds_of_checkpoints_are_told_from_programs(tmp_path, zipped):
+    import safetensors.torch
+
+    path = tmp_path / "w.onnx"
+    for protocol in (2, 4):
+        torch.save(made(), path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+        assert containers.checkpoint_kind(path) == "a checkpoint of torch"
+    safetensors.torch.save_file(made(), path)
+    assert containers.checkpoint_kind(path) == "a safetensors file"
+    for content in (b"", b"hello", b"PK\3\4", b"\x08\x08\x12\x07pytorch"):
+        path.write_bytes(content)
+        assert containers.checkpoint_kind(path) == ""
 
 
 def test_what_was_read_can_be_saved_and_is_plain_then(tmp_path):

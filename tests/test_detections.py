@@ -14,7 +14,7 @@ from PIL import Image
 from ssd.detections import Detection, Detections
 from ssd.errors import ImageError
 from ssd.labels import COCO_NAMES
-from ssd.pixels import Original, origin
+from ssd.pixels import Original, opened_path, origin
 
 NAMES = ("cat", "dog", "wine glass")
 
@@ -41,6 +41,25 @@ def found(image):
 @pytest.fixture
 def nothing(image):
     return Detections([], [], [], class_names=NAMES, image_size=(100, 200), image=image)
+
+
+@pytest.mark.parametrize("way", ["elsewhere", "renamed", "open"])
+def test_the_source_image_is_never_overwritten_whatever_it_is_called(image, tmp_path, monkeypatch, way):
+    path = tmp_path / "a.png"
+    image.save(path)
+    monkeypatch.chdir(tmp_path)
+    with path.open("rb") as file:
+        kept = Original(*origin("a.png", file), "a.png", image.size)
+        if way == "open":
+            kept = Original(path.read_bytes(), None, "a.png", image.size, opened=opened_path(file))
+    made = Detections(
+        [], [], [], NAMES, (100, 200), source="photo 1" if way == "renamed" else "a.png", image=kept
+    )
+    monkeypatch.chdir("/")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is the source image, which is never overwritten"):
+        made.save(path)
+    assert path.read_bytes() == before
 
 
 def test_types_and_shapes(found, nothing):

@@ -677,3 +677,15 @@ def test_frames_are_read_ahead_by_their_pixels(detector, monkeypatch):
     next(found)
     assert len(asked) <= 8 + 8 + 3
     assert len(list(found)) == 39
+
+
+def test_a_stream_takes_an_array_of_paths_and_no_single_image(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+    detector = Detector(made_model(num_classes=3), ["cat", "dog"])
+    for kind in (object, str):
+        assert len(list(detector.stream(np.array([str(path)] * 2, kind)))) == 2
+    with path.open("rb") as file:
+        for one in (file, bytearray(path.read_bytes()), np.zeros((30, 40, 3), np.uint8)):
+            with pytest.raises(TypeError, match="for one, call the detector"):
+                detector.stream(one)

@@ -900,3 +900,31 @@ def test_small_images_and_other_formats_are_read_whole(tmp_path):
         small, size = load_scaled(tmp_path / name, 300)
         assert small.size == size
         assert np.array_equal(np.asarray(small), np.asarray(load_image(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (np.full((4, 4, 3), 200, np.uint16), "reach only to 200, .* if 255 is white"),
+        (np.full((4, 4), 4000, np.uint16), "reach only to 4000, .* if 4095 is white"),
+        (np.eye(4, dtype=np.uint8), "reach only to 1, .* array.astype"),
+    ],
+)
+def test_values_that_would_be_seen_as_black_are_told(values, what):
+    with pytest.warns(UserWarning, match=what):
+        load_image(values)
+
+
+def test_files_that_are_open_otherwise_are_told_as_that(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    with path.open(encoding="utf-8") as file, pytest.raises(ImageError, match="open files with mode 'rb'"):
+        load_image(file)
+    with path.open("ab") as file, pytest.raises(ImageError, match="open files with mode 'rb'"):
+        load_image(file)
+    with Image.open(path) as image:
+        pass
+    with pytest.raises(ImageError, match=r"its file was closed .* image\.load\(\)"):
+        load_image(image)
+    with pytest.raises(ImageError, match="an empty path"):
+        load_image("")

@@ -1,8 +1,10 @@
+import json
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from ssd.labels import COCO_CATEGORY_IDS, COCO_NAMES, category_ids, read_class_names
+from ssd.labels import COCO_CATEGORY_IDS, COCO_NAMES, category_ids, may_hold_names, read_class_names
 
 
 def test_coco_has_80_names_and_as_many_ids_up_to_90():
@@ -42,6 +44,11 @@ def test_every_form_gives_the_same_names_or_none_fit(names, background, order):
         {name: number for number, name in enumerate(names)},
         {name: str(number) for number, name in enumerate(with_background)},
         [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
+        [{"name": name} for name in with_background],
+        {float(number): name for number, name in enumerate(names)},
+        json.dumps(with_background),
+        "\n".join(with_background),
+        ", ".join(with_background),
     ]
     for form in forms:
         if isinstance(form, dict):  # numbers count, not their order in the file
@@ -82,7 +89,21 @@ def test_names_of_which_it_is_open_whose_they_are(given, reason):
 
 @pytest.mark.parametrize(
     "given",
-    [None, 3, "ab", [], {}, [1, 2], {1: 3}, {"1": 1, "90": 2}, {"²": "a", "9" * 5000: "b"}, {0: None}],
+    [
+        None,
+        3,
+        "ab",
+        "a,,b",
+        "[a, b]",
+        "{",
+        [],
+        {},
+        [1, 2],
+        {1: 3},
+        {"1": 1, "90": 2},
+        {"²": "a", "9" * 5000: "b"},
+        {0: None},
+    ],
 )
 def test_what_holds_no_names(given):
     assert read_class_names(given, 2) is None
@@ -90,3 +111,14 @@ def test_what_holds_no_names(given):
 
 def test_cocos_official_ids_are_known():
     assert read_class_names(dict(zip(COCO_CATEGORY_IDS, COCO_NAMES, strict=True)), 80) == COCO_NAMES
+
+
+@pytest.mark.parametrize("given", [None, 3, 0.5, "run 7", [], {}, [1, 2.0], {1: 3}, {"1": 1, "90": 2}])
+def test_what_has_no_text_is_no_attempt_at_names(given):
+    assert not may_hold_names(given)
+
+
+@pytest.mark.parametrize("given", [object(), "a,,b", "[a, b]", [["a"]], {"cat": [0]}, {0: {"title": "cat"}}])
+def test_what_may_be_names_in_an_unknown_form(given):
+    assert may_hold_names(given)
+    assert read_class_names(given, 2) is None

@@ -190,3 +190,13 @@ def test_a_toy_source_may_leave_out_too(monkeypatch):
     told = []
     assert [each.name for each in find_images("toy:", told.append)] == ["one"]
     assert told == [{"black frame": 1}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_among_several_is_left_out(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
+    told = []
+    found = find_all([str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")], told.append)
+    assert [each.name for each in found] == [str(tmp_path / "b.jpg")]
+    assert told == [{"special file": 1}]

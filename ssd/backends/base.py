@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssd import containers
 from ssd.backends import BACKENDS
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import BACKBONES, PRECISIONS, Backbone
@@ -313,6 +314,9 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 def _require_no_stand_in(path: Path) -> None:
     """Require of a file, or of those of a folder, not to be something else, such as a Git LFS pointer."""
+    if path.is_file() and (found := containers.checkpoint_kind(path)):
+        suffix = ".safetensors" if "safetensors" in found else ".pt"
+        raise CheckpointError(f"{path}: this is {found}; name it {suffix}") from None
     for file in (path, *sorted(path.glob("model.*"))):
         if file.is_file():
             with file.open("rb") as stream:

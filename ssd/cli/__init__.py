@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from ssd.errors import UserError
 from ssd.web import READ_ERRORS
 
 FAILED = 1
+INTERRUPTED = 130
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -126,6 +129,10 @@ def main() -> None:
     # Pillow's blocks of 16 MB stay with the thread that freed them; larger ones go back to the system, which
     # for photos of 50 megapixels is a third of a gigabyte less.
     os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")
+    show = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, file, *rest: (  # one of ours is a line for the user
+        f"ssd: {message}\n" if file.startswith(_PACKAGE) else show(message, category, file, *rest)
+    )
     try:
         app(prog_name="ssd")
     except (UserError, *READ_ERRORS) as error:  # the latter are OSErrors, such as FileNotFoundError, too

@@ -18,8 +18,6 @@ from ssd.distributed import World
 from ssd.errors import UserError
 from ssd.files import make_folder, run_folder
 
-INTERRUPTED = 130
-
 AUTO = "auto"
 Precision: TypeAlias = Annotated[
     str,

@@ -12,10 +12,9 @@ import typer
 from tqdm import tqdm
 
 from ssd.backends import Options
-from ssd.cli import FAILED
+from ssd.cli import FAILED, INTERRUPTED
 from ssd.cli.common import (
     AUTO,
-    INTERRUPTED,
     BatchSize,
     Device,
     Precision,
@@ -91,6 +90,9 @@ def detect(
         )
     if annotations is not None and format != "coco":
         raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
+    wanted = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
+    if wanted == []:
+        raise typer.BadParameter("names no class", param_hint="--classes")
     found_images, total = _find(sources)
     failures: list[str] = []
 
@@ -110,7 +112,7 @@ def detect(
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 max_detections=max_detections,
-                classes=None if classes is None else list(filter(None, map(str.strip, classes.split(",")))),
+                classes=wanted,
                 on_error=report,
                 scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,

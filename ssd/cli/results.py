@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -209,9 +209,8 @@ def ids_of_file(file: Path, sources: Sequence[str], class_names: Sequence[str]) 
     """
     try:
         content = json.loads(read_text(file))
-        entries, listed = content["images"], content["categories"]
-        known = {str(each["file_name"]): _id(each["id"]) for each in entries}
-        categories = [(_id(each["id"]), str(each["name"])) for each in listed]
+        entries = [(str(each["file_name"]), _id(each["id"])) for each in content["images"]]
+        categories = [(_id(each["id"]), str(each["name"])) for each in content["categories"]]
         used = {each.get("category_id") for each in content.get("annotations", [])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -220,18 +219,32 @@ def ids_of_file(file: Path, sources: Sequence[str], class_names: Sequence[str]) 
             f"{file}: not a dataset in COCO's format, with images, their ids and file names, and categories "
             f"({type(error).__name__}: {error})"
         ) from error
+    known = dict(entries)
     found = _matched(sources, list(known))
+    left_out = [source for source in sources if source not in found]
+    shared = _shared_names(left_out, sources, known)
+    if not found and shared:
+        raise AnnotationError(
+            f"{file}: several sources are called {_some(shared)}, and it does not say in which folder its "
+            "own is; pass the images of one folder"
+        )
     if not found:
         raise AnnotationError(
             f"{file}: has none of the images by name: it has {_some(list(known))}; "
             f"the sources are {_some(sources)}"
         )
     ids, notes = _category_ids(file, categories, used, class_names)
-    left_out = [source for source in sources if source not in found]
+    if twice := sorted({name for name, number in entries if known[name] != number}):
+        what = "file names stand" if len(twice) > 1 else "file name stands"
+        notes.append(
+            f"{len(twice)} {what} twice in {file}, with different ids: {_some(twice)}; "
+            "the results have the last"
+        )
     missed = sorted(known.keys() - found.values())
     if left_out:
         what = f"{len(left_out)} of {len(sources)} images are not in {file}, or not under one name alone"
-        notes.append(f"{what}; the results leave them out: {_some(left_out)}")
+        why = f" (several sources are called {_some(shared)})" if shared else ""
+        notes.append(f"{what}{why}; the results leave them out: {_some(left_out)}")
     if missed:
         what = f"{len(missed)} of {len(known)} images of {file} are not among the sources"
         notes.append(f"{what}; to be scored, their objects count as missed: {_some(missed)}")
@@ -251,24 +264,75 @@ def _category_ids(
     file: Path, categories: list[tuple[int | str, str]], used: set[object], class_names: Sequence[str]
 ) -> tuple[tuple[int, ...], list[str]]:
     """The id of each class of the model, and what does not fit."""
-    by_name: dict[str, int] = {}
+    by_name: dict[str, int | str] = {}
     for number, name in sorted(categories, key=lambda each: each[0] not in used):  # what is used comes first
-        if isinstance(number, int):
-            by_name.setdefault(name, number)
-    unknown = [name for name in class_names if name not in by_name]
+        by_name.setdefault(name, number)
+    named = _same_names(class_names, list(by_name))
+    unknown = [name for name in class_names if name not in named]
     if len(unknown) == len(class_names):
         raise AnnotationError(
             f"{file}: has none of the model's classes: it has {_some([name for _, name in categories])}; "
             f"the model knows {_some(class_names)}"
         )
-    free = max([0, *by_name.values()]) + 1
-    ids = by_name | {name: free + i for i, name in enumerate(unknown)}
+    ids = {
+        name: as_number
+        for name, theirs in named.items()
+        if (as_number := _number(by_name[theirs])) is not None
+    }
+    if text := [by_name[theirs] for name, theirs in named.items() if name not in ids]:
+        raise AnnotationError(
+            f"{file}: its category ids are text ({text[0]!r}), and those of COCO results are numbers; "
+            "number its categories"
+        )
     notes = []
+    if as_text := [number for number in by_name.values() if isinstance(number, str)]:
+        notes.append(
+            f"the category ids of {file} are text ({as_text[0]!r}); the results have them as numbers"
+        )
+    if spelled := [f"{name} ({theirs})" for name, theirs in named.items() if name != theirs]:
+        notes.append(f"classes that {file} writes in other letter case are the model's: {_some(spelled)}")
+    free = max([0, *(_number(each) or 0 for each in by_name.values())]) + 1
     if unknown:
         notes.append(f"{file} does not have the classes {_some(unknown)}; they have ids from {free} on")
-    if foreign := sorted(by_name.keys() - set(class_names)):
+    if foreign := sorted(by_name.keys() - set(named.values())):
         notes.append(f"the model does not know {_some(foreign)} of {file}, and finds none of them")
+    ids |= {name: free + i for i, name in enumerate(unknown)}
     return tuple(ids[name] for name in class_names), notes
+
+
+def _number(value: int | str) -> int | None:
+    if isinstance(value, int):
+        return value
+    return int(value) if re.fullmatch(r"[0-9]{1,18}", value) else None
+
+
+def _same_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
+    """Their name of each class of ours that they have; in other letter case where that fits one alone."""
+    ours, theirs = list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
+    alike = Counter(name.casefold() for name in ours)
+    fitting = defaultdict(list)
+    for name in theirs:
+        fitting[name.casefold()].append(name)
+    same = {}
+    for name in ours:
+        others = fitting[name.casefold()]
+        if name in others:
+            same[name] = name
+        elif alike[name.casefold()] == len(others) == 1:
+            same[name] = others[0]
+    return same
+
+
+def _shared_names(left_out: Sequence[str], sources: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names without folders that several sources have, of those left out though the file has the name."""
+    last = {source: _last(source) for source in dict.fromkeys(sources)}
+    count = Counter(last.values())
+    theirs = {_last(name) for name in names}
+    return sorted({last[each] for each in left_out if count[last[each]] > 1 and last[each] in theirs})
+
+
+def _last(name: str) -> str:
+    return loose((_parts(name) or [""])[-1])
 
 
 def _matched(sources: Sequence[str], names: Sequence[str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from ssd.boxes import LAYOUTS
 from ssd.check import load_beside
+from ssd.cli import INTERRUPTED
 from ssd.cli.common import (
     DATA_HELP,
-    INTERRUPTED,
     Device,
     Images,
     chosen_device,

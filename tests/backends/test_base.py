@@ -15,7 +15,8 @@ from ssd import backends
 from ssd.backends import BACKENDS, NMS, Backend, Metadata, Options
 from ssd.backends.base import VERSION, network_input, of_file
 from ssd.boxes import PUBLISHED_LAYOUT
-from ssd.checkpoint import CheckpointError
+from ssd.checkpoint import CheckpointError, save
+from ssd.containers import checkpoint_kind
 from ssd.detector import Detector
 from ssd.errors import MissingExtra
 from ssd.export import export
@@ -151,6 +152,22 @@ def test_a_damaged_file_is_named(tiny_exported, tmp_path, key):
         path.write_bytes(original.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=str(path)):
         Detector.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".torchscript", ".xml"])
+@pytest.mark.parametrize("right", [".pt", ".safetensors"])
+def test_a_checkpoint_by_the_name_of_an_exported_file_is_told(tiny_model, tmp_path, suffix, right):
+    save(tmp_path / f"w{right}", tiny_model.state_dict(), ("a", "b", "c"), layout=SMALL_LAYOUT)
+    (tmp_path / f"w{right}").rename(tmp_path / f"w{suffix}")
+    kind = "a checkpoint of torch" if right == ".pt" else "a safetensors file"
+    with pytest.raises(CheckpointError, match=rf"w\{suffix}: this is {kind}; name it \{right}$"):
+        Detector.load(tmp_path / f"w{suffix}")
+
+
+def test_programs_are_no_checkpoints(tiny_exported):
+    files = [path for path in tiny_exported.values() if path.is_file()]
+    assert {path.suffix for path in files} >= {".onnx", ".pt2", ".torchscript"}
+    assert [checkpoint_kind(path) for path in files] == [""] * len(files)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])

@@ -302,3 +302,9 @@ def test_names_that_cannot_be_drawn_are_told_and_written(run, photos, tmp_path, 
     status, _, err = run("detect", photos / "coffee.jpg", *options, "--font", "bad.ttf")
     assert status == 1
     assert err.startswith("ssd: bad.ttf: cannot be read as a font, TrueType or OpenType")
+
+
+def test_classes_that_name_none_are_a_mistake(run, photos):
+    status, _, err = run("detect", photos / "coffee.jpg", "--classes", ",")
+    assert status == 2
+    assert "names no class" in err

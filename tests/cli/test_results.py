@@ -175,6 +175,61 @@ def test_a_category_that_is_used_goes_before_one_of_its_name(tmp_path):
     assert ids_of_file(file, ["a.jpg"], ["cat"]).categories == (4,)
 
 
+def test_a_file_name_with_two_ids_is_told(tmp_path):
+    names = {1: "a.jpg", 7: "b.jpg", 2: "a.jpg"}
+    file = coco_file(tmp_path / "gt.json", names, {1: "cat"})
+    ids = ids_of_file(file, ["a.jpg", "b.jpg"], ["cat"])
+    assert (ids.of("a.jpg"), ids.of("b.jpg")) == (2, 7)
+    told = f"1 file name stands twice in {file}, with different ids: a.jpg; the results have the last"
+    assert ids.notes == (told,)
+    assert ids_of_file(file, ["b.jpg"], ["cat"]).notes[0] == told
+    content = json.loads(file.read_text())
+    content["images"] = [{"id": 1, "file_name": "a.jpg"}] * 2
+    file.write_text(json.dumps(content))
+    assert ids_of_file(file, ["a.jpg"], ["cat"]).notes == ()
+
+
+def test_category_ids_of_text_are_numbers_or_told(tmp_path):
+    file = coco_file(tmp_path / "gt.json", {1: "a.jpg"}, {"7": "cat", "x": "dog"})
+    ids = ids_of_file(file, ["a.jpg"], ["cat", "cup"])
+    assert ids.categories == (7, 8)
+    assert ids.notes[0] == f"the category ids of {file} are text ('7'); the results have them as numbers"
+    with pytest.raises(AnnotationError, match=r"gt\.json: its category ids are text \('x'\), and those of"):
+        ids_of_file(file, ["a.jpg"], ["cat", "dog"])
+
+
+def test_sources_of_one_name_in_two_folders_are_told(tmp_path):
+    file = coco_file(tmp_path / "gt.json", {1: "000.jpg", 2: "b.jpg"}, {1: "cat"})
+    with pytest.raises(
+        AnnotationError, match=r"gt\.json: several sources are called 000\.jpg, and it does not"
+    ):
+        ids_of_file(file, ["p/000.jpg", "q/000.jpg"], ["cat"])
+    ids = ids_of_file(file, ["p/000.jpg", "q/000.jpg", "b.jpg"], ["cat"])
+    assert (ids.of("p/000.jpg"), ids.of("b.jpg")) == (None, 2)
+    assert "not under one name alone (several sources are called 000.jpg); the results leave" in ids.notes[0]
+    assert ids_of_file(file, ["p/000.jpg", "p/000.jpg"], ["cat"]).of("p/000.jpg") == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "categories", "expected"),
+    [
+        (["cat", "Cup"], {4: "Cat", 9: "CUP"}, (4, 9)),
+        (["cat", "Cat"], {4: "CAT", 9: "Cat"}, (10, 9)),
+        (["cat", "Cat", "cup"], {4: "CAT", 9: "cup"}, (10, 11, 9)),
+        (["cat", "cup"], {4: "CAT", 5: "Cat", 9: "cup"}, (10, 9)),
+        (["cat"], {4: "CAT", 5: "cat"}, (5,)),
+    ],
+)
+def test_letter_case_of_classes_counts_where_it_has_to(tmp_path, classes, categories, expected):
+    file = coco_file(tmp_path / "gt.json", {1: "a.jpg"}, categories)
+    ids = ids_of_file(file, ["a.jpg"], classes)
+    assert ids.categories == expected
+    if expected == (4, 9):
+        assert ids.notes == (
+            f"classes that {file} writes in other letter case are the model's: cat (Cat), Cup (CUP)",
+        )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -138,7 +138,7 @@ def find_all(
 
 def _by_content(path: str) -> Named | LeftOut:
     judged = _judged(path)
-    if isinstance(judged, LeftOut):
+    if isinstance(judged, LeftOut) and os.path.isfile(path):  # to open a pipe is to wait for its writer
         try:
             with open(path, "rb") as file:
                 kind = identify(file.read(HEAD))

@@ -1,6 +1,7 @@
 """Training examples: augmented images with their boxes, in batches whose order depends on the seed alone."""
 
 import contextlib
+import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,7 +176,9 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            yield LostContactError(_told_death(error))
+            yield LostContactError(_told_death(str(error.__cause__ or error)))
+        except (OSError, EOFError) as error:  # it died while it handed a batch over; theirs come as values
+            yield LostContactError(_told_death(_dead_worker(self._loader) or str(error)))
         finally:
             self._waiting = False
 
@@ -208,9 +211,17 @@ class Loader:
             self._handler(number, frame)
 
 
-def _told_death(error: RuntimeError) -> str:
-    """What to say and do when torch says that a worker died."""
-    reason = str(error.__cause__ or error).strip().rstrip(".")
+def _dead_worker(loader: DataLoader[Any]) -> str:
+    """Which of the loader's processes has died, as torch would say it; empty if none has."""
+    workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
+    multiprocessing.connection.wait([each.sentinel for each in workers], timeout=5)
+    dead = [each for each in workers if not each.is_alive()]
+    return f"DataLoader worker (pid {dead[0].pid}) ended with {dead[0].exitcode}" if dead else ""
+
+
+def _told_death(reason: str) -> str:
+    """What to say and do when a worker died."""
+    reason = reason.strip().rstrip(".")
     if "Bus error" in reason or "shared memory" in reason:
         remedy = "--workers 0 does without shared memory, and docker run --shm-size gives more of it"
     else:

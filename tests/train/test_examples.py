@@ -168,3 +168,15 @@ def test_other_errors_of_the_loader_are_as_they_are():
 
     with pytest.raises(RuntimeError, match="^something else$"):
         list(Loader(Wrong()))
+
+
+def test_a_process_that_dies_while_it_hands_a_batch_over_is_told():
+    class Torn:
+        num_workers = 0
+
+        def __iter__(self):
+            raise ConnectionResetError("Connection reset by peer")
+
+    (told,) = Loader(Torn())
+    assert isinstance(told, LostContactError)
+    assert str(told).startswith("a process that reads images has died (Connection reset by peer); where memory")

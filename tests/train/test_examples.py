@@ -179,4 +179,4 @@ def test_a_process_that_dies_while_it_hands_a_batch_over_is_told():
 
     (told,) = Loader(Torn())
     assert isinstance(told, LostContactError)
-    assert str(told).startswith("a process that reads images has died (Connection reset by peer); where memory")
+    assert str(told).startswith("a process that reads images has died (Connection reset by peer); where")

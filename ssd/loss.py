@@ -63,23 +63,14 @@ class MultiBoxLoss(nn.Module):
         return Losses(loc_loss / count, conf_loss / count)
 
 
-class BatchMultiBoxLoss(nn.Module):
+class BatchMultiBoxLoss(MultiBoxLoss):
     """`MultiBoxLoss` with negatives of the whole batch, so that images without objects teach, too.
 
     Three times as many negatives as the batch has positives are taken from all of its images together: those
     with the highest cross-entropy, wherever they are. Of each image, the hardest `LEAST_NEGATIVES` are among
     them in any case. All is divided by the positives of the mean image; at least by as many as go with
-    `LEAST_NEGATIVES`, for batches with few.
-
-    Args:
-        default_boxes: float32 cxcywh, normalised, ``[P, 4]``.
+    `LEAST_NEGATIVES`, for batches with few. It is made of the same as `MultiBoxLoss`.
     """
-
-    default_boxes: Tensor
-
-    def __init__(self, default_boxes: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("default_boxes", default_boxes, persistent=False)
 
     def forward(self, loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor) -> Losses:
         """Loss terms of each image of a batch; arguments as of `MultiBoxLoss`."""

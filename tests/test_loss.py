@@ -48,16 +48,24 @@ def oracle(loc, conf, boxes, labels, defaults):
     return (value + sum(negatives[: 3 * len(positives)])) / len(positives)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 5), st.floats(0, 1))
-def test_equals_a_slow_oracle(seed, count, classes, share):
-    random = torch.Generator().manual_seed(seed)
+@st.composite
+def batches(draw):
+    """Default boxes, and of three images raw loc and conf, matched boxes and labels."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    count, classes, share = draw(st.integers(2, 40)), draw(st.integers(2, 5)), draw(st.floats(0, 1))
     defaults = torch.rand(count, 4, generator=random) * 0.5 + 0.1
     loc = torch.randn(3, 4, count, generator=random) * 2
     conf = torch.randn(3, classes, count, generator=random) * 3
     boxes = torch.rand(3, count, 4, generator=random) * 0.5 + 0.1
     labels = torch.randint(1, classes, (3, count), generator=random)
     labels *= torch.rand(3, count, generator=random) < share
+    return defaults, loc, conf, boxes, labels
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_equals_a_slow_oracle(batch):
+    defaults, loc, conf, boxes, labels = batch
     losses = MultiBoxLoss(defaults)(loc, conf, boxes, labels)
     expected = [oracle(*each, defaults) for each in zip(loc, conf, boxes, labels, strict=True)]
     np.testing.assert_allclose(losses.loc + losses.conf, expected, rtol=1e-4, atol=1e-5)
@@ -80,20 +88,14 @@ def batch_oracle(conf, labels):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(2, 5), st.floats(0, 1))
-def test_the_batch_loss_equals_a_slow_oracle(seed, count, classes, share):
-    random = torch.Generator().manual_seed(seed)
-    defaults = torch.rand(count, 4, generator=random) * 0.5 + 0.1
-    loc = torch.randn(3, 4, count, generator=random) * 2
-    conf = torch.randn(3, classes, count, generator=random) * 3
-    boxes = torch.rand(3, count, 4, generator=random) * 0.5 + 0.1
-    labels = torch.randint(1, classes, (3, count), generator=random)
-    labels *= torch.rand(3, count, generator=random) < share
-    batch = BatchMultiBoxLoss(defaults)(loc, conf, boxes, labels)
-    np.testing.assert_allclose(batch.conf.mean(), batch_oracle(conf, labels), rtol=1e-4, atol=1e-5)
+@given(batches())
+def test_the_batch_loss_equals_a_slow_oracle(batch):
+    defaults, loc, conf, boxes, labels = batch
+    pooled = BatchMultiBoxLoss(defaults)(loc, conf, boxes, labels)
+    np.testing.assert_allclose(pooled.conf.mean(), batch_oracle(conf, labels), rtol=1e-4, atol=1e-5)
     single, positives = MultiBoxLoss(defaults)(loc, conf, boxes, labels), (labels > 0).sum(1)
     expected = (single.loc * positives).sum() / max(int(positives.sum()), 8)
-    np.testing.assert_allclose(batch.loc.mean(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled.loc.mean(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_without_boxes_teaches_in_the_batch_loss():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ssd.errors import CheckpointError
-from ssd.pretrained import looks_like_checkpoint
+from ssd.pretrained import SUFFIXES, looks_like_checkpoint
 from ssd.signatures import HEAD, identify
 
 
@@ -160,31 +160,28 @@ def checkpoint_kind(path: Path) -> str:
         return kind.name
     if _MAGIC in head[:32]:
         return "a checkpoint of torch"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return ""
-    inner = [name.partition("/")[2] for name in names]  # below the archive's own name
+    inner = [name.partition("/")[2] for name in _names_in_zip(path)]  # below the archive's own name
     is_program = any(name == "constants.pkl" or name.startswith("code/") for name in inner)
     return "a checkpoint of torch" if "data.pkl" in inner and not is_program else ""
 
 
 def _within(path: Path) -> str:
     """What to do with a zip archive, by what is in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return ""
+    names = _names_in_zip(path)
     if any(name.endswith("/data.pkl") for name in names):
         return "a checkpoint of torch was packed anew as this; pass the one that it was made of"
-    weights = [name for name in names if name.endswith(_SUFFIXES)]
+    weights = [name for name in names if name.endswith(SUFFIXES)]
     listed = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
     return f"unpack it, and pass what is in it: {listed}" if weights else ""
 
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+def _names_in_zip(path: Path) -> list[str]:
+    """What is in a zip archive; nothing where it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []
 
 
 def new_name(path: Path) -> str:

@@ -199,6 +199,15 @@ def upright_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
         return None
 
 
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Whether width and height of a file's image change places to make it upright; False if it has none."""
+    try:
+        with open(path, "rb") as file:
+            return _use(file, "", MAX_PIXELS, lambda image: _orientation(image) >= 5)
+    except Exception:  # decoders raise anything
+        return False
+
+
 def _size_from_header(image: Image.Image) -> tuple[int, int]:
     if isinstance(image, PngImagePlugin.PngImageFile) and not _has_notes(cast("IO[bytes]", image.fp)):
         return image.size  # else Pillow reads all pixels, for what may be behind them

@@ -173,14 +173,15 @@ def weights_in(folder: Path) -> Path:
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{shlex.quote(str(folder))} weights.pt"
         )
-    there = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    suffixes = (*SUFFIXES, ".tar")
+    there = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
     if len(there) == 1:
         return there[0]
     if there:
         names = ", ".join(path.name for path in there[:5]) + (", ..." if len(there) > 5 else "")
         raise CheckpointError(f"{folder} is a folder with {len(there)} files of weights; pass one: {names}")
     raise CheckpointError(
-        f"{folder} is a folder without weights ({', '.join((_IN_FOLDERS[0], *_SUFFIXES))}); pass a file"
+        f"{folder} is a folder without weights ({', '.join((_IN_FOLDERS[0], *suffixes))}); pass a file"
     )
 
 
@@ -189,7 +190,8 @@ _IN_FOLDERS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+"""Of files of weights, as people name them."""
 
 
 def _with_digest(path: Path, sha256: str | None) -> Path:

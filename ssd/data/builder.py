@@ -292,13 +292,9 @@ def number(text: str | None) -> float:
 def stays_inside(name: str) -> bool:
     """Whether a relative path, as written, cannot leave its folder (on any system)."""
     parts = PurePosixPath(name.replace("\\", "/"))
-    return (
-        bool(name)
-        and "\0" not in name
-        and not parts.is_absolute()
-        and ".." not in parts.parts
-        and (":" not in parts.parts[0] if parts.parts else False)
-    )
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
+        return False
+    return "\0" not in name and ":" not in parts.parts[0]
 
 
 def read_text(path: Path) -> str:

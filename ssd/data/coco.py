@@ -19,8 +19,8 @@ from ssd.data.folders import (
     image_folders,
     images_below,
     images_in,
+    judge_unread,
     most_telling,
-    note_unread,
     speaks_of,
     split_of,
     subfolders,
@@ -310,7 +310,7 @@ def _read_content(
     if unlabelled:
         builder.note(f"{file} has no annotations: all its {len(builder.names)} images are unlabelled")
     _note_unlisted(builder)
-    note_unread(builder)
+    judge_unread(builder)
     return builder.build()
 
 

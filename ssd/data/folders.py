@@ -125,8 +125,8 @@ def images_in(folder: Path) -> list[str]:
         return []
 
 
-def note_unread(builder: Builder) -> None:
-    """Note images whose names end as those of no image that is read, where they are none, as HEIC photos.
+def judge_unread(builder: Builder) -> None:
+    """Judge images whose names end as those of no image that is read, such as HEIC photos.
 
     Args:
         builder: with the images.

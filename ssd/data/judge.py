@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
 
 from ssd.data.annotations import Annotations, Problem
 from ssd.errors import AnnotationError
-from ssd.images import is_image_name, upright_size
+from ssd.images import is_image_name, is_turned, upright_size
 from ssd.signatures import HEIF_SUFFIXES
 
 MISSING = "missing image"
@@ -262,21 +261,12 @@ def _why_wrong_size(annotations: Annotations, i: int, size: tuple[int, int]) -> 
     turned = ""
     if size == (height, width):
         turned = " (width and height are exchanged)"
-        if _is_turned(annotations.path(i)):
+        if is_turned(annotations.path(i)):
             turned = " (the annotations seem to ignore its EXIF orientation)"
     return (
         f"is {size[0]}x{size[1]}, but {annotations.source} says {width}x{height}{turned}; correct the "
         "annotations"
     )
-
-
-def _is_turned(path: Path) -> bool:
-    """Whether a file says that its width and height change places."""
-    try:
-        with Image.open(path) as image:
-            return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # decoders raise anything
-        return False
 
 
 def judge_image(annotations: Annotations, i: int, size: tuple[int, int] | str) -> Problem | None:

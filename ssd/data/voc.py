@@ -16,7 +16,7 @@ from ssd.data.folders import (
     files_of,
     image_folders,
     images_below,
-    note_unread,
+    judge_unread,
     speaks_of,
     split_of,
     subfolders,
@@ -114,7 +114,7 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
         )
         builder.problem(NO_FILE, name, "", message)
     _note_unclaimed(chosen, folder, found, builder)
-    note_unread(builder)
+    judge_unread(builder)
     return builder.build()
 
 
@@ -128,8 +128,8 @@ def _note_unclaimed(chosen: _Split, folder: Path, found: Mapping[Path, str], bui
             f"{len(unclaimed)} images in {folder} have no XML file, such as {unclaimed[0]}, and are not used"
         )
     if chosen.listing is not None:
-        lists = [file for file in files_of(chosen.listing.parent, ".txt") if not _is_class_list(file)]
-        listed = {file for each in lists for file in _of_list(each, chosen.every, chosen.folder)[0]}
+        called = _Called(chosen.every, chosen.folder)
+        listed = {file for each in _name_lists(chosen.listing.parent) for file in called.of_list(each)[0]}
         rest = [file for file in chosen.every if file not in listed]
         if rest:
             builder.note(f"{len(rest)} XML files are in no list, such as {rest[0].name}, and not used")
@@ -158,10 +158,11 @@ def _split(root: Path, split: str) -> _Split:
         raise AnnotationError(f"{root}: there is no {split} split, as there are no XML files")
     (base, folder) = sources[0]
     every = _xml_files(folder)
-    lists = _lists(base) or _loose_lists(base, folder, every)
+    called = _Called(every, folder)
+    lists = _lists(base) or _loose_lists(base, folder, called)
     listing = _list_of(lists, split)
     if listing is not None:
-        files, lost = _of_list(listing, every, folder)
+        files, lost = called.of_list(listing)
         if files or lost:
             return _Split(folder, base, files, every, lost, listing)
         raise AnnotationError(f"{root}: there is no {split} split: {listing} is empty")
@@ -223,23 +224,22 @@ def _lists(base: Path) -> dict[str, Path]:
     """The lists of names by what they are called, in lower case."""
     sets = subfolders(base).get("imagesets", base / "ImageSets")
     for folder in (subfolders(sets).get("main", sets / "Main"), sets):
-        found = [file for file in files_of(folder, ".txt") if not _is_class_list(file)]
-        if found:
+        if found := _name_lists(folder):
             return {file.stem.lower(): file for file in found}
     return {}
 
 
-def _loose_lists(base: Path, folder: Path, every: Sequence[Path]) -> dict[str, Path]:
+def _loose_lists(base: Path, folder: Path, called: "_Called") -> dict[str, Path]:
     """Lists in other places that are called as splits and name some of the files.
 
     By their splits; by what they are called where several may be one split's.
     """
     folders = [base, folder, *(each for name, each in subfolders(base).items() if name in _LIST_FOLDERS)]
     found: dict[str, dict[str, Path]] = defaultdict(dict)
-    for file in (file for each in dict.fromkeys(folders) for file in files_of(each, ".txt")):
+    for file in (file for each in dict.fromkeys(folders) for file in _name_lists(each)):
         stem = file.stem.lower()
         name = split_of(stem) or stem
-        if name in (*SPLITS, "trainval") and not _is_class_list(file) and _of_list(file, every, folder)[0]:
+        if name in (*SPLITS, "trainval") and called.of_list(file)[0]:
             found[name].setdefault(stem, file)
     lists: dict[str, Path] = {}
     for name, files in found.items():
@@ -247,11 +247,12 @@ def _loose_lists(base: Path, folder: Path, every: Sequence[Path]) -> dict[str, P
     return lists
 
 
-def _is_class_list(file: Path) -> bool:
-    """Whether a list is of one class, which says of all names whether they have it: "cat_train.txt"."""
-    start, _, end = file.stem.rpartition("_")
-    others = {each.stem for each in files_of(file.parent, ".txt")}
-    return bool(start) and end in others
+def _name_lists(folder: Path) -> list[Path]:
+    """The text files of a folder but for those of one class, as "cat_train", which say who has it."""
+    files = files_of(folder, ".txt")
+    stems = {file.stem for file in files}
+    parts = [file.stem.rpartition("_") for file in files]
+    return [file for file, (start, _, end) in zip(files, parts, strict=True) if not start or end not in stems]
 
 
 def _list_of(lists: Mapping[str, Path], split: str) -> Path | None:
@@ -266,32 +267,40 @@ def _list_of(lists: Mapping[str, Path], split: str) -> Path | None:
     return next(iter([*usual, *only]), None)
 
 
-def _of_list(listing: Path, every: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
-    """The files of the names in a list, and those names of which there is none."""
-    whole: dict[str, Path] = {}
-    last: dict[str, list[Path]] = defaultdict(list)
-    for file in every:
-        stem = _stem(file, folder)
-        whole[stem] = file
-        last[loose(stem)].append(file)
-        if "/" in stem:
-            last[loose(stem.rsplit("/", 1)[-1])].append(file)
-    files, lost = [], []
-    for line in read_text(listing).splitlines():
-        if not line.strip():
-            continue
-        readings = list(_readings(line.strip()))
-        found = next((whole[each] for each in readings if each in whole), None)
-        if found is None:
-            fits = (
-                last.get(loose(part), []) for each in readings for part in (each, each.rsplit("/", 1)[-1])
-            )
-            found = next((each[0] for each in fits if len(each) == 1), None)
-        if found is None:
-            lost.append(readings[-1])
-        else:
-            files.append(found)
-    return files, lost
+class _Called:
+    """The annotation files of a folder by what lists may call them."""
+
+    def __init__(self, every: Sequence[Path], folder: Path) -> None:
+        self._whole: dict[str, Path] = {}
+        self._last: dict[str, list[Path]] = defaultdict(list)
+        for file in every:
+            stem = _stem(file, folder)
+            self._whole[stem] = file
+            self._last[loose(stem)].append(file)
+            if "/" in stem:
+                self._last[loose(stem.rsplit("/", 1)[-1])].append(file)
+
+    def of_list(self, listing: Path) -> tuple[list[Path], list[str]]:
+        """The files of the names in a list, and those names of which there is none."""
+        files, lost = [], []
+        for line in filter(None, map(str.strip, read_text(listing).splitlines())):
+            readings = list(_readings(line))
+            found = self._find(readings)
+            if found is None:
+                lost.append(readings[-1])
+            else:
+                files.append(found)
+        return files, lost
+
+    def _find(self, readings: Sequence[str]) -> Path | None:
+        for each in readings:
+            if each in self._whole:
+                return self._whole[each]
+        for each in readings:
+            for part in (each, each.rsplit("/", 1)[-1]):
+                if len(fits := self._last.get(loose(part), [])) == 1:
+                    return fits[0]
+        return None
 
 
 def _readings(line: str) -> Iterator[str]:

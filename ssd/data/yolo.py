@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
 from ssd.data.builder import Builder, finite_numbers, number, read_text
-from ssd.data.folders import files_of, subfolders
+from ssd.data.folders import files_of, images_below, subfolders
 from ssd.data.judge import DOUBTFUL, MISSING, NOT_A_BOX, UNKNOWN_CATEGORY, UNREADABLE, upright_sizes
 from ssd.data.names import ImageFolder, files_below
 from ssd.data.pairs import (
@@ -119,7 +119,7 @@ class _Listed(NamedTuple):
 
 def _images_in(folder: Path) -> list[str]:
     """The images in a folder and below it, sorted."""
-    names = [name.split("/") for name in files_below(folder) if is_image_name(name)]
+    names = [name.split("/") for name in images_below(folder)]
     return [os.path.join(folder, *parts) for parts in sorted(names)]
 
 

@@ -61,7 +61,7 @@ def find_settings(path: Path) -> Settings | None:
             return _of_darknet(path)
         if suffix == ".names" or name in _NAMES_FILES:
             within = path.parent.name.lower() in (*LABEL_FOLDERS, *IMAGE_FOLDERS)
-            return Settings(path, path.parent.parent if within else path.parent, _names_in(path), {})
+            return Settings(path, path.parent.parent if within else path.parent, _read_names(path), {})
         return None
     files = [*files_of(path, ".yaml"), *files_of(path, ".yml")]
     usual = [file for name in _USUAL for file in files if file.name.lower() == name]
@@ -78,7 +78,7 @@ def find_settings(path: Path) -> Settings | None:
     if len(darknet) == 1:
         return _of_darknet(darknet[0])
     file = _names_file(path)
-    return None if file is None else Settings(file, path, _names_in(file), {})
+    return None if file is None else Settings(file, path, _read_names(file), {})
 
 
 def find_listings(settings: Settings, split: str, images: Path | None = None) -> list[Path]:
@@ -217,10 +217,10 @@ def _names_of(file: Path, config: dict[str, Any]) -> list[str]:
             raise AnnotationError(
                 f'{file}: "names" has to list the classes, such as [cat, dog]; it is {names[:100]!r}'
             )
-        return _names_in(other)
+        return _read_names(other)
     if not isinstance(names, list | dict):
         if other := _names_file(file.parent):
-            return _names_in(other)
+            return _read_names(other)
         nc = f" (only nc: {config['nc']})" if isinstance(config.get("nc"), str) else ""
         raise AnnotationError(
             f'{file}: has no "names"{nc}; add the names of the classes in the order of their numbers, such '
@@ -246,12 +246,12 @@ def _of_darknet(file: Path) -> Settings:
     for count in range(len(written), 0, -1):
         found = in_any_case(file.parent, written[-count:])
         if found and found.is_file():
-            return settings._replace(names=_names_in(found))
+            return settings._replace(names=_read_names(found))
     other = _names_file(file.parent)
     if other is None:
         what = f"the file {config['names']} with its names is not there" if written else 'has no "names"'
         raise AnnotationError(f"{file}: {what}; put it beside, with the name of a class in each line")
-    return settings._replace(names=_names_in(other))
+    return settings._replace(names=_read_names(other))
 
 
 def _names_file(root: Path) -> Path | None:
@@ -263,7 +263,7 @@ def _names_file(root: Path) -> Path | None:
             if (there := in_any_case(folder, [file.name])) and there.is_file():
                 found.append(there)
                 break
-    contents = [_names_in(file) for file in found]
+    contents = [_read_names(file) for file in found]
     for file, names in zip(found, contents, strict=True):
         longest = max(contents, key=len)
         if names != longest[: len(names)]:
@@ -286,7 +286,7 @@ def _likely_folders(root: Path) -> Iterator[Path]:
                     yield below
 
 
-def _names_in(file: Path) -> list[str]:
+def _read_names(file: Path) -> list[str]:
     """The names in a text file, one a line."""
     return [line.strip() for line in read_text(file).strip().splitlines()]
 

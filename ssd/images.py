@@ -622,7 +622,7 @@ def _shape_advice(shape: tuple[int, ...]) -> str:
 
 def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
     if values.dtype == np.uint8:
-        if values.size and values.max() == 1:
+        if values.size and values[0].max() <= 1 and values.max() == 1:  # few need more than their first row
             _tell_dark(name, "its values reach only to 1", "if 1 is white, pass array.astype(bool)")
         return cast("npt.NDArray[np.uint8]", values)
     if values.dtype == np.bool_:

@@ -34,7 +34,7 @@ from ssd.distributed import World, join
 from ssd.errors import UserError
 from ssd.files import atomic_file
 from ssd.loss import LOSSES
-from ssd.train import PRESETS, TrainConfig, fit, keep_memory
+from ssd.train import PRESETS, Result, TrainConfig, fit, keep_memory
 from ssd.train.setup import plan, require_free
 
 HELD_OUT = "val_images.txt"
@@ -85,37 +85,7 @@ def train(
         join(chosen_device(device)) as world,
         results_folder(output, "train", world) if resume is None else nullcontext(resume) as folder,
     ):
-        if resume is None:
-            require_free(folder / "state.pt")
-        own_list = not (folder / HELD_OUT).exists()
-        try:
-            train_set, val_set = _datasets(source, crowd=config.crowd)
-            if "val_fraction" in source:
-                if resume is None and val_set is not None:
-                    raise typer.BadParameter(
-                        "there is a val split, which is what is evaluated on; leave out --val-fraction"
-                    )
-                train_set, val_set = _held_out(
-                    train_set, source["val_fraction"], config, folder, world, resume=resume is not None
-                )
-            result = fit(
-                train_set,
-                val_set,
-                config,
-                folder,
-                category_ids=train_set.annotations.category_ids,
-                world=world,
-                resume=resume is not None,
-                say=typer.echo,
-                source=source,
-                tensorboard=tensorboard,
-            )
-        except BaseException as error:
-            if own_list and not (folder / "config.json").exists():  # the run has not begun
-                (folder / HELD_OUT).unlink(missing_ok=True)
-            if isinstance(error, ValueError) and not isinstance(error, UserError):
-                raise typer.BadParameter(str(error)) from error
-            raise
+        result = _run(source, config, folder, world, resume=resume is not None, tensorboard=tensorboard)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
     if world.is_main:
@@ -123,6 +93,49 @@ def train(
             typer.echo(f"\n{result.evaluation}")
         best = next(name for name in ("best", "last") if (folder / f"{name}.safetensors").exists())
         typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors")
+
+
+def _run(
+    source: dict[str, Any],
+    config: TrainConfig,
+    folder: Path,
+    world: World,
+    *,
+    resume: bool,
+    tensorboard: bool,
+) -> Result:
+    """Train in a run folder; what was noted there of images to hold out goes if the run does not begin."""
+    if not resume:
+        require_free(folder / "state.pt")
+    own_list = not (folder / HELD_OUT).exists()
+    try:
+        train_set, val_set = _datasets(source, crowd=config.crowd)
+        if "val_fraction" in source:
+            if not resume and val_set is not None:
+                raise typer.BadParameter(
+                    "there is a val split, which is what is evaluated on; leave out --val-fraction"
+                )
+            train_set, val_set = _held_out(
+                train_set, source["val_fraction"], config, folder, world, resume=resume
+            )
+        return fit(
+            train_set,
+            val_set,
+            config,
+            folder,
+            category_ids=train_set.annotations.category_ids,
+            world=world,
+            resume=resume,
+            say=typer.echo,
+            source=source,
+            tensorboard=tensorboard,
+        )
+    except BaseException as error:
+        if own_list and not (folder / "config.json").exists():  # the run has not begun
+            (folder / HELD_OUT).unlink(missing_ok=True)
+        if isinstance(error, ValueError) and not isinstance(error, UserError):
+            raise typer.BadParameter(str(error)) from error
+        raise
 
 
 def _require_sense(

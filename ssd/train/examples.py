@@ -5,7 +5,6 @@ import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,10 +142,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Loader:
-    """Gives batches, epoch by epoch; a process of the loader's that has died is told between two of them.
+    """Gives batches, epoch by epoch; a process of the loader's that has died is told when its batch is due.
 
     torch's handler of SIGCHLD raises wherever the main thread stands, which may be half-way through a step of
-    the optimiser. Here it waits until a batch is asked for.
+    the optimiser, or the handling of another error. It is set aside until `close`: torch also looks for dead
+    processes itself, where a batch is late.
 
     Args:
         loader: of batches, or of exceptions in their place.
@@ -155,7 +155,6 @@ class Loader:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._handler: Any = None  # torch's
-        self._waiting = self._died = False
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -163,30 +162,17 @@ class Loader:
     def __iter__(self) -> Iterator[Batch | Exception]:
         try:
             iterator = iter(self._loader)
-            self._take_over()
-            while True:
-                self._waiting = True
-                if self._died:
-                    self._handler(signal.SIGCHLD, None)
-                batch = next(iterator, None)
-                self._waiting = False
-                if batch is None:
-                    return
-                yield batch
+            self._set_handler_aside()
+            yield from iterator
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            yield LostContactError(_told_death(str(error.__cause__ or error)))
+            yield LostContactError(self._told_death(error))
         except (OSError, EOFError) as error:  # it died while it handed a batch over; theirs come as values
-            yield LostContactError(_told_death(_dead_worker(self._loader) or str(error)))
-        finally:
-            self._waiting = False
+            yield LostContactError(self._told_death(error))
 
     def close(self) -> None:
         """End the processes, and give torch's handler back."""
-        if self._handler is not None:
-            signal.signal(signal.SIGCHLD, self._handler)
-            self._handler = None
         # Not left to the garbage collector: an exception that someone keeps, as notebooks do, keeps the
         # loader too, and at its exit Python would wait for ever for workers that ignore SIGTERM.
         if (iterator := getattr(self._loader, "_iterator", None)) is not None:
@@ -194,39 +180,36 @@ class Loader:
             for worker in iterator._workers:
                 if worker.is_alive():  # waits for what one that was killed has locked
                     worker.kill()
+        if self._handler is not None:
+            signal.signal(signal.SIGCHLD, self._handler)
+            self._handler = None
 
-    def _take_over(self) -> None:
-        """Stand before torch's handler, which is set when its first workers start."""
+    def _set_handler_aside(self) -> None:
         if not self._loader.num_workers or not hasattr(signal, "SIGCHLD"):
             return
-        handler = signal.getsignal(signal.SIGCHLD)
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and callable(handler) and self._handler is None:
+        main = threading.current_thread() is threading.main_thread()
+        if main and callable(handler := signal.getsignal(signal.SIGCHLD)):
             self._handler = handler
-            signal.signal(signal.SIGCHLD, self._heed)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def _heed(self, number: int, frame: FrameType | None) -> None:
-        self._died = True
-        if self._waiting:
-            self._handler(number, frame)
+    def _told_death(self, error: Exception) -> str:
+        """What to say and do when a worker died."""
+        workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
+        multiprocessing.connection.wait([each.sentinel for each in workers], timeout=5)
+        codes = [each.exitcode for each in workers if each.exitcode is not None]
+        reason = _told_exit(codes[0]) if codes else str(error)
+        if reason == "SIGBUS":
+            remedy = "--workers 0 does without shared memory, and docker run --shm-size gives more of it"
+        else:
+            remedy = f"where memory ran out, {_LESS_MEMORY}"
+        return f"a process that reads images has died ({reason}); {remedy}"
 
 
-def _dead_worker(loader: DataLoader[Any]) -> str:
-    """Which of the loader's processes has died, as torch would say it; empty if none has."""
-    workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
-    multiprocessing.connection.wait([each.sentinel for each in workers], timeout=5)
-    dead = [each for each in workers if not each.is_alive()]
-    return f"DataLoader worker (pid {dead[0].pid}) ended with {dead[0].exitcode}" if dead else ""
-
-
-def _told_death(reason: str) -> str:
-    """What to say and do when a worker died."""
-    reason = reason.strip().rstrip(".")
-    if "Bus error" in reason or "shared memory" in reason:
-        remedy = "--workers 0 does without shared memory, and docker run --shm-size gives more of it"
-    else:
-        remedy = f"where memory ran out, {_LESS_MEMORY}"
-    return f"a process that reads images has died ({reason.splitlines()[0].rstrip('. ')}); {remedy}"
+def _told_exit(code: int) -> str:
+    """The name of the signal that ended a process, or its status."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"status {code}"
 
 
 @contextlib.contextmanager

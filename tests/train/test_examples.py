@@ -111,72 +111,76 @@ def test_a_batch_that_cannot_be_read_comes_between_two_steps():
     assert list(whole_steps([1, 2, 3], 2)) == [1, 2]
 
 
+class Process:
+    """One of a loader's, that has ended."""
+
+    def __init__(self, exitcode):
+        self.sentinel, other = os.pipe()
+        os.close(other)
+        self.exitcode = exitcode
+
+    def is_alive(self):
+        return False
+
+
 class Dying:
-    """A loader whose worker dies while the main thread computes; torch's handler of SIGCHLD then raises."""
+    """A loader one of whose processes has died, which shows as an error when a batch is due."""
 
     num_workers = 1
 
-    def __len__(self):
-        return 3
+    def __init__(self, error, *exitcodes):
+        self._error, self._workers = error, [Process(code) for code in exitcodes]
+        self._iterator = self
 
     def __iter__(self):
-        yield from (1, 2, 3)
+        yield 1
+        raise self._error
+
+    def _shutdown_workers(self):
+        pass
+
+
+LATE = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+
+@pytest.mark.parametrize(
+    ("error", "exitcodes", "told"),
+    [
+        (LATE, [None, -9], "(SIGKILL); where memory ran out, fewer processes need less (--workers 1; "),
+        (LATE, [-7], "(SIGBUS); --workers 0 does without shared memory, and docker run --shm-size"),
+        (LATE, [3], "(status 3); where memory ran out, "),
+        (LATE, [-250], "(status -250); where memory ran out, "),
+        (ConnectionResetError("reset by peer"), [-9], "(SIGKILL); where"),
+        (ConnectionResetError("reset by peer"), [], "(reset by peer); where"),
+        (EOFError("ended"), [], "(ended); where"),
+    ],
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="there are no such signals here")
+def test_the_death_of_a_reader_is_told_in_place_of_its_batch(error, exitcodes, told):
+    first, last = Loader(Dying(error, *exitcodes))
+    assert first == 1
+    assert isinstance(last, LostContactError)
+    assert str(last).startswith(f"a process that reads images has died {told}")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="there is no such signal here")
-def test_the_death_of_a_reader_is_told_between_two_batches():
+def test_torchs_handler_of_dead_processes_is_set_aside_until_the_end():
     def torchs(number, frame):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        raise AssertionError("it came while something else was being done")
 
     before = signal.signal(signal.SIGCHLD, torchs)
     try:
-        loader = Loader(Dying())
+        loader = Loader(Dying(LATE, -signal.SIGKILL))
         batches = iter(loader)
         assert next(batches) == 1
-        os.kill(os.getpid(), signal.SIGCHLD)  # no RuntimeError here
-        told = next(batches)
-        assert isinstance(told, LostContactError)
-        assert str(told).startswith(
-            "a process that reads images has died (DataLoader worker (pid 7) is killed by signal: Killed); "
-            "where memory ran out, fewer processes need less (--workers 1; "
-        )
-        assert next(batches, None) is None
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert isinstance(next(batches), LostContactError)
         loader.close()
         assert signal.getsignal(signal.SIGCHLD) is torchs
     finally:
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_shared_memory_that_ran_out_has_a_remedy_of_its_own():
-    class Full(Dying):
-        def __iter__(self):
-            raise RuntimeError(
-                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...\n"
-            )
-
-    (told,) = Loader(Full())
-    assert "(DataLoader worker (pid 7) is killed by signal: Bus error. It is possible); --workers 0" in str(
-        told
-    )
-    assert "docker run --shm-size" in str(told)
-
-
 def test_other_errors_of_the_loader_are_as_they_are():
-    class Wrong(Dying):
-        def __iter__(self):
-            raise RuntimeError("something else")
-
     with pytest.raises(RuntimeError, match="^something else$"):
-        list(Loader(Wrong()))
-
-
-def test_a_process_that_dies_while_it_hands_a_batch_over_is_told():
-    class Torn:
-        num_workers = 0
-
-        def __iter__(self):
-            raise ConnectionResetError("Connection reset by peer")
-
-    (told,) = Loader(Torn())
-    assert isinstance(told, LostContactError)
-    assert str(told).startswith("a process that reads images has died (Connection reset by peer); where")
+        list(Loader(Dying(RuntimeError("something else"))))

@@ -136,7 +136,7 @@ def test_a_reading_process_that_is_killed_costs_no_step(images, tmp_path):
     with pytest.raises(LostContactError) as told:
         fit(Deadly(images, order[-1][-1][1]), None, config, tmp_path / "run", say=None)
     message = str(told.value)
-    assert message.startswith("a process that reads images has died (DataLoader worker (pid")
+    assert message.startswith("a process that reads images has died (SIGKILL); ")
     assert "--workers 0" in message
     assert message.endswith(f"go on with: ssd train --resume {tmp_path / 'run'} --workers 0")
     assert "\n" not in message

@@ -18,6 +18,8 @@ from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import Backbone
 from ssd.detector import Detector, Input
 from ssd.devices import DTYPES, is_emulated
+from ssd.drawing import encoded
+from ssd.files import write_file
 from ssd.fused import Conv, can_pack
 from ssd.images import ImageSource, load_image, source_name
 from ssd.model import SSD
@@ -209,6 +211,6 @@ def draw_images(folder: Path, count: int = 16) -> list[str]:
     for number in range(count):
         image, _, _ = draw_scene(np.random.default_rng(number))
         path = folder / f"{number:03}.jpg"
-        image.resize((640, 480)).save(path, quality=90)
+        write_file(path, encoded(image.resize((640, 480))))
         paths.append(str(path))
     return paths

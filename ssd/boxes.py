@@ -24,6 +24,8 @@ MAX_LOG_GROWTH = math.log(1000 / 16)
 _MAX_SIZE = 4096
 _MAX_MAPS = 16
 _MAX_RATIOS = 16
+_MAX_NUMBER = 1e6
+_MAX_BOXES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,14 @@ class Layout:
         for larger, smaller in pairwise(self.maps):
             if smaller < 1 or smaller not in (larger - 2, math.ceil(larger / 2)):
                 raise ValueError(f"a map of half of {larger} cells, or two fewer, comes next; got {smaller}")
-        if not all(0 < number < math.inf for number in numbers):
-            raise ValueError("a layout's steps, scales and aspect ratios are above 0, and finite")
+        if not all(0 < number <= _MAX_NUMBER for number in numbers):
+            raise ValueError(
+                f"a layout's steps, scales and aspect ratios are above 0, finite, at most {_MAX_NUMBER:g}"
+            )
         if max(map(len, self.aspect_ratios)) > _MAX_RATIOS:
             raise ValueError(f"a layout has at most {_MAX_RATIOS} aspect ratios of a map")
+        if self.num_default_boxes > _MAX_BOXES:
+            raise ValueError(f"a layout has at most {_MAX_BOXES:,} boxes; got {self.num_default_boxes:,}")
 
     @property
     def boxes_per_cell(self) -> tuple[int, ...]:
@@ -152,6 +158,14 @@ LAYOUTS = {
         steps=(8, 16, 32, 64, 100, 300),
         scales=(21, 45, 99, 153, 207, 261, 315),
         aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+    ),
+    # SSD512 for COCO: weiliu89/caffe (ssd branch), and mmdetection's ssd512_coco.
+    "512": Layout(
+        size=512,
+        maps=(64, 32, 16, 8, 4, 2, 1),
+        steps=(8, 16, 32, 64, 128, 256, 512),
+        scales=(20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72),
+        aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2, 3), (2,), (2,)),
     ),
 }
 """Layouts by name. What says nothing of its layout is of the published one."""

@@ -4,6 +4,7 @@ What is refused is for `ssd.data.judge.judge_split` to say, as in training and e
 """
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ import torch
 
 from ssd.boxes import PUBLISHED_LAYOUT, Layout, box_iou, to_corners
 from ssd.data.annotations import Annotations, Problem
+from ssd.data.builder import read_bytes
 from ssd.data.formats import SPLITS, find_split, load
 from ssd.data.judge import Purpose, is_without_images, judge_image, judge_split, lost_images, notes_of
-from ssd.errors import AnnotationError, ImageError
+from ssd.errors import AnnotationError, ImageError, as_line
 from ssd.images import load_image
+from ssd.pixels import DECODED
 
 _SAMPLE = 5000  # boxes that are compared with the default boxes; more tell nothing new
 _SHOWN = 5
@@ -73,7 +76,7 @@ class Report:
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for split in self.splits for name in split.boxes))
         columns = [split.name for split in self.splits]
-        wide = max(map(len, [*names, "background images", "boxes under 128 px"]))
+        wide = max(map(len, [*map(as_line, names), "background images", "boxes under 128 px"]))
         lines = [f"{'':{wide}}" + "".join(f"{name:>12}" for name in columns)]
 
         def row(title: str, values: Sequence[str]) -> None:
@@ -84,7 +87,7 @@ class Report:
         row("crowd boxes", [f"{split.crowd:,}" for split in self.splits])
         lines.append("boxes by class")
         for name in names:
-            row(f"  {name}", [f"{split.boxes.get(name, 0):,}" for split in self.splits])
+            row(f"  {as_line(name)}", [f"{split.boxes.get(name, 0):,}" for split in self.splits])
         lines.append(
             f"boxes by size at {self.size}x{self.size}, and the part that default boxes can match (IoU > 0.5)"
         )
@@ -110,11 +113,13 @@ def _problem_lines(split: SplitReport) -> list[str]:
     return lines
 
 
-def read_splits(path: Path, images: Path | None = None) -> tuple[dict[str, Annotations], dict[str, str]]:
+def read_splits(
+    path: Path, images: Path | None = None, *, follow: bool = False
+) -> tuple[dict[str, Annotations], dict[str, str]]:
     """Every split of a dataset; the first one's classes are those of the others.
 
     Args:
-        path: see `ssd.data.load`.
+        path, follow: see `ssd.data.load`.
         images: the folder of the images, where it cannot be found by the layout; see `load_beside`.
 
     Returns:
@@ -132,9 +137,9 @@ def read_splits(path: Path, images: Path | None = None) -> tuple[dict[str, Annot
         try:
             if read:
                 names = next(iter(read.values())).class_names
-                read[split] = load_beside(path, split, images, names)
+                read[split] = load_beside(path, split, images, names, follow=follow)
             else:
-                read[split] = load(path, split, images=images)
+                read[split] = load(path, split, images=images, follow=follow)
         except AnnotationError as error:
             unread[split] = error
     if not read:
@@ -142,17 +147,19 @@ def read_splits(path: Path, images: Path | None = None) -> tuple[dict[str, Annot
     return read, {split: str(error) for split, error in unread.items()}
 
 
-def load_beside(path: Path, split: str, images: Path | None, class_names: Sequence[str]) -> Annotations:
+def load_beside(
+    path: Path, split: str, images: Path | None, class_names: Sequence[str], *, follow: bool = False
+) -> Annotations:
     """A split beside the one that is trained on, as training and `ssd check` read it.
 
     Args:
-        path, split, class_names: see `ssd.data.load`.
+        path, split, class_names, follow: see `ssd.data.load`.
         images: the folder that was named for the images to train on; this split's are looked for there, too,
             where its own place has none of them.
     """
-    annotations = load(path, split, class_names=class_names)
+    annotations = load(path, split, class_names=class_names, follow=follow)
     if images is not None and is_without_images(annotations):
-        annotations = load(path, split, images=images, class_names=class_names)
+        annotations = load(path, split, images=images, class_names=class_names, follow=follow)
     return annotations
 
 
@@ -199,10 +206,11 @@ def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | No
         if name in lost:
             return b"", None
         try:
-            content = annotations.path(i).read_bytes()
-            found: tuple[int, int] | str = load_image(content, name=name).size
-        except (AnnotationError, ImageError, OSError) as error:
-            found = str(error).removeprefix(f"{name}: ")
+            content = read_bytes(annotations.path(i))
+            with DECODED.taken(max(0, math.prod(annotations.sizes[i].tolist()))):
+                found: tuple[int, int] | str = load_image(content, name=name).size
+        except (AnnotationError, ImageError) as error:
+            found = str(error).removeprefix(f"{name}: ").removeprefix(f"{annotations.root / name}: ")
         problem = judge_image(annotations, i, found)
         return b"" if problem else hashlib.sha256(content).digest(), problem
 
@@ -222,16 +230,16 @@ def _report(name: str, annotations: Annotations, layout: Layout) -> SplitReport:
         part = (sizes >= low) & ((sizes < high) | (high == limits[-1]))
         title = f"under {high} px" if low == 0 else f"{low} to {high} px"
         size_rows.append((title, int(part.sum()), _share(matched[part])))
-    counted = annotations.labels[~annotations.crowd]
+    counted = np.bincount(
+        annotations.labels[~annotations.crowd], minlength=len(annotations.class_names) + 1
+    ).tolist()
     return SplitReport(
         name=name,
         source=str(annotations.source),
         images=len(annotations),
         background=int((per_image == 0).sum()),
         crowd=int(annotations.crowd.sum()),
-        boxes={
-            each: int((counted == label).sum()) for label, each in enumerate(annotations.class_names, start=1)
-        },
+        boxes=dict(zip(annotations.class_names, counted[1:], strict=True)),
         sizes=size_rows,
         matched=_share(matched),
         problems=judge_split(annotations, purpose),

@@ -20,7 +20,7 @@ from torch import Tensor
 from ssd import containers
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.choices import Backbone
-from ssd.errors import CheckpointError, DownloadError  # noqa: F401 (caught by this name, too)
+from ssd.errors import CheckpointError, DownloadError, as_line, shown  # noqa: F401 (caught by this name)
 from ssd.files import atomic_file
 from ssd.labels import is_background, may_hold_names, read_class_names
 from ssd.pretrained import PUBLISHED, weights_in
@@ -125,8 +125,9 @@ def _metadata_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             notes[key] = json.loads(metadata[key])
         except (ValueError, RecursionError) as error:
             if key == "layout":
+                problem = as_line(str(error), 200)
                 raise CheckpointError(
-                    f"{path}: its layout, a note beside the weights, cannot be read ({error})"
+                    f"{path}: its layout, a note beside the weights, cannot be read ({problem})"
                 ) from None
             notes[key] = metadata[key]
     return _notes([notes]) | {"is_ours": isinstance(notes.get("class_names"), list)}
@@ -154,16 +155,16 @@ def _require_harmless(path: Path, beside: Mapping[str, Tensor], layout: Layout) 
     for key in filter(_BOXES.search, several):
         if not _are_default_boxes(several[key], layout):
             raise CheckpointError(
-                f"{path}: its default boxes ({key}) are not those of a layout of {layout.size} pixels, as "
-                "which it is read; its detections would be wrong"
+                f"{path}: its default boxes ({as_line(key, 60)}) are not those of a layout of {layout.size} "
+                "pixels, as which it is read; its detections would be wrong"
             )
     strange = [key for key in several if not _BOXES.search(key) and not _HELPERS.search(key)]
     if strange:
+        few = containers.first_names(strange) + ", ..." * (len(strange) > 3)
         raise CheckpointError(
             f"{path} does not fit the network: beside its tensors there are others, on which detections may "
-            f"depend ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}). If they do not, save the "
-            f"network's alone, `model` being the SSD: torch.save(model.state_dict(), "
-            f"{containers.new_name(path)!r})"
+            f"depend ({few}). If they do not, save the network's alone, `model` being the SSD: "
+            f"torch.save(model.state_dict(), {containers.new_name(path)!r})"
         )
 
 
@@ -189,7 +190,7 @@ def require_fit(name: object, state_dict: Mapping[str, Tensor], expected: Mappin
         CheckpointError: with the first keys that are missing, unexpected, or not what they should be.
     """
     problems = [f"missing {key}" for key in expected if key not in state_dict]
-    problems += [f"unexpected {key}" for key in state_dict if key not in expected]
+    problems += [f"unexpected {as_line(key, 60)}" for key in state_dict if key not in expected]
     problems += [
         f"{key} {problem}"
         for key, value in state_dict.items()
@@ -199,7 +200,7 @@ def require_fit(name: object, state_dict: Mapping[str, Tensor], expected: Mappin
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{name} does not fit the network: {'; '.join(problems[:5])}{more}")
     for key, value in state_dict.items():
-        if not value.isfinite().all():
+        if not value.to(expected[key].dtype).isfinite().all():  # float64 holds more
             raise CheckpointError(f"{name}: {key} holds NaN or infinity")
 
 
@@ -208,7 +209,7 @@ def _tensor_problem(value: Tensor, expected: Tensor) -> str:
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
         return "is no plain tensor"
     if value.shape != expected.shape:
-        return f"is {list(value.shape)}, not {list(expected.shape)}"
+        return f"is {shown(list(value.shape))}, not {list(expected.shape)}"
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     if value.dtype not in (floats if expected.is_floating_point() else (torch.int64, torch.int32)):
         return f"is {value.dtype}"
@@ -235,10 +236,11 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
     backbone = next((name for name, known in DEPTHS.items() if known == (depths, bottleneck)), None)
     head = state_dict.get("conf.0.weight")
     shapes = layout.boxes_per_cell[0]
-    usable = head is not None and not _tensor_problem(head, head) and head.ndim == 4
+    # Of values that are there: what a shape alone says may be any number of classes.
+    usable = head is not None and not _tensor_problem(head, head) and head.ndim == 4 and head.numel() > 0
     if backbone is None or head is None or not usable or len(head) % shapes or len(head) < 2 * shapes:
         raise CheckpointError(
-            f"{path}: not an SSD300 with a ResNet trunk; it begins with {', '.join(list(state_dict)[:3])}"
+            f"{path}: not an SSD300 with a ResNet trunk; it begins with {containers.first_names(state_dict)}"
         )
     num_classes = len(head) // shapes
     return Checkpoint(
@@ -259,7 +261,9 @@ def _layout(path: Path, noted: object) -> Layout:
     try:
         return Layout.from_dict(noted)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: its layout is none of a network's ({error})") from error
+        raise CheckpointError(
+            f"{path}: its layout is none of a network's ({as_line(str(error), 300)})"
+        ) from error
 
 
 def _class_names(path: Path, notes: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
@@ -282,8 +286,8 @@ def _class_names(path: Path, notes: Mapping[str, Any], num_classes: int) -> tupl
         second, theirs = next((key, names) for key, names in rest if names != ours)
         i = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
         raise CheckpointError(
-            f'{path}: its "{first}" and "{second}" give different class names, as {ours[i]!r} and '
-            f"{theirs[i]!r}. Save it with the right names, in the order of training: {_with_names(path)}"
+            f'{path}: its "{first}" and "{second}" give different class names, as {shown(ours[i])} and '
+            f"{shown(theirs[i])}. Save it with the right names, in the order of training: {_with_names(path)}"
         )
     if found:
         return next(iter(found.values()))
@@ -324,8 +328,8 @@ def _with_names(path: Path) -> str:
 
 
 def _category_ids(ids: object, num_classes: int) -> tuple[int, ...]:
-    if isinstance(ids, list) and len(ids) == num_classes - 1 and all(isinstance(each, int) for each in ids):
-        return tuple(ids)
+    if isinstance(ids, list) and len(ids) == num_classes - 1 and all(type(each) is int for each in ids):
+        return tuple(ids) if all(-(2**63) <= each < 2**63 for each in ids) else ()
     return ()
 
 

@@ -6,25 +6,37 @@ with ``weights_only=True``, and the few other kinds of plain data that training 
 tensors, as numpy's numbers, come in as stand-ins of this module.
 """
 
+import contextlib
+import errno
+import io
 import json
 import os
+import pickletools
 import re
+import struct
 import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
-from ssd.errors import CheckpointError
-from ssd.pretrained import SUFFIXES, looks_like_checkpoint
+from ssd.errors import CheckpointError, as_line, shown
 from ssd.signatures import HEAD, identify
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+"""Of files of weights, as people name them."""
+
+
+class NotDamaged(CheckpointError):
+    """A file cannot be used as it is, though nothing says that another copy would be better."""
 
 
 class Network(NamedTuple):
@@ -67,15 +79,24 @@ def _read_shards(path: Path) -> dict[str, Any]:
     try:
         names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no index of weights ({error!r})") from None
+        raise CheckpointError(f"{path}: no index of weights ({shown(error)})") from None
     tensors: dict[str, Any] = {}
     for name in names:
         shard = path.parent / str(name)
-        if shard.parent != path.parent or shard.name.endswith(".index.json") or not shard.is_file():
-            raise CheckpointError(f"{path} names the file {name!r}, which has to lie beside it, and does not")
+        if shard.name != name or name.endswith(".index.json") or not _is_file(shard):
+            raise CheckpointError(
+                f"{path} names the file {shown(name)}, which has to lie beside it, and does not"
+            )
         content, _ = read(shard)
         tensors |= content if isinstance(content, dict) else {}
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,8 +104,32 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, "pt") as file:
             # Copies: the file is only mapped, and may change or vanish while the network is in use.
             return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    except Exception as error:
+        _pass_on(path, error)
+        if _is_short_of_memory(error):
+            raise NotDamaged(f"{path}: {_TOO_LARGE}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({as_line(str(error), 200)})") from error
+
+
+def _pass_on(path: Path, error: Exception) -> None:
+    """Raise an error of the disk as that of the file; EINVAL comes of offsets that a file holds."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+_TOO_LARGE = "takes more memory than there is; free some, or get it again: one that is damaged can look so"
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+class _TooMuch(Exception):
+    """A file says more than it can hold; the message is what of it."""
+
+
+class _OtherKind(Exception):
+    """It has tensors that are made without a check; the message is their kind."""
 
 
 _lock = threading.Lock()
@@ -95,19 +140,169 @@ def _read_torch(path: Path) -> object:
         # Opened here, since torch goes by the suffix, too. What it allows, and warnings, are the process's.
         with path.open("rb") as file, _lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            most = _most_held(file)
             try:
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return _loaded(file, most)
             except Exception as error:
                 if _refused(error) not in _STAND_INS:
                     raise
-            file.seek(0)
             with torch.serialization.safe_globals([(made, name) for name, made in _STAND_INS.items()]):
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+                return _loaded(file, most)
     except Exception as error:
+        _pass_on(path, error)
+        kind = NotDamaged if _is_short_of_memory(error) else CheckpointError
         # Not chained: torch's text advises to switch the safe unpickler off.
-        raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from None
+        raise kind(f"{path}: {_why_not_loaded(path, error)}") from None
+
+
+_UNFOLDED = 20
+"""Times its own size that a compressed file may be in memory; torch and most others write without."""
+
+
+def _most_held(file: IO[bytes]) -> int:
+    """Bytes of tensors that a file of torch can hold; and what it says is weighed before it is made.
+
+    Raises:
+        _TooMuch: it would take far more memory or time than its size lets expect.
+    """
+    most = os.fstat(file.fileno()).st_size
+    if file.read(4) == b"PK\x03\x04":
+        with zipfile.ZipFile(file) as archive:
+            unfolded = sum(entry.file_size for entry in archive.infolist())
+        if unfolded > max(_UNFOLDED * most, 1 << 26):
+            raise _TooMuch(f"{unfolded:,} bytes in memory")
+        most = unfolded
+        file.seek(0)
+        reader: Any = torch._C.PyTorchFileReader(file)  # as torch.load will read it
+        _weigh(io.BytesIO(reader.get_record("data.pkl")) if reader.has_record("data.pkl") else file)
+    else:
+        file.seek(0)
+        for _ in range(5):  # magic number, version, system, content, keys
+            _weigh(file)
+    return most
+
+
+_MOST_NAMED = 10**8
+_DEEPEST = 100
+_TO_MARK = -1
+_TAKES = {
+    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT"), 0),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINSTRING", "LONG1", "GLOBAL"), 0),
+    **dict.fromkeys(("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"), 0),
+    **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": _TO_MARK, "REDUCE": 2, "NEWOBJ": 2, "BINPERSID": 1},
+    **{"APPEND": 1, "SETITEM": 2, "BUILD": 1, "APPENDS": _TO_MARK, "SETITEMS": _TO_MARK},
+}
+"""How many of the values before it each instruction takes, of those that torch reads."""
+_INTO_LAST = {"APPEND", "SETITEM", "BUILD", "APPENDS", "SETITEMS"}  # the others make a value
+_UNCHECKED = {
+    f"torch._utils _rebuild_{kind}"
+    for kind in (
+        *("nested_tensor", "sparse_tensor", "wrapper_subclass"),
+        *("device_tensor_from_numpy", "device_tensor_from_cpu_tensor"),
+    )
+}
+"""Makers of tensors that torch allows, which may take any memory or time; no SSD's are of such kinds."""
+
+
+def _weigh(file: IO[bytes]) -> None:
+    """Pass over a pickle, and add up what it would be if nothing in it were used twice.
+
+    A few bytes can say "a pair of that pair" fifty times; as the key of a dict it is walked through for ever,
+    and one in which a million are nested ends the process. Nothing is made here of what the pickle says;
+    where it cannot be followed, torch does not follow it, either.
+
+    Raises:
+        _TooMuch: it has more parts than a file can have.
+        _OtherKind: it has tensors of kinds that torch makes without a check.
+    """
+    stack: list[list[int]] = []  # of parts and depth
+    below: list[list[list[int]]] = []
+    memo: dict[Any, list[int]] = {}
+    named = 0
+    with contextlib.suppress(ValueError, LookupError, OverflowError, MemoryError, struct.error):
+        for code, value, _ in pickletools.genops(file):
+            if code.name == "MARK":
+                below.append(stack)
+                stack = []
+            elif code.name.endswith("BINPUT"):
+                memo[value] = stack[-1]
+            elif code.name.endswith("BINGET"):
+                stack.append(memo[value])
+                named += memo[value][0]
+            elif code.name in _TAKES:
+                stack = _taken(code.name, stack, below)
+                if named > _MOST_NAMED or stack[-1][1] > _DEEPEST:
+                    raise _TooMuch("lists and dicts that are too many, or too deep in one another")
+                if value in _UNCHECKED:
+                    raise _OtherKind(value.partition("_rebuild_")[2].replace("_", " "))
+            elif code.name != "PROTO":
+                return
+
+
+def _taken(name: str, stack: list[list[int]], below: list[list[list[int]]]) -> list[list[int]]:
+    """The stack after an instruction that makes one value of some."""
+    if _TAKES[name] == _TO_MARK:
+        parts, stack = stack, below.pop()
+    else:
+        first = len(stack) - _TAKES[name]
+        parts = stack[first:]
+        del stack[first:]
+    if name not in _INTO_LAST:
+        stack.append([1, 0])
+    whole = stack[-1]
+    for size, depth in parts:
+        whole[0] += size
+        whole[1] = max(whole[1], depth + 1)
+    return stack
+
+
+def _loaded(file: IO[bytes], most: int) -> object:
+    """What a file of torch holds, of plain containers and tensors alone, in no more than so many bytes."""
+    left = most
+
+    def place(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+        nonlocal left
+        left -= storage.nbytes()
+        if left < 0:
+            raise _TooMuch("tensors that are larger than the file")
+        return storage
+
+    file.seek(0)
+    held: dict[int, int] = {}
+    plain = _plain(torch.load(file, map_location=place, weights_only=True), {}, held)  # type: ignore[arg-type]
+    if sum(held.values()) > most:  # some are of the pickle's own making
+        raise _TooMuch("tensors that are larger than the file")
+    return plain
+
+
+def _plain(value: Any, made: dict[int, Any], held: dict[int, int]) -> Any:
+    """The same in Python's own containers, which have no attributes that a file can set; no tensor has.
+
+    Args:
+        value: what torch made of a file.
+        made: what was made already, by the id of what it was made of.
+        held: takes note of the bytes of each storage, by its place in memory.
+    """
+    if id(value) in made:
+        return made[id(value)]
+    if isinstance(value, Tensor):
+        tensor = made[id(value)] = Tensor.detach(value)
+        if tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    if isinstance(value, dict):
+        into = made[id(value)] = {}
+        into.update((key, _plain(each, made, held)) for key, each in dict.items(value))
+        return into
+    if isinstance(value, list):
+        listed: list[Any] = []
+        made[id(value)] = listed
+        listed.extend(_plain(each, made, held) for each in list.__iter__(value))
+        return listed
+    if isinstance(value, tuple):
+        return made.setdefault(id(value), tuple(_plain(each, made, held) for each in tuple.__iter__(value)))
+    return value
 
 
 def _refused(error: Exception) -> str:
@@ -122,12 +317,17 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         head = file.read(HEAD)
     if not head:
         return "the file is empty"
+    if isinstance(error, _TooMuch):
+        return (
+            f"announces {error}, which {path.stat().st_size:,} bytes do not hold, and is not loaded for "
+            "safety; get it again, or from whom you trust"
+        )
     is_zip = head[:2] == b"PK"
-    kind = identify(head) if not is_zip or zipfile.is_zipfile(path) else None  # cut off, else
-    if kind and (kind.as_weights or not looks_like_checkpoint(head)):
+    kind = identify(head) if not is_zip or _names_in_zip(path) else None  # cut off, else
+    if kind and (kind.as_weights or not _looks_like_checkpoint(head)):
         advice = kind.as_weights or "name it .onnx"
         return f"this is {kind.name}, not a checkpoint; {(is_zip and _within(path)) or advice}"
-    if not looks_like_checkpoint(head):
+    if not _looks_like_checkpoint(head):
         return "not a checkpoint of torch or safetensors, or damaged at its start"
     if "TorchScript" in str(error):
         return "a TorchScript program, not a checkpoint; where it was exported by ssd, name it .torchscript"
@@ -135,6 +335,8 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         "Where the program that made it runs, load it as that program does, and save its model's tensors "
         f"alone: torch.save(model.state_dict(), {new_name(path)!r})"
     )
+    if isinstance(error, _OtherKind):
+        return f"holds a {error}, a kind that is not to be loaded safely, and not an SSD's. {anew}"
     if kind and "pickle" in kind.name and _MAGIC not in head[:32]:
         return (
             f"this is {kind.name}, not a checkpoint of torch, and is not loaded for safety. {anew}; or, "
@@ -143,9 +345,17 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         )
     if found := _refused(error):
         name = found.removeprefix("builtins.")
-        return f"holds more than tensors and plain containers ({name}), and is not loaded for safety. {anew}"
+        more = shown(name).strip("'")
+        return f"holds more than tensors and plain containers ({more}), and is not loaded for safety. {anew}"
+    if _is_short_of_memory(error):
+        return _TOO_LARGE
     problem = f"damaged or cut off ({path.stat().st_size:,} bytes), or not to be loaded safely; get it again"
     return f"{problem}. {anew}" if "Weights only load failed" in str(error) else problem
+
+
+def _looks_like_checkpoint(head: bytes) -> bool:
+    """Whether a file that begins so may be a checkpoint of torch (zip or legacy) or of safetensors."""
+    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[8:9] == b"{"
 
 
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # the number that torch's legacy files begin with
@@ -171,7 +381,7 @@ def _within(path: Path) -> str:
     if any(name.endswith("/data.pkl") for name in names):
         return "a checkpoint of torch was packed anew as this; pass the one that it was made of"
     weights = [name for name in names if name.endswith(SUFFIXES)]
-    listed = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
+    listed = ", ".join(map(as_line, weights[:3])) + (", ..." if len(weights) > 3 else "")
     return f"unpack it, and pass what is in it: {listed}" if weights else ""
 
 
@@ -180,7 +390,7 @@ def _names_in_zip(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except Exception:  # a damaged one gives errors of many kinds
         return []
 
 
@@ -299,6 +509,7 @@ _OWN = {
 }
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DEPTH = 6  # of containers in one another
+_MOST_NETWORKS = 20  # that are told apart
 _AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|modelema|emamodel|averag|(?<![a-z])swa(?![a-z])|shadow|polyak")
 _AS_TRAINED = "current_model_state"  # beside it, Lightning's "state_dict" is the average
 
@@ -310,11 +521,12 @@ class _Candidate(NamedTuple):
     around: tuple[Mapping[Any, Any], ...]
 
     def is_average(self) -> bool:
-        return bool(_AVERAGE.search(".".join(map(str, (*self.place, self.prefix))).lower()))
+        names = [each for each in (*self.place, self.prefix) if isinstance(each, str)]
+        return bool(_AVERAGE.search(".".join(names).lower()))
 
     def name(self) -> str:
-        place = "".join(f"[{each!r}]" for each in self.place)
-        return f"{place} {self.prefix}*".strip() if self.prefix or not place else place
+        place = "".join(f"[{shown(each)}]" for each in self.place)
+        return f"{place} {as_line(self.prefix, 60)}*".strip() if self.prefix or not place else place
 
     def has(self, key: str) -> bool:
         return key.startswith(self.prefix) and key[len(self.prefix) :].partition(".")[0] in _OWN
@@ -339,14 +551,14 @@ def find_network(path: Path, content: object, sought: Sought = SSD) -> Network:
     Raises:
         CheckpointError: there is none, or more than one.
     """
-    found = list(_candidates(content, sought.marks))
+    found = list(islice(_candidates(content, sought.marks), _MOST_NETWORKS))
     unlike = _unlike(found)
     chosen = [each for each in unlike if each.is_average()] or unlike
     chosen = [each for each in chosen if _AS_TRAINED not in each.place] or chosen
     if not chosen:
         raise CheckpointError(f"{path}: {_why_none(content, sought)}")
     if len(chosen) > 1:
-        raise CheckpointError(f"{path}: {_why_not_one(path, chosen)}")
+        raise NotDamaged(f"{path}: {_why_not_one(path, chosen)}")  # whose advice needs it
     (network,) = chosen
     tensors = network.own()
     if len(unlike) == 2:  # some averages are of the parameters alone, and go with the model's statistics
@@ -365,10 +577,13 @@ def _why_not_one(path: Path, chosen: list[_Candidate]) -> str:
     if example.prefix:
         wanted = f"{{k: v for k, v in {wanted}.items() if {example.prefix!r} in k}}"
     names = ", ".join(each.name() for each in chosen[:4])
+    count = f"{'at least ' * (len(chosen) == _MOST_NETWORKS)}{len(chosen)}"
+    told = f"holds {count} networks: {names}. Save the one that you mean alone"
+    if len(wanted) > 200:
+        return told
     return (
-        f"holds {len(chosen)} networks: {names}. Save the one that you mean alone, as by: import torch; from "
-        f"ssd import containers; c, _ = containers.read({str(path)!r}); "
-        f"torch.save({wanted}, {new_name(path)!r})"
+        f"{told}, as by: import torch; from ssd import containers; "
+        f"c, _ = containers.read({str(path)!r}); torch.save({wanted}, {new_name(path)!r})"
     )
 
 
@@ -377,7 +592,7 @@ def _why_none(content: object, sought: Sought) -> str:
     if state_dict:
         theirs = next((name for name, marks in _OTHERS if all(each in state_dict for each in marks)), "")
         looks = f"its tensors are named as those of {theirs}; " if theirs else ""
-        return f"not {sought.name}; {looks}it begins with {', '.join(list(state_dict)[:3])}. {sought.advice}"
+        return f"not {sought.name}; {looks}it begins with {first_names(state_dict)}. {sought.advice}"
     is_wrapped = isinstance(content, dict) and isinstance(content.get("model"), dict)
     inner = content["model"] if is_wrapped else content  # type: ignore[index]
     if not isinstance(inner, dict) or not inner:
@@ -385,9 +600,14 @@ def _why_none(content: object, sought: Sought) -> str:
     key, value = next(iter(inner.items()))
     kind = "an array or other object" if isinstance(value, _Left) else f"a {type(value).__name__}"
     return (
-        f"{key!r} is {kind}, not a tensor with a name; expected a state dict, or a dict "
+        f"{shown(key)} is {kind}, not a tensor with a name; expected a state dict, or a dict "
         'that has one, as under "model"'
     )
+
+
+def first_names(state_dict: Iterable[str]) -> str:
+    """What a state dict begins with, for messages."""
+    return ", ".join(as_line(key, 100) for key in islice(state_dict, 3))
 
 
 _OTHERS = (

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssd.drawing import draw_detections
+from ssd.drawing import draw_detections, encoded
 from ssd.errors import ImageError, MissingExtra
-from ssd.files import atomic_file
+from ssd.files import write_file
+from ssd.images import enough_memory
 from ssd.labels import category_ids
 from ssd.pixels import DECODED, Original
 
@@ -331,18 +332,25 @@ class Detections:
             ImageError, OSError: see `draw`.
         """
         path = Path(path)
-        picture_format = Image.registered_extensions().get(path.suffix.lower())
-        if picture_format not in Image.SAVE:
-            raise ValueError(f"{path}: pictures end in .jpg, .png, .webp or another suffix that Pillow knows")
+        _picture_format(path)
         own = self._kept.path if isinstance(self._kept, Original) else ""
         if path.exists() and any(map(path.samefile, filter(os.path.exists, (own, self.source)))):
             raise ValueError(f"{path} is the source image, which is never overwritten; save to another path")
-        with self._room():
-            picture = self.draw(font=font)
-            with atomic_file(path) as file:
-                picture.save(file, picture_format, quality=92)
-            del picture
+        write_file(path, self.picture_for(path, font=font))
         return path
+
+    def picture_for(
+        self, path: str | os.PathLike[str], *, font: str | os.PathLike[str] | None = None
+    ) -> memoryview:
+        """The content that `save` would write to a path, whose suffix says the format; nothing is written.
+
+        Raises:
+            ValueError: the suffix is no known format, or there is no image.
+            ImageError, OSError: see `draw`.
+        """
+        picture_format = _picture_format(Path(path))
+        with self._room(), enough_memory(self.source, self.image_size[::-1]):
+            return encoded(self.draw(font=font), picture_format, 92)
 
     def _preview(self) -> bytes:
         with self._room():
@@ -375,6 +383,13 @@ class Detections:
         head = "".join(f"<th>{title}</th>" for title in ("name", "score", "left", "top", "right", "bottom"))
         table = f"<table><tr>{head}</tr>{rows}</table>" if len(self) else "<p>no objects</p>"
         return f"<div>{picture}<p>{html.escape(self.source)}</p>{table}</div>"
+
+
+def _picture_format(path: Path) -> str:
+    found = Image.registered_extensions().get(path.suffix.lower())
+    if found not in Image.SAVE:
+        raise ValueError(f"{path}: pictures end in .jpg, .png, .webp or another suffix that Pillow knows")
+    return found
 
 
 def _as_integers(values: Any) -> IntArray:

@@ -1,17 +1,20 @@
 """Detector: from images of any kind to `Detections`."""
 
+import atexit
 import contextlib
 import ctypes
 import difflib
 import math
 import operator
 import os
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import torch
@@ -23,8 +26,8 @@ from ssd.backends import Backend, Options
 from ssd.choices import Precision
 from ssd.detections import Detections
 from ssd.devices import choose_precision, usable_device
-from ssd.errors import ImageError, NonFiniteError
-from ssd.images import MAX_PIXELS, ImageSource, load_scaled, source_path
+from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
+from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, source_path
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
 from ssd.postprocess import PaddedDetections
@@ -37,6 +40,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
+_PATIENCE = 3.0  # seconds that Python's exit waits for them
 
 
 _made: "weakref.WeakSet[Detector]" = weakref.WeakSet()
@@ -207,6 +211,7 @@ class Detector:
 
         Raises:
             ImageError, FileNotFoundError: an image cannot be read; the message names it.
+            ImageMemoryError: there is not enough memory for an image, also when it is read by itself.
             NonFiniteError: the network gave NaN or infinity.
             ValueError: an option is out of range or a class unknown.
         """
@@ -363,24 +368,49 @@ class Detector:
                 raise NonFiniteError(f"{names}: {error}", error.images) from error
         return self.results(batch, found)
 
-    def _read(self, source: AnySource, number: int | None = None, how: "Reading | None" = None) -> Input:
+    def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
         name, image = _named(source, number)
         how = how or Reading()
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
+        try:
+            return self._read_once(image, name, number, how, where)
+        except ImageMemoryError:
+            if not where:
+                raise
+        # Those that were read at the same time may have left too little.
+        return self._read_once(image, name, number, how, where, alone=True)
+
+    def _read_once(
+        self,
+        image: ImageSource,
+        name: str,
+        number: int | None,
+        how: Reading,
+        where: list[tuple[str | bytes, tuple[int, int] | None]],
+        *,
+        alone: bool = False,
+    ) -> Input:
+        """An image as the network is to see it.
+
+        `where` is empty, and gets where it can be read again, or has that already.
+        """
+        called = name or "image"
+        source = where[0][0] if where else image  # a stream is read but once
         with contextlib.ExitStack() as room:
 
             def on_open(file: IO[bytes], pixels: int) -> None:
-                where[:] = [origin(image, file)]
+                where[:] = where or [origin(image, file)]
                 room.close()  # that of an attempt that failed
-                room.enter_context(DECODED.taken(pixels))
+                room.enter_context(DECODED.taken(DECODED.pixels if alone else pixels))
 
             whole, size = load_scaled(
-                image, how.least, name=name or "image", max_pixels=how.max_pixels, on_open=on_open
+                source, how.least, name=called, max_pixels=how.max_pixels, on_open=on_open
             )
-            resized = resize(whole, self.layout.size)
+            with enough_memory(called, size):
+                resized = resize(whole, self.layout.size)
             kept: Image.Image | Original | None = whole if whole.size == size else None
             if kept is not None and where:
-                kept = Original(*where[0], name or "image", size, how.max_pixels, opened_path(image))
+                kept = Original(*where[0], called, size, how.max_pixels, opened_path(image))
             del whole  # before others get its room
         return Input(name, kept, size, resized, number)
 
@@ -393,7 +423,7 @@ class Detector:
         threads; and of images in memory, which are kept, only so many pixels as `DECODED` has room for.
         """
         workers = min(_MAX_READERS, os.cpu_count() or 1)
-        pool, process = ThreadPoolExecutor(workers, "ssd-read"), os.getpid()
+        pool, process = _Readers(workers), os.getpid()
         waiting: deque[tuple[Named, int, _Outcome[Input]]] = deque()
 
         def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
@@ -420,7 +450,7 @@ class Detector:
             finished = True
         finally:
             # Interrupted, one does not want to wait for a server that stalls.
-            pool.shutdown(wait=finished, cancel_futures=True)
+            pool.shutdown(wait=finished)
 
     def pixels(self, batch: Sequence[Input]) -> Tensor:
         """What `Backend.forward` takes: uint8 ``[N, S, S, 3]`` on the detector's device."""
@@ -483,7 +513,62 @@ class _Outcome(SimpleQueue[T | BaseException]):
     """
 
 
-def _submit(pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any, **options: Any) -> _Outcome[T]:
+class _Readers:
+    """Threads that read images, and may wait for a pipe for ever.
+
+    Not those of an executor, for which Python's exit waits without an end. For these it waits a little: one
+    that came back from torch when Python is gone would abort the process.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._threads = most, list[threading.Thread]()
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        _readers.add(self)
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have it called in one of the threads."""
+        self._tasks.put(task)
+        if len(self._threads) < self._most:
+            thread = threading.Thread(target=self._work, name="ssd-read", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task  # and the image that it holds
+
+    def shutdown(self, *, wait: bool) -> None:
+        """End the threads after all tasks, or without waiting, after their present ones."""
+        with contextlib.suppress(Empty):
+            while not wait:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        if wait:
+            self.join()
+
+    def join(self, end: float = math.inf) -> None:
+        """Wait for the threads' end, not longer than until a time of `time.monotonic`."""
+        for thread in self._threads:
+            thread.join(None if end == math.inf else max(0, end - time.monotonic()))
+
+
+_readers: "weakref.WeakSet[_Readers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_readers() -> None:
+    end = time.monotonic() + _PATIENCE
+    with contextlib.suppress(KeyboardInterrupt):
+        for each in list(_readers):
+            each.shutdown(wait=False)
+            each.join(end)
+
+
+def _submit(
+    pool: "ThreadPoolExecutor | _Readers", function: Callable[..., T], *args: Any, **options: Any
+) -> _Outcome[T]:
     outcome: _Outcome[T] = _Outcome()
 
     def run() -> None:

@@ -1,6 +1,7 @@
 """Boxes and labels on pictures; letters of any script, as far as the fonts go that are here."""
 
 import colorsys
+import io
 import os
 import shutil
 import subprocess
@@ -58,6 +59,16 @@ def draw_detections(
     fonts = _fonts_of(labels, font)
     _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()], fonts)
     return picture
+
+
+def encoded(picture: Image.Image, picture_format: str = "JPEG", quality: int = 90) -> memoryview:
+    """The content of a picture's file.
+
+    Into a file that is open, Pillow's encoders do not see that the disk is full.
+    """
+    content = io.BytesIO()
+    picture.save(content, picture_format, quality=quality)
+    return content.getbuffer()
 
 
 def class_color(class_id: int) -> tuple[int, int, int]:

@@ -3,15 +3,46 @@
 Each is also one of Python's own errors, by which it was always caught.
 """
 
+import re
+import reprlib
 from collections.abc import Sequence
+
+_MOST_SHOWN = 900  # characters of a line, of which a path may take many
+# What ends a line, steers a terminal, turns the direction of what follows, or is in no encoding.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring = 3, 8, 8, 80
 
 
 class UserError(Exception):
     """Something that the user can mend; its message says all, and is what a command ends in."""
 
+    def __str__(self) -> str:
+        return "\n".join(map(as_line, super().__str__().split("\n")))
+
+
+def as_line(text: str, most: int = _MOST_SHOWN) -> str:
+    """Text of anybody's as a line that a terminal can show; if it is too long, its beginning and its end.
+
+    >>> as_line("cat\\n\\x1b[31m"), as_line("0123456789" * 100, 20)
+    ('cat\\\\n\\\\x1b[31m', '0123456789 ... 56789')
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[len(text) - most // 4 :]}"
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value out of a file, as Python writes it; no more text is made of it than is shown."""
+    return as_line(_SHORT.repr(value), most)
+
 
 class ImageError(UserError, ValueError):
     """An image cannot be used; the message names it and says why."""
+
+
+class ImageMemoryError(ImageError, MemoryError):
+    """There is not enough memory for an image; the message names it and says what it needs."""
 
 
 class AnnotationError(UserError, ValueError):

@@ -19,7 +19,7 @@ from ssd.data.judge import MISSHAPEN, listed, require_size
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.distributed import World, alone
-from ssd.errors import AnnotationError
+from ssd.errors import AnnotationError, as_line
 from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD
 from ssd.sources import Named
 
@@ -63,7 +63,7 @@ class Evaluation:
         return asdict(self)
 
     def __str__(self) -> str:
-        wide = max(len("class"), *(len(name) for name in self.per_class))
+        wide = max(len("class"), *(len(as_line(name)) for name in self.per_class))
         lines = [f"{self.images} images, {self.boxes} boxes, {self.detections} detections"]
         if self.left_out:
             lines.append(f"left out of these numbers ({listed(self.left_out)})")
@@ -76,7 +76,7 @@ class Evaluation:
         lines += [f"{name:6} {_cell(self.metrics[name])}  {MEANINGS[name]}" for name in METRICS]
         lines += ["", f"{'class':{wide}}  {'boxes':>7}  {'AP':>6}  {'AP50':>6}"]
         lines += [
-            f"{name:{wide}}  {row['boxes']:7.0f}  {_cell(row['AP'])}  {_cell(row['AP50'])}"
+            f"{as_line(name):{wide}}  {row['boxes']:7.0f}  {_cell(row['AP'])}  {_cell(row['AP50'])}"
             for name, row in self.per_class.items()
         ]
         return "\n".join(lines)

@@ -1,7 +1,6 @@
 """Checkpoints to ONNX, OpenVINO, torch.export and TorchScript, each compared with torch before it is kept."""
 
 import os
-import tempfile
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +25,7 @@ from ssd.backends.base import (
 )
 from ssd.boxes import decode
 from ssd.errors import ExportError
-from ssd.files import full_disk_told
+from ssd.files import gone_if_unused, replace_together, sync_file, temporary_folder, writing
 from ssd.images import load_image
 from ssd.model import SSD, load_model
 from ssd.shapes import draw_scene
@@ -103,23 +102,23 @@ def export(
         layout=model.layout,
     )
     pictures = calibration_images(calibrate, model.layout.size) if calibrate is not None else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that moving it there is renaming.
-    temporary = tempfile.TemporaryDirectory(prefix=f".{path.name or 'export'}-", dir=path.parent)
-    with full_disk_told(path), temporary as folder:
-        # Detections show few of the default boxes, so that a file with NMS is proved without it first.
-        for content in [replace(metadata, nms=None), metadata] if nms else [metadata]:
-            made = Path(folder) / ("with NMS" if content.nms else "raw") / (path.name or "export")
-            made.parent.mkdir()
-            with needing_extra(format):
-                import_module(BACKENDS[format].module).write(model, made, content, pictures)
-            prove(model, made, content, pictures)
-        if BACKENDS[format].folder:
-            path.mkdir(exist_ok=True)
-            for name in BACKENDS[format].folder:
-                os.replace(made / name, path / name)
-        else:
-            os.replace(made, path)
+    with gone_if_unused(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(path) as folder, writing(path):
+            # Detections show few of the default boxes, so that a file with NMS is proved without it first.
+            for content in [replace(metadata, nms=None), metadata] if nms else [metadata]:
+                made = folder / ("with NMS" if content.nms else "raw") / (path.name or "export")
+                made.parent.mkdir()
+                with needing_extra(format):
+                    import_module(BACKENDS[format].module).write(model, made, content, pictures)
+                prove(model, made, content, pictures)
+            names = BACKENDS[format].folder
+            for file in [made / name for name in names] or [made]:
+                sync_file(file)
+            if names:
+                replace_together(made, path, names)
+            else:
+                os.replace(made, path)
     return path
 
 

@@ -10,7 +10,8 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, TypeVar, Union, cast
@@ -20,13 +21,17 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ssd import web
-from ssd.errors import ImageError
+from ssd.errors import ImageError, ImageMemoryError, as_line
 from ssd.signatures import DEVELOP, HEAD, HEIC, HEIF, HEIF_SUFFIXES, identify
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+# What is called for the bands of an array [H, W, C], as often as they are gone through.
+Bands: TypeAlias = Callable[[], Iterator[npt.NDArray[Any]]]
+ToBytes: TypeAlias = Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]]
 
 
 class Readable(Protocol):
@@ -58,14 +63,25 @@ MAX_ASPECT = 100
 """Most times that one side may be longer than the other."""
 
 MAX_BYTES = 64 << 20
-"""Most bytes that are read from a URL."""
+"""Most bytes that are read from a URL or a pipe."""
+
+MAX_SCANS = 100
+"""Of a JPEG of `MAX_PIXELS`, as libtiff allows; the fewer pixels, the more. Each goes over all pixels,
+however few bytes it has."""
 
 _OVERSHOOT = 0.25  # by which floats may leave [0, 1], as resampling makes them do at edges ...
 _MEAN_OVERSHOOT = 0.01  # ... and on average, above which they are of another range
 _SHORT = 200  # letters of a name in messages
+_BAND = 1 << 20  # pixels that are converted at a time
+
+# Bytes that a pixel takes while it is decoded and converted, at most; decoders of some formats keep more.
+_BYTES, _BYTES_OF = 8, {"JPEG": 12, "MPO": 12, "TIFF": 12, "WEBP": 16, "AVIF": 16}
 
 # What may begin the base64 text of an image: that of the signatures of JPEG, PNG, GIF and WebP.
 _BASE64 = re.compile(r"/9j/4|iVBORw0KGgo|R0lGOD[ld]h|UklGR")
+
+# Pillow's words for a lack of memory, and torch's.
+_NO_MEMORY = re.compile("out of memory|allocate memory", re.IGNORECASE)
 
 # What makes an image of an EXIF orientation upright (EXIF 2.3, tag 0x0112).
 _UPRIGHT = {
@@ -81,8 +97,17 @@ _UPRIGHT = {
 # Tags of TIFF (6.0, TIFF/EP and DNG 1.4).
 _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _SUB_IFDS, _SAMPLE_FORMAT, _DNG_VERSION = 254, 258, 330, 339, 50706
 
-# Texts of a PNG in which its orientation may be.
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+# Chunks of a PNG in which its orientation may be, and the keywords of such texts.
+_PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+# What follows a JPEG's FF where that is neither a part of the pixels nor their restart.
+_JPEG_MARKER = re.compile(rb"\xFF([^\x00\xD0-\xD7\xFF])")
+
+# As in `warnings.filters`.
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 # Pillow reads an opened file when it is first used, and two threads must not do that at a time.
 _LAZY_READ = threading.Lock()
@@ -96,6 +121,9 @@ def load_image(source: ImageSource, *, name: str | None = None, max_pixels: int 
 
     Formats are those of `DECODERS`, those whose openers were registered with Pillow by another package, and
     HEIC where pillow-heif is installed.
+
+    Reading a file takes up to 8 bytes of memory for each of its pixels; TIFF and progressive JPEG up to 12,
+    WebP and AVIF up to 16.
 
     Args:
         source: a path; an http(s) URL; the bytes of an image file; an open file, or anything with ``read()``,
@@ -113,6 +141,7 @@ def load_image(source: ImageSource, *, name: str | None = None, max_pixels: int 
     Raises:
         ImageError: not an image, truncated, empty, too large or too thin, a URL that is not http(s) or does
             not give an image.
+        ImageMemoryError: there is not enough memory for it.
         FileNotFoundError: there is no such file.
         TypeError: not a kind of source that is known.
     """
@@ -203,31 +232,55 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
     """Whether width and height of a file's image change places to make it upright; False if it has none."""
     try:
         with open(path, "rb") as file:
-            return _use(file, "", MAX_PIXELS, lambda image: _orientation(image) >= 5)
+            return _use(file, "", MAX_PIXELS, lambda image: _orientation(_header_of(image)) >= 5)
     except Exception:  # decoders raise anything
         return False
 
 
 def _size_from_header(image: Image.Image) -> tuple[int, int]:
-    if isinstance(image, PngImagePlugin.PngImageFile) and not _has_notes(cast("IO[bytes]", image.fp)):
-        return image.size  # else Pillow reads all pixels, for what may be behind them
-    if image.format == "PNG" and "exif" not in image.info:
-        image.load()
     # A TIFF's size is that of the upright image already.
-    turned = image.format != "TIFF" and _orientation(image) >= 5
+    turned = image.format != "TIFF" and _orientation(_header_of(image)) >= 5
     return image.size[::-1] if turned else image.size
 
 
-def _has_notes(file: IO[bytes]) -> bool:
-    """Whether a PNG has a chunk that may tell its orientation, in front of its pixels or behind them."""
+def _header_of(image: Image.Image) -> Image.Image:
+    """An image with all that may tell its orientation, for which Pillow reads all pixels of a PNG."""
+    if not isinstance(image, PngImagePlugin.PngImageFile):
+        return image
+    file, pixels = cast("IO[bytes]", image.fp), False
     place = file.tell()
-    file.seek(8)
-    found = False
-    while not found and len(header := file.read(8)) == 8:
-        found = header[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-        file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
+    notes = io.BytesIO(_PNG)
+    notes.seek(0, os.SEEK_END)
+    for kind, content in _png_chunks(file):
+        if kind == b"IEND" or (kind == b"fcTL" and pixels and image.is_animated):  # the next frame
+            break
+        pixels = pixels or kind == b"IDAT"
+        if kind in (b"IHDR", *_PNG_NOTES):
+            data = content()
+            notes.write(struct.pack(">I", len(data)) + kind + data)
+            notes.write(struct.pack(">I", zlib.crc32(kind + data)))
     file.seek(place)
-    return found
+    notes.write(bytes(4) + b"IDAT")
+    notes.seek(0)
+    header = Image.Image()
+    header.info = PngImagePlugin.PngImageFile(notes).info
+    return header
+
+
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
+    """The kind of each chunk of a PNG, and what reads its content."""
+    end, at = file.seek(0, os.SEEK_END), len(_PNG)
+    while at + 8 <= end:
+        file.seek(at)
+        header = file.read(8)
+        start, length = at + 8, int.from_bytes(header[:4], "big")
+
+        def content(start: int = start, length: int = min(length, end - start)) -> bytes:
+            file.seek(start)
+            return file.read(length)
+
+        yield header[4:], content
+        at = start + length + 4
 
 
 # --- Files ------------------------------------------------------------------------------------------------
@@ -246,7 +299,7 @@ def _opened(source: object, name: str) -> Iterator[IO[bytes]]:
         raise ImageError(f"{name}: an empty path")
     elif isinstance(source, str | os.PathLike):
         with _open_path(Path(source), name) as file:
-            yield file if file.seekable() else io.BytesIO(file.read())
+            yield file if file.seekable() else io.BytesIO(_read_pipe(file, name))
     elif _is_readable(source):
         yield io.BytesIO(_read_file(source, name))
     else:
@@ -267,6 +320,13 @@ def _open_path(path: Path, name: str) -> IO[bytes]:
             f"{shortened(name)!r}: no possible path ({_reason(error)}); of an image itself, pass the bytes"
         ) from error
     raise ImageError(f"{name}: is a folder, not an image; a detector's stream takes folders")
+
+
+def _read_pipe(file: IO[bytes], name: str) -> bytes:
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"{name}: gives more than {MAX_BYTES >> 20} MiB; write it to a file, and pass that")
+    return content
 
 
 def _is_readable(source: object) -> "TypeGuard[Readable]":
@@ -310,7 +370,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _of_pil_image(source: Image.Image, name: str) -> Image.Image:
-    with _refusals(name):
+    with _refusals(name), _decoding(source.format, source.size, name):
         try:
             with _LAZY_READ:
                 source.load()
@@ -318,7 +378,7 @@ def _of_pil_image(source: Image.Image, name: str) -> Image.Image:
             raise ImageError(
                 f"{name}: its file was closed before its pixels were read; read them first: image.load()"
             ) from error
-        image = _upright_rgb(source, name)
+        image = _upright_rgb(source, _orientation(source), name)
         return image.copy() if image is source else image
 
 
@@ -329,17 +389,78 @@ def _decode(
     max_pixels: int,
     on_open: Callable[[IO[bytes], int], object] | None,
 ) -> tuple[Image.Image, tuple[int, int]]:
-    def decode(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+    def decode(image: Image.Image) -> tuple[Image.Image, int, tuple[int, int], str | None]:
         whole = image.size
+        if image.info.get("progressive"):
+            _require_few_scans(file, image, name)
         if least is not None:
             image.draft(None, (least, least))  # does nothing to other formats than JPEG
         if on_open is not None:
             on_open(file, image.width * image.height)
-        upright = _upright_rgb(image, name)
-        return upright, whole[::-1] if _orientation(image) >= 5 else whole
+        with _decoding(image.format, image.size, name):
+            _skip_pillows_limit(image)
+            image.load()
+        # Not the image of the file: some keep their decoder, with all pixels once more, as long as they live.
+        return image._new(image.im), _orientation(image), whole, image.format
 
     with _refusals(name):
-        return _use(file, name, max_pixels, decode)
+        image, orientation, whole, format = _use(file, name, max_pixels, decode)
+        size = whole[::-1] if orientation >= 5 else whole
+        with enough_memory(name, size, format):
+            return _upright_rgb(image, orientation, name), size
+
+
+@contextmanager
+def enough_memory(name: str, size: tuple[int, int], format: str | None = None) -> Iterator[None]:
+    """Make an `ImageMemoryError` of a lack of memory while an image is worked on.
+
+    Args:
+        name: what the error calls it.
+        size: its width and height.
+        format: Pillow's name of it, of a file that is decoded.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, ImageMemoryError) or not lacks_memory(error):
+            raise
+        raise _no_memory(name, size, format) from error
+
+
+@contextmanager
+def _decoding(format: str | None, size: tuple[int, int], name: str) -> Iterator[None]:
+    """As `enough_memory`, for decoders, some of which say of a lack of memory that the file is damaged."""
+    with enough_memory(name, size, format):
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                try:
+                    np.empty(_most_bytes(size, format), np.uint8)
+                except MemoryError:
+                    raise _no_memory(name, size, format) from error
+            raise
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's, a system's, Pillow's or torch's."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def _most_bytes(size: tuple[int, int], format: str | None) -> int:
+    return math.prod(size) * _BYTES_OF.get(format or "", _BYTES)
+
+
+def _no_memory(name: str, size: tuple[int, int], format: str | None) -> ImageMemoryError:
+    hint = ", or end other programs"
+    if format in ("JPEG", "MPO"):
+        hint += ", or have it read small: ssd detect --no-images --scaled-decoding"
+    return ImageMemoryError(
+        f"{name}: there is not enough memory for its {size[0]}x{size[1]} pixels, which may take "
+        f"{_most_bytes(size, format) / 1e6:,.0f} MB; make it smaller{hint}"
+    )
 
 
 def _use(
@@ -351,7 +472,7 @@ def _use(
 ) -> T:
     """What `work` makes of an image file; a PNG with more text than Pillow reads is read without it."""
     try:
-        with _open(file, name, max_pixels) as image:
+        with _without_pillows_warnings(), _open(file, name, max_pixels) as image:
             return work(image)
     except ImageError:
         raise
@@ -359,6 +480,19 @@ def _use(
         if not attempts or (plain := _png_without_texts(file, attempts[0])) is None:
             raise
         return _use(plain, name, max_pixels, work, attempts[1:])
+
+
+@contextmanager
+def _without_pillows_warnings() -> Iterator[None]:
+    """They name no file, and tell of small damage; as errors, they would hide the image."""
+    # Not by catch_warnings, which threads would leave in one another's state.
+    filters = cast("list[Any]", warnings.filters)
+    filters.insert(0, _PILLOWS_WARNINGS)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # another thread has put its own list in place
+            filters.remove(_PILLOWS_WARNINGS)
 
 
 def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
@@ -382,16 +516,34 @@ def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             continue
         file.seek(0)
         try:
-            image = factory(file, "")
+            if format == "WEBP":  # which takes memory for all pixels at once
+                size = _webp_size(head)
+                _require_few_pixels(*size, name, max_pixels)
+                with _decoding(format, size, name):
+                    image = factory(file, "")
+            else:
+                image = factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # as by Image.open: of another format
             continue
         if _is_raw(getattr(image, "tag_v2", {})):
             continue
         _require_shape(*image.size, name)
         _require_few_pixels(*image.size, name, max_pixels)
-        _skip_pillows_limit(image)
         return image
     raise ImageError(f"{name}: {_what_it_is(file, head)}")
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height by the header of a WebP file."""
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(head[at : at + length], "little")
+
+    if head[12:16] == b"VP8X":
+        return number(24, 3) + 1, number(27, 3) + 1
+    if head[12:16] == b"VP8L":
+        return number(21, 4) % (1 << 14) + 1, number(21, 4) // (1 << 14) % (1 << 14) + 1
+    return number(26, 2) % (1 << 14), number(28, 2) % (1 << 14)
 
 
 def _registered_formats() -> list[str]:
@@ -422,22 +574,38 @@ def _skip_pillows_limit(image: Image.Image) -> None:
     """Keep Pillow from asking once more when it reads the pixels, with the limit of the whole process."""
     limit = Image.MAX_IMAGE_PIXELS
     if image.format == "TIFF" and limit and image.width * image.height > limit:
-        image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
+        image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size), None).im
+
+
+def _require_few_scans(file: IO[bytes], image: Image.Image, name: str) -> None:
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    at, scans = 2, 0
+    while (marker := _JPEG_MARKER.search(content, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    most = max(MAX_SCANS, MAX_SCANS * MAX_PIXELS // (image.width * image.height))
+    if scans > most:
+        raise ImageError(
+            f"{name}: a JPEG of {scans:,} scans, each of which goes over its {image.width}x{image.height} "
+            f"pixels; up to {most:,} are read: save it anew as JPEG or PNG"
+        )
 
 
 def _png_without_texts(file: IO[bytes], kept: tuple[bytes, ...]) -> IO[bytes] | None:
     """A PNG file without its colour profile and texts, but for those of some keywords; None for others."""
     file.seek(0)
-    signature = file.read(8)
-    if signature != b"\x89PNG\r\n\x1a\n":
+    if file.read(len(_PNG)) != _PNG:
         return None
-    plain = io.BytesIO(signature)
+    plain = io.BytesIO(_PNG)
     plain.seek(0, os.SEEK_END)
-    while len(header := file.read(8)) == 8:
-        chunk = file.read(int.from_bytes(header[:4], "big") + 4)  # with its checksum
-        is_text = header[4:] in (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
-        if not is_text or chunk.startswith(kept):
-            plain.write(header + chunk)
+    for kind, content in _png_chunks(file):
+        data = content()
+        is_text = kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+        if not is_text or data.startswith(kept):
+            plain.write(struct.pack(">I", len(data)) + kind + data + file.read(4))
     return plain
 
 
@@ -446,7 +614,7 @@ def _refusals(name: str) -> Iterator[None]:
     """Make an ImageError of anything that Pillow stumbles over."""
     try:
         yield
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(
@@ -454,10 +622,16 @@ def _refusals(name: str) -> Iterator[None]:
             "PIL.Image.MAX_IMAGE_PIXELS = None"
         ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-        if isinstance(error, OSError) and error.errno is not None:  # a disk's or a network's
+        if lacks_memory(error):
+            raise ImageMemoryError(
+                f"{name}: there is not enough memory to read it; make it smaller, or end other programs"
+            ) from error
+        # A disk's or a network's; but an invalid argument is a place in the file that damage has made up.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = error.filename or name
             raise
         raise ImageError(
-            f"{name}: cannot be read ({error}); it is cut off, damaged or of a rare kind: "
+            f"{name}: cannot be read ({_reason(error)}); it is cut off, damaged or of a rare kind: "
             "get it again, or save it anew as JPEG or PNG"
         ) from error
 
@@ -529,29 +703,63 @@ def _require_few_pixels(width: int, height: int, name: str, max_pixels: int) -> 
         )
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, orientation: int, name: str) -> Image.Image:
     """An upright RGB image: a new one, or the given one, which is not changed, if it is that already."""
     _require_shape(*image.size, name)
-    image.load()
-    orientation = _orientation(image)
-    # Not ImageOps.exif_transpose: it writes the block anew, and fails where any other tag is odd.
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-        # Else it would still say how it is to be turned, and whoever reads it next would turn it again.
-        image.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    if image.mode == "RGB" and not image.has_transparency_data and orientation == 1:
+        return image
+    return _assembled(_rgb_bands(image, name), image.size, orientation)
+
+
+def _bands_of(width: int, height: int) -> Iterator[tuple[int, int]]:
+    """Where bands of an image begin and end, which are converted one after another, to save memory."""
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _rgb_bands(image: Image.Image, name: str) -> Iterator[Image.Image]:
+    def bands() -> Iterator[Image.Image]:
+        for top, bottom in _bands_of(*image.size):
+            yield image.crop((0, top, image.width, bottom)) if bottom - top < image.height else image
+
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_array(_wide_grey(np.asarray(image)), name)
+        return _grey_bands(lambda: (np.asarray(band)[..., None] for band in bands()), name)
     if image.has_transparency_data:
-        return _over_white(image if image.mode == "RGBA" else image.convert("RGBA"), name)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _over_white((band if band.mode == "RGBA" else band.convert("RGBA") for band in bands()), name)
+    return (band if band.mode == "RGB" else band.convert("RGB") for band in bands())
 
 
-def _over_white(image: Image.Image, name: str) -> Image.Image:
-    if image.getchannel("A").getextrema() == (0, 0):
-        warnings.warn(f"{name}: is transparent everywhere, so all that is seen of it is white", stacklevel=2)
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
+def _assembled(bands: Iterable[Image.Image], size: tuple[int, int], orientation: int = 1) -> Image.Image:
+    """An upright image of its RGB bands, from top to bottom as they are stored.
+
+    Not by ImageOps.exif_transpose: it writes the block anew, and fails where any other tag is odd.
+    """
+    width, height = size
+    # Without the EXIF block, which would still say how it is to be turned.
+    whole = Image.new("RGB", (height, width) if orientation >= 5 else size, None)
+    top = 0
+    for band in bands:
+        along = top if orientation in (1, 2, 5, 8) else height - top - band.height
+        top += band.height
+        turned = band.transpose(_UPRIGHT[orientation]) if orientation > 1 else band
+        whole.paste(turned, (along, 0) if orientation >= 5 else (0, along))
+    return whole
+
+
+def _over_white(bands: Iterable[Image.Image], name: str) -> Iterator[Image.Image]:
+    clear = True
+    for band in bands:
+        clear = clear and band.getchannel("A").getextrema() == (0, 0)
+        white = Image.new("RGB", band.size, "white")
+        white.paste(band, mask=band)
+        yield white
+    if clear:
+        _warn(f"{name}: is transparent everywhere, so all that is seen of it is white")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(as_line(text), stacklevel=2)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -565,11 +773,12 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _wide_grey(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Grey values of Pillow's wide modes: 16 bits, which mode I also holds, or floats."""
-    if values.dtype == np.int32 and values.size and values.min() >= 0 and values.max() <= 65535:
-        return values.astype(np.uint16)
-    return values
+def _grey_bands(bands: Bands, name: str) -> Iterator[Image.Image]:
+    """Of Pillow's wide modes: 16 bits, which mode I also holds, or floats."""
+    low, high = _extrema(bands)
+    if next(bands()).dtype == np.int32 and low >= 0 and high <= 65535:
+        return _array_bands(lambda: (band.astype(np.uint16) for band in bands()), name)
+    return _array_bands(bands, name)
 
 
 def _is_tensor(source: object) -> "TypeGuard[Tensor]":
@@ -602,12 +811,35 @@ def _from_array(values: npt.NDArray[np.generic], name: str) -> Image.Image:
             f"{name}: an array is [H, W] or [H, W, C] with 1, 3 or 4 channels, one image at a time; "
             f"got shape {list(values.shape)}{_shape_advice(values.shape)}"
         )
-    _require_shape(values.shape[1], values.shape[0], name)
-    pixels = _to_uint8(values.astype(values.dtype.newbyteorder("="), copy=False), name)
+    height, width, _ = values.shape
+    _require_shape(width, height, name)
+
+    def bands() -> Iterator[npt.NDArray[Any]]:
+        for top, bottom in _bands_of(width, height):
+            yield values[top:bottom]
+
+    with enough_memory(name, (width, height)):
+        return _assembled(_array_bands(bands, name), (width, height))
+
+
+def _array_bands(bands: Bands, name: str) -> Iterator[Image.Image]:
+    def native() -> Iterator[npt.NDArray[Any]]:
+        return (band.astype(band.dtype.newbyteorder("="), copy=False) for band in bands())
+
+    to_uint8 = _to_uint8(native, name)
+    images = (_image_of(to_uint8(band)) for band in native())
+    return images if next(bands()).shape[2] != 4 else _over_white(images, name)
+
+
+def _image_of(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return image if image.mode == "RGB" else _over_white(image, name)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _extrema(bands: Bands) -> tuple[Any, Any]:
+    lows, highs = zip(*((band.min(), band.max()) for band in bands()), strict=True)
+    return np.min(lows), np.max(highs)  # not Python's, which pass over NaN
 
 
 def _shape_advice(shape: tuple[int, ...]) -> str:
@@ -620,61 +852,73 @@ def _shape_advice(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
-    if values.dtype == np.uint8:
-        if values.size and values[0].max() <= 1 and values.max() == 1:  # few need more than their first row
+def _to_uint8(bands: Bands, name: str) -> ToBytes:
+    """What makes uint8 of each band of an array, all of which are judged first."""
+    first = next(bands())
+    if first.dtype == np.uint8:
+        if first[0].max() <= 1 and _extrema(bands)[1] == 1:  # few need more than their first row
             _tell_dark(name, "its values reach only to 1", "if 1 is white, pass array.astype(bool)")
-        return cast("npt.NDArray[np.uint8]", values)
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint16:
-        high = int(values.max()) if values.size else 0
+        return lambda band: band.astype(np.uint8, copy=False)
+    if first.dtype == np.bool_:
+        return lambda band: band.astype(np.uint8) * np.uint8(255)
+    if first.dtype == np.uint16:
+        high = int(_extrema(bands)[1])
         if 0 < high <= 4095:
             white = 255 if high <= 255 else 1023 if high <= 1023 else 4095
             scale = f"if {white} is white, scale it: (array * (65535 / {white})).astype(numpy.uint16)"
             _tell_dark(name, f"of 16 bits, its values reach only to {high}", scale)
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if values.dtype.kind in "iu":
-        return _integers_to_uint8(values, name)
-    if values.dtype.kind != "f":
+        return lambda band: ((band.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if first.dtype.kind in "iu":
+        low, high = map(int, _extrema(bands))
+        _require_bytes(low, high, first.dtype, name)
+        return lambda band: band.astype(np.uint8)
+    if first.dtype.kind != "f":
         hint = (
-            "; numpy.array(..., numpy.uint8) makes one of lists of numbers" if values.dtype == object else ""
+            "; numpy.array(..., numpy.uint8) makes one of lists of numbers" if first.dtype == object else ""
         )
-        raise ImageError(f"{name}: values are uint8, uint16 or floats in [0, 1]; got {values.dtype}{hint}")
-    return _floats_to_uint8(cast("npt.NDArray[np.floating[Any]]", values), name)
+        raise ImageError(f"{name}: values are uint8, uint16 or floats in [0, 1]; got {first.dtype}{hint}")
+    _require_unit_range(bands, name)
+    return lambda band: np.rint(_clipped(band) * 255).astype(np.uint8)
 
 
 def _tell_dark(name: str, what: str, advice: str) -> None:
-    warnings.warn(f"{name}: {what}, so it is seen as nearly black; {advice}", stacklevel=2)
+    _warn(f"{name}: {what}, so it is seen as nearly black; {advice}")
 
 
-def _integers_to_uint8(values: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.uint8]:
-    """Integers of other types, as numpy makes of lists."""
-    low, high = int(values.min()), int(values.max())
+def _require_bytes(low: int, high: int, dtype: "np.dtype[Any]", name: str) -> None:
+    """Of integers of other types, as numpy makes of lists."""
     if low >= 0 and high <= 255:
-        return values.astype(np.uint8)
+        return
     hint = "scale them"
     if low >= 0 and high <= 65535:
         hint = "if 65,535 is white, pass them as uint16: array.astype(numpy.uint16); else scale them"
-    raise ImageError(
-        f"{name}: values of {values.dtype} lie in 0 to 255; these reach from {low} to {high}; {hint}"
-    )
+    raise ImageError(f"{name}: values of {dtype} lie in 0 to 255; these reach from {low} to {high}; {hint}")
 
 
-def _floats_to_uint8(values: npt.NDArray[np.floating[Any]], name: str) -> npt.NDArray[np.uint8]:
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32, copy=False)
-    low, high = float(values.min()), float(values.max())
+def _require_unit_range(bands: Bands, name: str) -> None:
+    def floats() -> Iterator[npt.NDArray[np.float32]]:
+        with np.errstate(over="ignore"):
+            for band in bands():
+                yield band.astype(np.float32, copy=False)
+
+    low, high = map(float, _extrema(floats))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{name}: float values lie in [0, 1]; these hold NaN or infinity")
-    pixels = values.clip(0, 1)
-    if max(-low, high - 1) > _OVERSHOOT or np.abs(pixels - values).mean() > _MEAN_OVERSHOOT:
+    out = max(-low, high - 1)
+    beyond = out > _OVERSHOOT
+    if 0 < out <= _OVERSHOOT:
+        sums = [(np.abs(_clipped(band) - band).sum(dtype=np.float64), band.size) for band in floats()]
+        total, count = map(sum, zip(*sums, strict=True))
+        beyond = total / count > _MEAN_OVERSHOOT
+    if beyond:
         raise ImageError(
             f"{name}: float values lie in [0, 1]; these reach from {low:g} to {high:g}; "
             + _range_advice(low, high)
         )
-    result: npt.NDArray[np.uint8] = np.rint(pixels * 255).astype(np.uint8)
-    return result
+
+
+def _clipped(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32, copy=False).clip(0, 1)
 
 
 def _range_advice(low: float, high: float) -> str:
@@ -705,8 +949,6 @@ def _read_url(url: str) -> bytes:
                 body += chunk
                 if len(body) > MAX_BYTES:
                     raise ImageError(f"{url}: more than {MAX_BYTES >> 20} MiB; download it and pass the file")
-            if response.length:  # what the server announced and did not send
-                raise ImageError(f"{url}: the connection ended {response.length:,} bytes early")
     except web.READ_ERRORS as error:
         raise ImageError(f"{url}: {web.reason(error)}") from error
     return bytes(body)

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 
+from ssd.errors import as_line, shown
+
 COCO_NAMES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
     "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
@@ -132,7 +134,7 @@ def _numbered(entries: Iterable[tuple[object, object]]) -> dict[int, str]:
         if number is None or not isinstance(name, str):
             continue
         if found.setdefault(number, name) != name:
-            raise ValueError(f"{found[number]!r} and {name!r} are both class {number}")
+            raise ValueError(f"{shown(found[number])} and {shown(name)} are both class {shown(number)}")
     return found
 
 
@@ -157,13 +159,15 @@ def _from_numbers(found: dict[int, str], count: int) -> tuple[str, ...] | None:
     if numbers != list(range(first, first + count)) or (
         not has_background and any(map(is_background, names))
     ):
-        raise ValueError(_misfit(tuple(found.values()), count, f", numbered {min(found)} to {max(found)},"))
+        raise ValueError(
+            _misfit(tuple(found.values()), count, f", numbered {shown(min(found))} to {shown(max(found))},")
+        )
     return names
 
 
 def _misfit(names: tuple[str, ...], count: int, numbered: str = "") -> str:
-    few = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    background = next((repr(name) for name in names if is_background(name)), "none")
+    few = ", ".join(as_line(name, 60) for name in names[:4]) + (", ..." if len(names) > 4 else "")
+    background = next((shown(name) for name in names if is_background(name)), "none")
     return (
         f"{len(names)} class name{'s' * (len(names) != 1)}{numbered} ({few}), of which {background} seems "
         f"to be the background, for a network of {count} class{'es' * (count != 1)} and the background"

@@ -217,11 +217,11 @@ def load_model(
         DownloadError, CheckpointError, FileNotFoundError: see `ssd.checkpoint`.
     """
     path = pretrained.fetch(weights, sha256=sha256, force=force, progress=progress)
-    found = checkpoint.read(path)
-    with torch.device("meta"):  # no time or memory for random values that are replaced at once
-        model = build(found)
-    checkpoint.require_fit(path, found.state_dict, model.state_dict())
-    pretrained.trust(path)
+    with pretrained.loading(path, weights):
+        found = checkpoint.read(path)
+        with torch.device("meta"):  # no time or memory for random values that are replaced at once
+            model = build(found)
+        checkpoint.require_fit(path, found.state_dict, model.state_dict())
     # In memory as usual, whatever order (channels_last) they were saved in.
     model.load_state_dict({key: value.contiguous() for key, value in found.state_dict.items()}, assign=True)
     set_precision(model, precision)
@@ -272,10 +272,10 @@ def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.P
     path = pretrained.fetch_backbone(backbone, weights)
     stages = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"}
     tensors = {}
-    for key, value in checkpoint.read_trunk(path).items():
-        module, rest = key.split(".", 1) if "." in key else (key, "")
-        if module in stages:
-            tensors[f"{stages[module]}.{rest}"] = value
-    checkpoint.require_fit(path, tensors, trunk.state_dict())
-    pretrained.trust(path)
+    with pretrained.loading(path, weights):
+        for key, value in checkpoint.read_trunk(path).items():
+            module, rest = key.split(".", 1) if "." in key else (key, "")
+            if module in stages:
+                tensors[f"{stages[module]}.{rest}"] = value
+        checkpoint.require_fit(path, tensors, trunk.state_dict())
     trunk.load_state_dict(tensors)

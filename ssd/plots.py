@@ -1,5 +1,7 @@
 """Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes."""
 
+import io
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,9 @@ from pycocotools import mask
 from ssd.backends import Options
 from ssd.data.annotations import Annotations
 from ssd.detections import Detections
+from ssd.drawing import encoded
 from ssd.errors import MissingExtra
 from ssd.evaluate import run_coco
-from ssd.files import atomic_file
 from ssd.images import load_image
 
 if TYPE_CHECKING:
@@ -40,29 +42,29 @@ class Mistakes(NamedTuple):
         return sum(truth != detected for truth, detected in self.pairs)
 
 
-def draw_plots(annotations: Annotations, found: Mapping[int, Detections], folder: Path) -> list[Path]:
-    """Write ``precision_recall.png``, ``confusion.png`` and ``worst/*.jpg``; returns what was written.
+def draw_plots(annotations: Annotations, found: Mapping[int, Detections]) -> dict[str, memoryview]:
+    """The contents of ``precision_recall.png``, ``confusion.png`` and ``worst/*.jpg``, by these names.
 
     Raises:
         MissingExtra: matplotlib is not installed; the message names the command.
     """
     require_matplotlib()
     mistakes = {i: compare(annotations, i, each) for i, each in found.items()}
-    written = []
+    contents = {}
     for name, figure in (
         ("precision_recall", _curves(annotations, found)),
         ("confusion", _matrix(annotations, list(mistakes.values()))),
     ):
-        written.append(folder / f"{name}.png")
-        with atomic_file(written[-1]) as file:
-            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120, bbox_inches="tight")
+        contents[f"{name}.png"] = drawn.getbuffer()
     worst = sorted(mistakes, key=lambda i: -mistakes[i].number())[:_WORST]
-    (folder / "worst").mkdir(exist_ok=True)
     for rank, i in enumerate(worst, start=1):
         if mistakes[i].number():
-            written.append(folder / "worst" / f"{rank}-{Path(str(annotations.file_names[i])).stem}.jpg")
-            _draw_mistakes(annotations, i, found[i], mistakes[i], written[-1])
-    return written
+            stem = os.fsencode(Path(str(annotations.file_names[i])).stem)[:200]
+            name = f"worst/{rank}-{os.fsdecode(stem)}.jpg"
+            contents[name] = _draw_mistakes(annotations, i, found[i], mistakes[i])
+    return contents
 
 
 def require_matplotlib() -> None:
@@ -164,9 +166,7 @@ def _matrix(annotations: Annotations, mistakes: list[Mistakes]) -> "Figure":
     return figure
 
 
-def _draw_mistakes(
-    annotations: Annotations, i: int, found: Detections, mistakes: Mistakes, path: Path
-) -> None:
+def _draw_mistakes(annotations: Annotations, i: int, found: Detections, mistakes: Mistakes) -> memoryview:
     """The detections as usual, and what was missed in white, crossed out."""
     image = load_image(annotations.path(i))
     pencil = ImageDraw.Draw(image)
@@ -177,6 +177,4 @@ def _draw_mistakes(
         pencil.line((left, top, right, bottom), fill="white", width=width)
         pencil.line((left, bottom, right, top), fill="white", width=width)
     sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
-    picture = replace(sure, image=image).draw()
-    with atomic_file(path) as file:
-        picture.save(file, "JPEG", quality=90)
+    return encoded(replace(sure, image=image).draw())

@@ -1,6 +1,6 @@
 """Published weights: where they are, their download, checked and atomic, and the cache that keeps them.
 
-A file in the cache is hashed before it is parsed.
+A file gets its name in the cache when it is known to be whole, and keeps the digest of its first good load.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from ssd import web
 from ssd.choices import Backbone
+from ssd.containers import SUFFIXES, NotDamaged, read
 from ssd.errors import CheckpointError, DownloadError
 from ssd.files import atomic_file
 from ssd.labels import COCO_NAMES
-from ssd.signatures import HEAD, identify
 from ssd.terminal import is_watched
 
 
@@ -87,6 +87,8 @@ BACKBONE_WEIGHTS: dict[Backbone, dict[str, str]] = {
 """torchvision's weights of each backbone, best last; the names end in the beginning of their SHA-256."""
 
 ATTEMPTS = 3
+"""Of a download, each of which has the time that `ssd.web` gives."""
+
 RETRY_DELAY = 1.0
 MAX_BYTES = 4 << 30
 
@@ -190,8 +192,6 @@ _IN_FOLDERS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
-"""Of files of weights, as people name them."""
 
 
 def _with_digest(path: Path, sha256: str | None) -> Path:
@@ -219,14 +219,46 @@ def fetch_backbone(backbone: Backbone, weights: str | os.PathLike[str]) -> Path:
     )
 
 
-def trust(path: Path) -> None:
-    """Record the digest of a file in the cache that loaded well; from now on it must keep it."""
-    if path.parent != cache_dir() or _recorded_digest(path):
-        return
-    line = f"{_digest(path)}  {path.name}\n"
-    # A cache that is read-only serves all the same.
-    with contextlib.suppress(OSError), atomic_file(_sidecar(path)) as file:
-        file.write(line.encode())
+@contextlib.contextmanager
+def loading(path: Path, weights: str | os.PathLike[str]) -> Iterator[None]:
+    """Load a file within the block; one in the cache then has to keep its digest, or is removed if it fails.
+
+    Args:
+        path: what `fetch` gave.
+        weights: what `fetch` was given; a file that is named by its path stays, wherever it is.
+
+    Raises:
+        CheckpointError: as in the block, with what became of the file.
+    """
+    before = path.stat()
+    try:
+        yield
+    except NotDamaged:
+        raise
+    except CheckpointError as error:
+        if path.parent != cache_dir() or os.path.exists(weights) or _recorded_digest(path):
+            raise
+        raise CheckpointError(f"{error}. {_remove(path, before)}") from error
+    if path.parent == cache_dir() and not _recorded_digest(path):
+        line = f"{_digest(path)}  {path.name}\n"
+        # A cache that is read-only serves all the same.
+        with contextlib.suppress(OSError), atomic_file(_sidecar(path)) as file:
+            file.write(line.encode())
+
+
+def _remove(path: Path, seen: os.stat_result) -> str:
+    """Remove a file from the cache, unless it is another by now; says what became of it."""
+    try:
+        with FileLock(f"{path}.lock"):
+            now = path.stat()
+            if (now.st_ino, now.st_mtime_ns, now.st_size) == (seen.st_ino, seen.st_mtime_ns, seen.st_size):
+                path.unlink()
+    except FileNotFoundError:  # another process was faster
+        pass
+    except OSError as error:
+        why = error.strerror or error
+        return f"It is in the cache and cannot be removed ({why}); remove it, to download it again"
+    return "It was removed from the cache; the same call downloads it again"
 
 
 def _sidecar(path: Path) -> Path:
@@ -269,8 +301,6 @@ def _download_lock(path: Path, url: str) -> Iterator[None]:
             f"can be written, or download {url} elsewhere and pass the file's path as weights"
         ) from error
     try:
-        for leftover in path.parent.glob(f"{path.name}.*.part"):  # of a download that was killed
-            leftover.unlink()
         yield
     finally:
         lock.release()
@@ -283,7 +313,7 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
         if attempt:
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
         try:
-            with atomic_file(path, suffix=".part") as file:
+            with atomic_file(path) as file:
                 _download_once(url, file, path.name, sha256, size, progress)
             _sidecar(path).unlink(missing_ok=True)
             return
@@ -293,11 +323,11 @@ def _download(url: str, path: Path, sha256: str | None, size: int | None, progre
                 break
     damaged = ""
     if path.exists() and not _is_intact(path, sha256):
-        damaged = f" (the file there differs from the digest in {_sidecar(path).name})"
+        damaged = f" (the file there does not have the SHA-256 {sha256 or _recorded_digest(path)})"
     raise DownloadError(
-        f"could not download {url}: {web.reason(problem)}. Get that file on a machine that can; then put it, "
-        f"under this name, at {path}{damaged}, or pass its path instead (`weights=...` or "
-        "`backbone_weights=...` in Python, `--weights ...` on the command line)"
+        f"could not download {url}: {web.reason(problem)}. The same call tries again; or get that file on a "
+        f"machine that can, and put it, under this name, at {path}{damaged}, or pass its path instead "
+        "(`weights=...` or `backbone_weights=...` in Python, `--weights ...` on the command line)"
     ) from problem
 
 
@@ -315,11 +345,10 @@ def _download_once(
     digest = hashlib.sha256()
     received = 0
     with web.open_url(url) as response:
-        announced = response.length
         if response.headers.get_content_type() == "text/html":
             raise DownloadError("the server sent a web page instead of the file")
         with tqdm(
-            total=announced,
+            total=response.length,
             desc=name,
             unit="B",
             unit_scale=True,
@@ -333,20 +362,13 @@ def _download_once(
                 bar.update(len(chunk))
                 if received > MAX_BYTES:
                     raise DownloadError(f"the server sent more than {MAX_BYTES >> 30} GiB")
-    expected = size or announced
-    if expected is not None and received != expected:
-        raise ConnectionError(f"got {received:,} of {expected:,} bytes")
+    if size is not None and received != size:
+        raise ConnectionError(f"got {received:,} of {size:,} bytes")
     if sha256 and not digest.hexdigest().startswith(sha256):
         raise DownloadError(f"the file's SHA-256 is {digest.hexdigest()}, expected {sha256}")
     file.flush()
-    file.seek(0)
-    head = file.read(HEAD)
-    if not looks_like_checkpoint(head):
-        kind = identify(head)
-        what = f", {kind.name}," if kind else ""
-        raise DownloadError(f"what the server sent{what} ({received:,} bytes) is not a checkpoint")
-
-
-def looks_like_checkpoint(head: bytes) -> bool:
-    """Whether a file that begins so may be a checkpoint of torch (zip or legacy) or of safetensors."""
-    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or head[8:9] == b"{"
+    try:
+        read(file.name)
+    except CheckpointError as error:
+        problem = str(error).removeprefix(f"{file.name}: ")
+        raise DownloadError(f"what the server sent cannot be used: {problem}") from error

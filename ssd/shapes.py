@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from ssd.files import atomic_file
+from ssd.drawing import encoded
+from ssd.files import gone_if_unused, take_new, temporary_folder, writing
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 DISTRACTORS = ("half disc", "arrow", "corner")
@@ -97,7 +98,7 @@ def write_dataset(
     seed: int = 0,
     on_done: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a dataset of scenes: ``train.json`` with ``train/``, and ``val.json`` with ``val/``.
+    """Write a dataset of scenes: ``train.json`` with ``train/``, and ``val.json`` with ``val/``; all or none.
 
     The same numbers and seed give the same scenes.
 
@@ -109,19 +110,28 @@ def write_dataset(
 
     Raises:
         FileExistsError: the folder has one of these already.
+        OSError: it cannot be written; the message says why.
     """
     for name in ("train.json", "train", "val.json", "val"):
         if (Path(folder) / name).exists():
             raise FileExistsError(f"{Path(folder) / name} exists already; choose another folder")
-    for number, (split, images) in enumerate((("train", train), ("val", val))):
-        if images:
-            (Path(folder) / split).mkdir(parents=True, exist_ok=True)
-            _write_split(Path(folder), split, images, (seed, number), on_done)
+    folder = Path(folder)
+    splits = {split: images for split, images in (("train", train), ("val", val)) if images}
+    with gone_if_unused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder / "shapes") as made:
+            for number, split in enumerate(("train", "val")):
+                if split in splits:
+                    with writing(folder / split):
+                        _write_split(made, split, splits[split], (seed, number), on_done)
+            names = [*splits, *(f"{split}.json" for split in splits)]
+            take_new([(made / name, folder / name) for name in names])
 
 
 def _write_split(
     folder: Path, split: str, count: int, seed: tuple[int, int], on_done: Callable[[], object]
 ) -> None:
+    (folder / split).mkdir()
     content: dict[str, list[dict[str, Any]]] = {
         "images": [],
         "annotations": [],
@@ -130,7 +140,7 @@ def _write_split(
     for i in range(count):
         image, boxes, labels = draw_scene(np.random.default_rng((*seed, i)))
         name = f"{i:06}.jpg"
-        image.save(folder / split / name, quality=90)
+        (folder / split / name).write_bytes(encoded(image))
         content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
         for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             content["annotations"].append(
@@ -144,8 +154,7 @@ def _write_split(
                 }
             )
         on_done()
-    with atomic_file(folder / f"{split}.json") as file:
-        file.write(json.dumps(content).encode())
+    (folder / f"{split}.json").write_bytes(json.dumps(content).encode())
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from ssd.backends.base import Metadata, kind_of, load
 from ssd.errors import CheckpointError
-from ssd.files import full_disk_told
+from ssd.files import gone_if_unused, sync_file, take_new, temporary_folder, writing
 
 
 def write_triton(onnx: str | os.PathLike[str], folder: str | os.PathLike[str], name: str = "ssd300") -> Path:
@@ -29,16 +28,18 @@ def write_triton(onnx: str | os.PathLike[str], folder: str | os.PathLike[str], n
     home = Path(folder) / name
     if home.exists():
         raise FileExistsError(f"{folder} has a model {name} already; remove it, or choose another folder")
-    home.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=home.parent)
-    with full_disk_told(home), temporary as made:
-        new = Path(made) / name
-        (new / "1").mkdir(parents=True)
-        shutil.copyfile(onnx, new / "1" / "model.onnx")
-        labels = "".join(f"{' '.join(label.split())}\n" for label in metadata.class_names)
-        (new / "labels.txt").write_text(labels)
-        (new / "config.pbtxt").write_text(_config(name, metadata))
-        new.rename(home)
+    labels = "".join(f"{' '.join(label.split())}\n" for label in metadata.class_names)
+    with gone_if_unused(home.parent):
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(home) as made, writing(home):
+            new = made / name
+            (new / "1").mkdir(parents=True)
+            shutil.copyfile(onnx, new / "1" / "model.onnx")
+            (new / "labels.txt").write_text(labels)
+            (new / "config.pbtxt").write_text(_config(name, metadata))
+            for file in ("1/model.onnx", "labels.txt", "config.pbtxt"):
+                sync_file(new / file)
+            take_new([(new, home)])
     return home
 
 

@@ -1,23 +1,110 @@
 """Reading http(s) URLs with timeouts and limits; nothing else is ever opened."""
 
 import http.client
+import io
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from functools import partial
+from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from ssd.errors import as_line
+
 TIMEOUT = 20.0
-"""Seconds that connecting, or any single read, may take."""
+"""Seconds from the request to the answer's last header, redirects among them; and what a body may lag."""
 
 MIN_RATE = 16 << 10
-"""Bytes a second that a server has to send on average, once `TIMEOUT` has passed."""
+"""Bytes of the body that a server has to send in a second; it may lag by `TIMEOUT`, and not get ahead."""
 
 CHUNK = 1 << 18
 READ_ERRORS = (OSError, http.client.HTTPException)
 """What opening or reading a URL may raise: URLError, timeouts and resets among them."""
+
+
+class _Deadline:
+    """Until when a server has to have sent what is waited for, in however many pieces it comes."""
+
+    def __init__(self) -> None:
+        self.allow(TIMEOUT)
+
+    def allow(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+class _Reads(io.RawIOBase):
+    """What comes out of a socket, up to a deadline; the socket's own timeout starts anew with each read."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: _Deadline) -> None:
+        self.raw, self.sock, self.deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.sock.settimeout(self.deadline.left())
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class Response(http.client.HTTPResponse):
+    """An answer, of which no read passes the deadline."""
+
+    def __init__(self, deadline: _Deadline, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.deadline = deadline
+        self.fp = io.BufferedReader(_Reads(self.fp.detach(), sock, deadline))
+
+
+def _connect(deadline: _Deadline, address: tuple[str, int], *_: object) -> socket.socket:
+    """A connection to the first address of a host that answers; each has its share of the time."""
+    if not 0 < address[1] < 1 << 16:  # of which the system takes the lowest bits
+        raise OSError(f"there is no port {address[1]}")
+    places = [place for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    problem = OSError(f"{address[0]} has no address")
+    for number, place in enumerate(places):
+        try:
+            sock = socket.create_connection(place[:2], deadline.left() / (len(places) - number))  # type: ignore[arg-type]
+        except OSError as error:
+            problem = error
+        else:
+            sock.settimeout(deadline.left())  # of TLS
+            return sock
+    raise problem
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """Opens http(s), with one deadline for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deadline = _Deadline()
+
+    def _connection(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> Any:
+        connection: Any = kind(host, **options)
+        connection._create_connection = partial(_connect, self.deadline)
+        connection.response_class = partial(Response, self.deadline)
+        return connection
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(partial(self._connection, http.client.HTTPConnection), req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(partial(self._connection, http.client.HTTPSConnection), req)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
@@ -30,6 +117,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
+        fp.close()  # what is in it would be read whole, however long
         if not is_web_url(newurl):
             raise urllib.error.HTTPError(req.full_url, code, f"to {newurl}, not http(s)", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -58,8 +146,8 @@ def is_url(text: str) -> bool:
 
 
 @contextmanager
-def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
-    """Open an http(s) URL for reading; every redirect must be http(s) too.
+def open_url(url: str) -> Iterator[Response]:
+    """Open an http(s) URL for reading; every redirect must be http(s) too, and the answer the whole content.
 
     Raises:
         OSError, http.client.HTTPException: `READ_ERRORS`; an HTTP error status is a `urllib.error.HTTPError`.
@@ -73,8 +161,7 @@ def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        _Handler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
         _CheckedRedirects,
@@ -82,7 +169,10 @@ def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
         opener.add_handler(handler())
     try:
         request = urllib.request.Request(urlunsplit(escaped), headers={"User-Agent": "ssd300"})
-        response = opener.open(request, timeout=TIMEOUT)
+        response = opener.open(request)
+        if response.status not in (200, 203):  # as 206, a part that was not asked for
+            what = f"{response.reason}, which is not what was asked for"
+            raise urllib.error.HTTPError(url, response.status, what, response.headers, response)
     except urllib.error.HTTPError as error:
         error.close()  # it is a response too, and holds the connection
         raise
@@ -92,26 +182,35 @@ def open_url(url: str) -> Iterator[http.client.HTTPResponse]:
         yield response
 
 
-def chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body as it comes in.
+def chunks(response: Response) -> Iterator[bytes]:
+    """The whole body as it comes in, from a server that keeps to `MIN_RATE`.
 
     Raises:
-        OSError, http.client.HTTPException: `READ_ERRORS`; TimeoutError from a server that only drips.
+        OSError, http.client.HTTPException: `READ_ERRORS`; TimeoutError from a server that only drips, and
+            ConnectionError where less comes than was announced.
     """
-    start, received = time.monotonic(), 0
-    while chunk := response.read1(CHUNK):
+    announced, received, left = response.length, 0, TIMEOUT
+    while announced is None or received < announced:
+        start = time.monotonic()
+        response.deadline.allow(left)
+        chunk = response.read1(CHUNK)
+        if not chunk:
+            break
         received += len(chunk)
-        if time.monotonic() - start > TIMEOUT + received / MIN_RATE:
-            raise TimeoutError("the server is too slow")
+        left = min(left - (time.monotonic() - start) + len(chunk) / MIN_RATE, TIMEOUT)
         yield chunk
+    if announced is not None and received < announced:
+        raise ConnectionError(f"the connection ended early: got {received:,} of {announced:,} bytes")
 
 
 def reason(error: BaseException) -> str:
     """A short reason to show a person, for one of `READ_ERRORS`."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
-    if isinstance(error, TimeoutError) and str(error) in ("", "timed out"):
-        return "the server stopped answering"
-    return str(error) or type(error).__name__
+        return as_line(f"HTTP {error.code} {error.reason}", 200)
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
+        return reason(error.reason)
+    if isinstance(error, TimeoutError) and error.errno is None:  # else it is the system's
+        return "the server stopped answering, or is too slow"
+    if type(error) is http.client.BadStatusLine:
+        return f"the server's answer is not HTTP: {as_line(str(error), 100)}"
+    return as_line(str(error), 400) or type(error).__name__

@@ -30,6 +30,20 @@ def test_default_boxes_equal_the_published_ones(figures):
     np.testing.assert_array_equal(box_convert(boxes, "cxcywh", "xyxy"), figures["dboxes/ltrb"])
 
 
+def test_the_layout_of_512_pixels_follows_the_rule_of_caffes_script():
+    """Scales from 10 % of the input on in steps of 16 %, 4 % for the first map; maps halve to one cell."""
+    layout = LAYOUTS["512"]
+    percent = [4, *range(10, 107, 16)]
+    np.testing.assert_allclose(layout.scales, [512 * each / 100 for each in percent])
+    assert layout.maps == tuple(512 // step for step in layout.steps) == (64, 32, 16, 8, 4, 2, 1)
+    assert layout.boxes_per_cell == (4, 6, 6, 6, 6, 4, 4)
+    assert layout.num_default_boxes == 24564
+    # The second cell of the first map; and the tall shape of the last, clamped to the image.
+    boxes = layout.default_boxes() * 512
+    np.testing.assert_allclose(boxes[1], [12, 4, 20.48, 20.48], rtol=1e-6)
+    np.testing.assert_allclose(boxes[-1], [256, 256, 460.8 / 2**0.5, 512], rtol=1e-6)
+
+
 def test_layouts_go_through_plain_data():
     for layout in (*LAYOUTS.values(), SMALL_LAYOUT):
         assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout

@@ -498,3 +498,86 @@ def test_weights_of_another_layout_do_not_fit(tmp_path, small_model):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"does not fit the network: unexpected"):
         load_model(tmp_path / "other.pt")
+
+
+# --- What is made to do harm ---
+
+
+def few_tensors(**others):
+    """What tells that a network is an SSD with a ResNet-18."""
+    trunk = "feature_extractor.feature_extractor"
+    blocks = [f"{trunk}.{stage}.{block}.bn1.weight" for stage in (4, 5, 6) for block in (0, 1)]
+    return {f"{trunk}.0.weight": torch.ones(2)} | dict.fromkeys(blocks, torch.ones(2)) | others
+
+
+def conf(*shape):
+    return few_tensors(**{"conf.0.weight": torch.zeros(*shape)})
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize(
+    "shape", [(4 * 10**10, 0, 1, 1), (4 * 10**10, 1, 1, 0), (0, 512, 3, 3), (12, 0, 3, 3)]
+)
+def test_classes_are_no_more_than_there_are_weights_for(tmp_path, monkeypatch, kind, shape):
+    monkeypatch.setattr(checkpoint, "_class_names", None)  # which makes as many names
+    if kind == "safetensors":
+        tensors = {key: value.clone() for key, value in conf(*shape).items()}
+        (tmp_path / "w").write_bytes(safetensors.torch.save(tensors))
+    else:
+        torch.save(conf(*shape), tmp_path / "w", _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(CheckpointError, match="not an SSD300 with a ResNet trunk; it begins with"):
+        checkpoint.read(tmp_path / "w")
+
+
+def test_a_pickle_cannot_stand_for_weights_that_are_not_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_class_names", None)
+    torch.save(few_tensors(**{"conf.0.weight": torch.zeros(1).expand(4 * 10**9, 1, 1, 1)}), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="not an SSD300 with a ResNet trunk"):
+        checkpoint.read(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": (10**400, 16, 32, 96)},
+        {"size": 10**600},
+        {"maps": (12,) * 10**5},
+        {"scales": "1" * 10**6},
+        {
+            **{"size": 4096, "maps": tuple(range(512, 480, -2)), "steps": (8,) * 16, "scales": (9,) * 17},
+            "aspect_ratios": ((2,) * 16,) * 16,
+        },
+    ],
+)
+def test_layouts_of_absurd_sizes_are_refused(changes):
+    with pytest.raises(CheckpointError, match="its layout is none of a network's") as caught:
+        checkpoint.describe(Path("w"), conf(12, 1, 1, 1), {"layout": SMALL_LAYOUT.to_dict() | changes})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"label_map": {1: "a" * 10**6, 7: "b\x1b[31m\n"}},
+        {"class_names": ["\ud800" * 10**5] * 3},
+        {"label_map": {10**600: "a", 1: "b"}},
+        {"class_names": ["a\r", "b"], "names": ["\x07" * 999, "c"]},
+    ],
+)
+def test_names_of_classes_are_told_in_a_line_that_a_terminal_can_show(notes):
+    with pytest.raises(CheckpointError, match="class names?") as caught:
+        checkpoint.describe(Path("w"), conf(12, 1, 1, 1), notes)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_category_ids_that_no_file_can_have_are_none():
+    described = checkpoint.describe(Path("w"), conf(12, 1, 1, 1), {"category_ids": [1, 2**63]})
+    assert described.category_ids == ()
+
+
+def test_values_that_are_finite_only_as_they_were_saved(small_model):
+    state_dict = small_model.state_dict()
+    huge = state_dict["loc.2.bias"].double() + 1e300
+    with pytest.raises(CheckpointError, match=r"loc\.2\.bias holds NaN or infinity"):
+        checkpoint.require_fit("w", state_dict | {"loc.2.bias": huge}, state_dict)

@@ -1,10 +1,15 @@
 import argparse
 import datetime
+import errno
 import importlib
+import io
+import itertools
 import json
+import os
 import pathlib
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,6 +18,7 @@ from collections import OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -485,3 +491,176 @@ def test_the_state_of_torchs_own_average_is_read():
     net = Net()
     for content in (AveragedModel(net).state_dict(), {"module": AveragedModel(net).state_dict()}):
         assert_is(find(content), net.state_dict())
+
+
+# --- What is made to do harm ---
+
+
+def bytes_of(kind, tensors):
+    if kind == "safetensors":
+        return safetensors.torch.save(tensors)
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=kind == "zip")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_that_was_cut_off_anywhere_is_told_by_its_name(tmp_path, kind):
+    more = {"more": torch.zeros(2000)}  # torch looks for the end of a zip in blocks of 4,096 bytes
+    whole, path = bytes_of(kind, made() | more), tmp_path / "weights.pt"
+    for length in {*range(0, len(whole), 43), *range(len(whole) - 60, len(whole))}:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError) as caught:
+            containers.read(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).isprintable()
+    path.write_bytes(whole)
+    assert containers.read(path)[0].keys() == {*made(), "more"}
+
+
+def test_an_error_of_the_disk_is_one_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(bytes_of("legacy", made()))
+
+    def load(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        containers.read(tmp_path / "w.pt")
+    assert not isinstance(caught.value, CheckpointError)
+    assert caught.value.filename == str(tmp_path / "w.pt")
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def with_pickle(path, pickled, **options):
+    """A zip of torch with a pickle of our own."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("w/data.pkl", pickled)
+        archive.writestr("w/version", b"3\n")
+
+
+PAIRS = b")" + b"q\x05h\x05\x86" * 60  # a pair of a pair of ...
+NESTED = b")" + b"\x85" * 2_000_000
+CALLED = b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R"  # as many as that, of memory as it is found
+
+
+@pytest.mark.parametrize(
+    ("pickled", "told"),
+    [
+        (b"\x80\x02}" + PAIRS + b"K\x01s.", "announces lists and dicts that are too many"),
+        (b"\x80\x02}" + NESTED + b"K\x01s.", "announces lists and dicts that are too many, or too deep"),
+        (b"\x80\x02cbuiltins\nset\n](" + PAIRS + b"e\x85R.", "announces lists and dicts that are too many"),
+        (b"\x80\x02}" + text("a") + CALLED + b"s.", "announces tensors that are larger than the file"),
+        (
+            b"\x80\x02}" + text("a") + b"ctorch._utils\n_rebuild_nested_tensor\n)Rs.",
+            "holds a nested tensor, a kind",
+        ),
+    ],
+    ids=["pairs as a key", "nested as a key", "pairs in a set", "made by the pickle", "nested tensor"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_few_bytes_take_neither_time_nor_memory_nor_the_process(tmp_path, pickled, told, zipped):
+    path = tmp_path / "w.pt"
+    if zipped:
+        with_pickle(path, pickled)
+    else:
+        begin = bytes_of("legacy", {})
+        path.write_bytes(begin[: begin.rindex(b"\x80\x02}q\x00.")] + pickled + b"\x80\x02]q\x00.")
+    with pytest.raises(CheckpointError, match=told):
+        containers.read(path)
+
+
+def test_what_is_used_twice_in_earnest_is_read(tmp_path):
+    row = {"id": 1, "names": [f"class {i}" for i in range(80)]}
+    content = through_file(tmp_path, {"model": made(), "rows": [row] * 10_000, ("a", ("b", 1)): 2})
+    assert content["rows"][9_999] == row
+    assert content["a", ("b", 1)] == 2
+    assert_is(find(content), made())
+
+
+def test_a_file_that_unfolds_to_far_more_than_its_size_is_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    with_pickle(path, b"\x80\x02}." + b"\0" * 80_000_000, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(
+        CheckpointError, match=r"announces 80,000,006 bytes in memory, which 7\d,\d\d\d bytes"
+    ):
+        containers.read(path)
+    torch.save(made(), tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert_is(find(containers.read(path)[0]), made())
+
+
+def test_one_record_is_not_read_under_many_names(tmp_path):
+    """torch tells keys apart that its archive does not: "ab", "aB", "Ab" and "AB" are one record."""
+    names = ["".join(pair) for pair in itertools.product(*zip("abcdefgh", "ABCDEFGH", strict=True))]
+    tensors = b"".join(
+        text(name)
+        + b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        + text("storage") + b"ctorch\nFloatStorage\n" + text(name) + text("cpu") + b"J\0\0\4\0tQ"
+        + b"K\0J\0\0\4\0\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR"
+        for name in names
+    )  # fmt: skip
+    with_pickle(tmp_path / "w.pt", b"\x80\x02}(" + tensors + b"u.")
+    with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
+        archive.writestr("w/data/abcdefgh", bytes(4 << 18))
+    with pytest.raises(CheckpointError, match="announces tensors that are larger than the file"):
+        containers.read(tmp_path / "w.pt")
+
+
+def test_what_a_legacy_file_announces_is_no_larger_than_it(tmp_path):
+    whole = bytes_of("legacy", {"a": torch.zeros(300)})
+    (tmp_path / "w.pt").write_bytes(whole.replace(struct.pack("<H", 300), b"\xff\xff"))
+    with pytest.raises(CheckpointError, match="announces tensors that are larger than the file"):
+        containers.read(tmp_path / "w.pt")
+
+
+def test_attributes_that_a_file_sets_are_not_kept(tmp_path):
+    ordered = b"ccollections\nOrderedDict\n)R"
+    with_pickle(tmp_path / "w.pt", b"\x80\x02" + ordered + text("k") + b"K\1s}" + text("items") + b"K\5sb.")
+    content, _ = containers.read(tmp_path / "w.pt")
+    assert content == {"k": 1}
+    assert type(content) is dict
+
+
+@pytest.mark.parametrize(
+    "name", ["../w.safetensors", "./w.safetensors", "a" * 5000, "a\0b", "\ud800", "\x1b[2J\n", 5]
+)
+def test_an_index_names_files_beside_it_alone(tmp_path, name):
+    (tmp_path / "w.safetensors").write_bytes(bytes_of("safetensors", made()))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="has to lie beside it, and does not") as caught:
+        containers.read(index)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_very_many_networks_are_told_in_time():
+    with pytest.raises(CheckpointError, match="holds at least 20 networks") as caught:
+        find({f"{number}.{key}": value for number in range(20_000) for key, value in made().items()})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"\x1b[31mred\n" * 9: torch.zeros(2)},
+        {"\ud800" * 999: 1},
+        {"\r": made(), "a" * 10**6: made(1)},
+        {"\x07": []},
+    ],
+)
+def test_names_of_a_file_are_told_in_a_line_that_a_terminal_can_show(content):
+    with pytest.raises(CheckpointError) as caught:
+        find(content)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000

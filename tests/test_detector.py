@@ -1,5 +1,6 @@
 import copy
 import gc
+import io
 import os
 import pickle
 import shutil
@@ -22,9 +23,9 @@ from ssd.backends import of_model
 from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.detections import Detections
 from ssd.detector import Detector
-from ssd.errors import ImageError, NonFiniteError
+from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
 from ssd.images import load_image
-from ssd.pixels import Room
+from ssd.pixels import DECODED, Room
 from ssd.postprocess import postprocess
 from ssd.sources import Named
 from ssd.transforms import evaluation_transform, normalize, resize
@@ -264,6 +265,109 @@ def test_stream_names_bad_images_and_goes_on(detector, photos, tmp_path):
     assert errors == [(str(bad), ImageError), (str(gone), FileNotFoundError)]
     with pytest.raises(ImageError):
         list(detector.stream(paths))
+
+
+def fail(monkeypatch, function, fails, error):
+    """Have a function of the detector's module raise an error for some images."""
+    original = getattr(detector_module, function)
+
+    def or_not(image, *arguments, **options):
+        if fails(image):
+            raise error
+        return original(image, *arguments, **options)
+
+    monkeypatch.setattr(detector_module, function, or_not)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_for_one_image_leaves_the_others(detector, photos, monkeypatch, error):
+    fail(monkeypatch, "resize", lambda image: image.size == (600, 400), error)
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    errors = []
+    found = list(detector.stream(paths, on_error=lambda *each: errors.append(each)))
+    assert [each.source for each in found] == [str(paths[0]), str(paths[1])]
+    ((name, told),) = errors
+    assert (name, told.source, told.number) == (str(paths[2]), str(paths[2]), 2)
+    assert isinstance(told, ImageMemoryError)
+    assert str(told).startswith(f"{paths[2]}: there is not enough memory for its 600x400 pixels")
+    for read in (lambda: list(detector.stream(paths)), lambda: detector(paths[2])):
+        with pytest.raises(ImageMemoryError, match=r"coffee\.jpg: .* 600x400"):
+            read()
+
+
+def test_other_errors_of_the_runtime_are_not_the_image_s(detector, photos, monkeypatch):
+    fail(monkeypatch, "resize", lambda image: True, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        list(detector.stream([photos / "coffee.jpg"], on_error=lambda *each: None))
+
+
+class Stream:
+    """As of a server: read once, and never sought in."""
+
+    def __init__(self, path):
+        with path.open("rb") as file:
+            self.read = io.BytesIO(file.read()).read
+
+
+@pytest.mark.parametrize("kind", [str, Stream, lambda path: path.read_bytes()])
+def test_an_image_for_which_others_left_no_memory_is_read_by_itself(detector, photos, monkeypatch, kind):
+    photo, free = photos / "coffee.jpg", []
+
+    def first(image):
+        free.append(DECODED._free)
+        return len(free) == 1
+
+    fail(monkeypatch, "resize", first, MemoryError())
+    errors = []
+    (found,) = detector.stream([kind(photo)], on_error=lambda *each: errors.append(each))
+    assert errors == []
+    assert free == [DECODED.pixels - 600 * 400, 0]
+    assert same(found, replace(detector(photo), source=found.source, number=0))
+    assert found.image.size == (600, 400)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's account of memory")
+def test_a_folder_with_a_photo_that_unfolds_to_more_than_the_memory(photos, weights_file, tmp_path):
+    for name in PHOTOS:
+        shutil.copy(photos / f"{name}.jpg", tmp_path)
+    Image.new("1", (13000, 13000)).save(tmp_path / "bomb.png")
+    code = """
+import resource, sys
+from ssd.detector import Detector
+
+detector = Detector.load(sys.argv[1], "cpu", "fp32")
+folder = sys.argv[2]
+assert len(list(detector.stream(folder + "/*.jpg"))) == 3
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+for found in detector.stream(folder, on_error=lambda name, error: print(error)):
+    print(found.source)
+"""
+    start = [sys.executable, "-c", code, str(weights_file), str(tmp_path)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = f"{tmp_path / 'bomb.png'}: there is not enough memory for its 13000x13000 pixels, "
+    assert sorted(line.partition("which")[0] for line in done.stdout.splitlines()) == sorted(
+        [told, *(f"{tmp_path / name}.jpg" for name in PHOTOS)]
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_python_ends_although_a_pipe_is_waited_for(weights_file, tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    code = """
+import sys, threading
+from ssd.detector import Detector
+
+results = Detector.load(sys.argv[1], "cpu", "fp32").stream([sys.argv[2]])
+threading.Thread(target=lambda: next(results), daemon=True).start()
+while not any(thread.name == "ssd-read" for thread in threading.enumerate()):
+    pass
+"""
+    start = [sys.executable, "-c", code, str(weights_file), str(tmp_path / "photo.jpg")]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_scaled_decoding(detector, photos, tmp_path):

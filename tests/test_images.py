@@ -1,12 +1,16 @@
 import base64
 import errno
 import io
+import os
+import re
 import struct
+import subprocess
 import sys
 import types
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,10 +18,10 @@ import skimage.data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from ssd import images, web
-from ssd.errors import ImageError
+from ssd.errors import ImageError, ImageMemoryError
 from ssd.images import is_image_name, load_image, load_scaled, upright_size
 
 
@@ -294,6 +298,19 @@ def test_what_a_disk_says_is_no_damage(pixels, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
     with pytest.raises(OSError, match="Input/output error"):
         load_image(tmp_path / "photo.png")
+
+
+def test_a_place_that_no_file_has_is_damage(pixels, monkeypatch):
+    """To a system, an invalid argument, which of its disks it does not say."""
+
+    def fails(image):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
+    with pytest.raises(
+        ImageError, match=r"^photo: cannot be read \(Invalid argument\); it is cut off, damaged"
+    ):
+        load_image(encoded(Image.fromarray(pixels)), name="photo")
 
 
 def test_a_broken_image_that_pillow_opened_lazily_is_an_image_error(pixels):
@@ -755,6 +772,253 @@ def test_the_preview_of_a_raw_photo_is_not_taken_for_it(pixels, tags, tmp_path, 
     # Somebody who has registered an opener for them has them read.
     Image.register_open("RAW", lambda file, name: Image.new("RGB", (8, 8)))
     assert load_image(path).size == upright_size(path) == (8, 8)
+
+
+# --- Memory and time ---
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "L with a clear grey"]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_converted_band_by_band_as_it_is_at_once(pixels, monkeypatch, mode, orientation):
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray(
+            (pixels[..., 0].astype(float) * (1 / 255 if mode == "F" else 257)).astype(kind)
+        )
+        plain = Image.fromarray(pixels[..., 0]).convert("RGB")
+    else:
+        image = Image.fromarray(np.dstack([pixels, pixels[..., 0]]))
+        image = image.convert("RGB").quantize(9) if mode == "P" else image.convert(mode.split()[0])
+        if " " in mode:
+            image.info["transparency"] = int(np.asarray(image)[2, 3])
+        plain = Image.new("RGBA", image.size, "white")
+        plain = Image.alpha_composite(plain, image.convert("RGBA")).convert("RGB")
+    image.getexif()[0x0112] = plain.getexif()[0x0112] = orientation
+    monkeypatch.setattr(images, "_BAND", 20)  # of 9 x 6
+    np.testing.assert_allclose(loaded(image).astype(int), np.asarray(ImageOps.exif_transpose(plain)), atol=1)
+
+
+def test_arrays_are_judged_as_a_whole_and_converted_in_bands(pixels, monkeypatch):
+    monkeypatch.setattr(images, "_BAND", 20)
+    for source in (pixels, pixels / 255, pixels.astype(np.uint16) * 257, pixels.astype(np.int64)):
+        np.testing.assert_array_equal(loaded(source), pixels)
+    floats = pixels / 255
+    floats[-1, -1, -1] = 7
+    with pytest.raises(ImageError, match=r"reach from .* to 7;"):
+        load_image(floats)
+    alpha = np.zeros((6, 9, 4), np.uint8)
+    with pytest.warns(UserWarning, match="transparent everywhere"):
+        load_image(alpha)
+    alpha[-1, -1] = 255
+    assert loaded(alpha)[0, 0].tolist() == [255] * 3
+
+
+def in_a_child(code, *arguments):
+    """What a process of its own prints, which may be given less memory."""
+    begin = """
+import resource, sys, warnings
+from PIL import Image
+Image.MAX_IMAGE_PIXELS = 1 << 30
+from ssd.images import load_image, load_scaled
+Image.init()
+load_image(Image.new("RGBA", (9, 9), "red"))
+"""
+    start = [sys.executable, "-c", begin + code, *map(str, arguments)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def black_png(side, bits, channels, *before):
+    """A square PNG of zeros, made row by row."""
+    packer, row = zlib.compressobj(1), bytes(1 + side * bits * channels // 8)
+    body = b"".join([packer.compress(row) for _ in range(side)]) + packer.flush()
+    colour = {1: 0, 2: 4, 4: 6}[channels]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0))
+    return PNG[:8] + header + b"".join(before) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of memory")
+@pytest.mark.parametrize(("bits", "channels"), [(16, 1), (8, 2), (16, 4)])
+def test_eight_bytes_of_memory_for_a_pixel(tmp_path, bits, channels):
+    """Of images that lie on their side, for which twice as many were needed."""
+    path = tmp_path / "large.png"
+    path.write_bytes(black_png(4000, bits, channels, EXIF_OF_6))
+    (grown,) = in_a_child(
+        """
+def most():
+    with open("/proc/self/status") as file:  # getrusage counts what the parent process had, too
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
+
+warnings.simplefilter("ignore")
+before = most()
+assert load_image(sys.argv[1]).size == (4000, 4000)
+print(most() - before)
+""",
+        path,
+    )
+    assert int(grown) < 10 * 4000**2
+
+
+LIMITED = """
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
+def test_an_image_that_does_not_fit_into_memory_is_told_with_its_size(format, tmp_path):
+    side = 9000 if format == "WEBP" else 13000
+    path, large = (
+        tmp_path / "large",
+        Image.new("1" if format in ("PNG", "TIFF", "BMP", "PPM") else "L", (side, side)),
+    )
+    large.save(path, format, **({"quality": 1, "method": 0} if format == "WEBP" else {}))
+    lines = in_a_child(
+        LIMITED
+        + """
+for source in (sys.argv[1], open(sys.argv[1], "rb").read()):
+    try:
+        load_image(source, name="large", max_pixels=1 << 40)
+    except MemoryError as error:
+        print(type(error).__name__, error)
+print(load_image(Image.new("RGB", (9, 8))).size)
+print(load_scaled(sys.argv[1], 300)[0].size if sys.argv[2] == "JPEG" else None)
+""",
+        path,
+        format,
+    )
+    wanted = rf"ImageMemoryError large: there is not enough memory for its {side}x{side} pixels, which may"
+    assert re.match(wanted, lines[0])
+    assert ("ssd detect --no-images --scaled-decoding" in lines[0]) == (format == "JPEG")
+    assert lines[1:] == [lines[0], "(9, 8)", "(1625, 1625)" if format == "JPEG" else "None"]
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"save_all": True}, {"xmp": b"<a/>"}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_of_too_many_pixels_is_refused_before_it_is_opened(monkeypatch, mode, options):
+    """Pillow takes memory for all pixels when it opens one."""
+    frames = [Image.new(mode, (300, 20), color) for color in ("red", "blue")]
+    body = encoded(
+        frames[0], "WEBP", **options, **({"append_images": frames[1:]} if "save_all" in options else {})
+    )
+    assert load_image(body, max_pixels=6000).size == (300, 20)
+    monkeypatch.setitem(
+        Image.OPEN, "WEBP", (lambda *arguments: pytest.fail("was opened"), lambda prefix: True)
+    )
+    with pytest.raises(ImageError, match="300x20 is more than 5,999 pixels"):
+        load_image(body, max_pixels=5999)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError("out of memory error when reading image file"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("method", ["load", "transpose", "crop"])
+def test_each_word_for_a_lack_of_memory(pixels, monkeypatch, error, method):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = encoded(Image.fromarray(pixels), exif=exif)
+
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(images, "_BAND", 20)
+    monkeypatch.setattr(ImageFile.ImageFile if method == "load" else Image.Image, method, fails)
+    with pytest.raises(
+        ImageMemoryError, match=r"^photo: there is not enough memory for its (9x6|6x9) pixels"
+    ):
+        load_image(body, name="photo")
+
+
+def test_what_a_disk_says_names_the_image(pixels, monkeypatch):
+    def fails(image):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
+    with pytest.raises(OSError, match=r"Input/output error: 'photo'") as caught:
+        load_image(encoded(Image.fromarray(pixels)), name="photo")
+    assert not isinstance(caught.value, ImageError)
+
+
+def progressive(side, scans):
+    """A grey JPEG, of which the last scan is repeated: some bytes that go over all pixels."""
+    body = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    last = body[body.rindex(b"\xff\xda") : -2]
+    return body[:-2] + last * (scans - body.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 * 2)
+    assert load_image(progressive(64, 200)).size == (64, 64)
+    with pytest.raises(ImageError, match=r"^photo: a JPEG of 201 scans, .* 64x64 pixels; up to 200 are read"):
+        load_image(progressive(64, 201), name="photo")
+    # What only looks like scans: in a block of the camera's, or a film behind the image.
+    body, scan = progressive(64, 200), b"\xff\xda\x00\x02"
+    assert load_image(body + scan * 9).size == (64, 64)
+    assert load_image(body[:2] + b"\xff\xe5\x00\x0a" + scan * 2 + body[2:]).size == (64, 64)
+
+
+def test_the_size_of_a_png_needs_none_of_its_pixels(pixels, tmp_path, monkeypatch):
+    body = encoded(Image.fromarray(pixels))
+    for number, notes in enumerate((EXIF_OF_6, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP_OF_6))):
+        (tmp_path / f"{number}.png").write_bytes(body[:-12] + notes + body[-12:])
+    (tmp_path / "2.png").write_bytes(body[:33] + chunk(b"tEXt", b"Software\0ours") + body[33:])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert [upright_size(tmp_path / f"{number}.png") for number in range(3)] == [(6, 9), (6, 9), (9, 6)]
+    assert [images.is_turned(tmp_path / f"{number}.png") for number in range(3)] == [True, True, False]
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_of_pillow_neither_hide_an_image_nor_come_out(pixels, tmp_path, monkeypatch):
+    body = encoded(Image.fromarray(pixels))
+    path = tmp_path / "photo.png"
+    path.write_bytes(body[:33] + chunk(b"acTL", bytes(8)) + body[33:])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # of which Pillow warns
+    np.testing.assert_array_equal(
+        loaded(encoded(Image.fromarray(pixels[..., 0]), "GIF"))[..., 1], pixels[..., 0]
+    )
+    before = list(warnings.filters)
+    with pytest.raises(UserWarning, match="Invalid APNG"):
+        Image.open(path)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(np.array_equal(each, pixels) for each in pool.map(loaded, [path] * 20))
+    assert upright_size(path) == (9, 6)
+    assert warnings.filters == before
+
+
+def test_a_name_in_a_warning_is_one_line():
+    with pytest.warns(UserWarning, match=r"^a\\nb\\x1b\[2J: is transparent"):
+        load_image(np.zeros((2, 2, 4), np.uint8), name="a\nb\x1b[2J")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_without_an_end_is_given_up(pixels, tmp_path, monkeypatch):
+    pipe, body = tmp_path / "pipe", encoded(Image.fromarray(pixels), "BMP")
+    os.mkfifo(pipe)
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+
+    def write(length):
+        with suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:
+            for _ in range(length):
+                file.write(bytes(100))
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write, 100_000)
+        with pytest.raises(ImageError, match=r"pipe: gives more than .*; write it to a file"):
+            load_image(pipe)
+        writing.result(60)
+        writing = pool.submit(pipe.write_bytes, body)
+        np.testing.assert_array_equal(loaded(pipe), pixels)
+        writing.result(60)
 
 
 # --- Sizes from headers ---

@@ -19,13 +19,13 @@ ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
     *("images", "sources", "pixels", "drawing", "detections", "transforms", "augment"),
-    *("resnet", "pretrained", "containers", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {
     "data": [
-        *("annotations", "judge", "names", "builder", "folders", "outlines", "pairs", "yolo_settings"),
+        *("names", "annotations", "judge", "builder", "folders", "outlines", "pairs", "yolo_settings"),
         {"coco", "yolo", "voc"},
         *("formats", "dataset", "holdout"),
     ],

@@ -1,3 +1,4 @@
+import io
 import sys
 from dataclasses import replace
 
@@ -19,27 +20,26 @@ def scenes(tmp_path_factory):
     return load(folder, "val")
 
 
-def test_pictures_are_written(scenes, tmp_path):
+def test_pictures_are_drawn(scenes):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
-    written = draw_plots(scenes, blurred(scenes), tmp_path)
-    assert {path.name for path in written[:2]} == {"precision_recall.png", "confusion.png"}
-    assert len(written) > 4
-    for path in written:
-        with Image.open(path) as picture:
+    drawn = draw_plots(scenes, blurred(scenes))
+    assert set(list(drawn)[:2]) == {"precision_recall.png", "confusion.png"}
+    assert len(drawn) > 4
+    for content in drawn.values():
+        with Image.open(io.BytesIO(content)) as picture:
             assert min(picture.size) >= 300
 
 
-def test_a_truth_that_is_inverted_is_drawn_all_the_same(scenes, tmp_path):
+def test_a_truth_that_is_inverted_is_drawn_all_the_same(scenes):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     boxes = scenes.boxes.copy()
     boxes[0] = boxes[0][[2, 3, 0, 1]]
-    written = draw_plots(replace(scenes, boxes=boxes), blurred(scenes), tmp_path)
-    assert len(written) > 2
+    assert len(draw_plots(replace(scenes, boxes=boxes), blurred(scenes))) > 2
 
 
-def test_of_perfect_detections_there_are_no_worst_images(scenes, tmp_path):
+def test_of_perfect_detections_there_are_no_worst_images(scenes):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
-    assert len(draw_plots(scenes, perfect(scenes), tmp_path)) == 2
+    assert len(draw_plots(scenes, perfect(scenes))) == 2
 
 
 def test_pairs_by_hand(scenes):
@@ -80,7 +80,7 @@ def test_low_scores_and_crowd_are_left_aside(scenes):
     assert compare(replace(scenes, boxes=boxes, crowd=crowd), i, one).pairs == [(6, label)]
 
 
-def test_without_matplotlib_the_command_is_named(scenes, tmp_path, monkeypatch):
+def test_without_matplotlib_the_command_is_named(scenes, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'ssd300\[plots\]'"):
-        draw_plots(scenes, {}, tmp_path)
+        draw_plots(scenes, {})

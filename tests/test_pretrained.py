@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -8,11 +9,12 @@ import threading
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 
-from ssd import pretrained, web
+from ssd import containers, pretrained, web
 from ssd.errors import CheckpointError, DownloadError
-from ssd.model import load_model
+from ssd.model import SSD, load_model
 
 
 @pytest.fixture
@@ -48,9 +50,66 @@ def test_published_weights_have_a_place_and_an_address_that_can_be_changed(serve
 
 def test_equal_names_at_different_addresses_do_not_meet_in_the_cache(server, body):
     first = pretrained.fetch(server.serve("/a/model.safetensors", body), progress=False)
-    second = pretrained.fetch(server.serve("/b/model.safetensors", body + b" "), progress=False)
+    second = pretrained.fetch(server.serve("/b/model.safetensors", BODIES["safetensors"]), progress=False)
     assert first != second
     assert first.read_bytes() == body
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+CONTENT = {"first": torch.arange(20.0), "second": torch.arange(5)}
+BODIES = {
+    "zip": saved(CONTENT),
+    "legacy": saved(CONTENT, _use_new_zipfile_serialization=False),
+    "safetensors": safetensors.torch.save(CONTENT),
+}
+
+
+def without_length(handler, body):
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def with_its_length(handler, body, status=200):
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def in_chunks(handler, body):
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("send", [without_length, with_its_length, in_chunks])
+@pytest.mark.parametrize("kind", BODIES)
+def test_what_was_cut_off_never_gets_into_the_cache(server, kind, send):
+    body = BODIES[kind]
+    url = server.url("/w.pt")
+    for end in {0, 1, 9, *range(0, len(body), 40), len(body) - 30, len(body) - 1}:
+        server.pages["/w.pt"] = lambda handler, end=end: send(handler, body[:end])
+        with pytest.raises(DownloadError, match="cannot be used: .* The same call tries again"):
+            pretrained.fetch(url, progress=False)
+        assert cached() == []
+    server.pages["/w.pt"] = lambda handler: send(handler, body)
+    assert pretrained.fetch(url, progress=False).read_bytes() == body
+
+
+def test_a_part_that_was_not_asked_for_is_refused(server, body):
+    url = server.url("/w.safetensors")
+    server.pages["/w.safetensors"] = lambda handler: with_its_length(handler, body, 206)
+    with pytest.raises(DownloadError, match="HTTP 206 Partial Content, which is not what was asked for"):
+        load_model(url, progress=False)
+    assert cached() == []
 
 
 def short(body):
@@ -67,7 +126,7 @@ def redirect(target):
         (short, "got .* of .* bytes|IncompleteRead", 3),
         (lambda _: {"body": b"<html>sorry</html>", "kind": "text/html"}, "a web page", 1),
         (lambda _: {"body": b"<html>sorry</html>"}, "not a checkpoint", 1),
-        (lambda _: {"body": b""}, "not a checkpoint", 1),
+        (lambda _: {"body": b""}, "cannot be used: the file is empty", 1),
         (lambda body: {"body": body, "status": 403}, "403", 1),
         (lambda body: {"body": body, "status": 503}, "503", 3),
         (lambda _: redirect("file:///etc/passwd"), "not allowed", 1),
@@ -190,7 +249,7 @@ def test_without_network_a_changed_file_is_named(server, body):
     load_model(url, progress=False)
     pretrained.cached_path(url).write_bytes(body + b" ")
     server.pages.clear()
-    with pytest.raises(DownloadError, match=r"differs from the digest in .*\.sha256"):
+    with pytest.raises(DownloadError, match=r"does not have the SHA-256 [0-9a-f]{64}\)"):
         load_model(url, progress=False)
 
 
@@ -220,12 +279,110 @@ def test_long_and_odd_names_find_a_place_in_the_cache(server, body):
         assert pretrained.fetch(server.serve(path, body), progress=False).parent == pretrained.cache_dir()
 
 
-def test_a_file_that_does_not_load_is_not_trusted(server):
-    url = server.serve("/w.pt", b"PK\x03\x04 and then nothing of use")
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match="cut off"):
-            load_model(url, progress=False)
-    assert cached() == [pretrained.cached_path(url).name]
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 and nothing of use", *BODIES.values()])
+def test_a_file_in_the_cache_that_fails_its_first_load_is_removed(server, body, content):
+    url = server.serve("/w.pt", body)
+    path = pretrained.cached_path(url)
+    put(path, content)
+    with pytest.raises(CheckpointError, match="removed from the cache; the same call downloads it again$"):
+        load_model(url, progress=False)
+    assert cached() == []
+    load_model(url, progress=False)
+    assert path.read_bytes() == body
+
+
+def test_a_whole_file_of_another_network_is_fetched_anew(server, body):
+    url = server.serve("/w.pt", BODIES["zip"])
+    with pytest.raises(CheckpointError, match="not an SSD300 .* was removed from the cache"):
+        load_model(url, progress=False)
+    server.serve("/w.pt", body)
+    load_model(url, progress=False)
+
+
+def test_trunks_that_fail_are_removed_too(server, monkeypatch):
+    digest = hashlib.sha256(BODIES["zip"]).hexdigest()[:8]
+    url = server.serve(f"/resnet18-{digest}.pth", BODIES["zip"])
+    monkeypatch.setitem(pretrained.BACKBONE_WEIGHTS, "resnet18", {"V1": url})
+    with pytest.raises(CheckpointError, match="not a ResNet .* was removed from the cache"):
+        SSD(2, "resnet18", backbone_weights="imagenet")
+    assert cached() == []
+
+
+def test_a_file_that_is_named_by_its_path_stays_wherever_it_is():
+    path = pretrained.cache_dir() / "mine.pt"
+    put(path, BODIES["zip"][:-1])
+    for name in (path, str(path)):
+        with pytest.raises(CheckpointError, match="get it again$"):
+            load_model(name, progress=False)
+    assert path.read_bytes() == BODIES["zip"][:-1]
+
+
+def test_a_file_that_loaded_once_stays(server):
+    url = server.url("/w.pt")
+    path = pretrained.cached_path(url)
+    put(path, BODIES["zip"])
+    digest = hashlib.sha256(BODIES["zip"]).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    with pytest.raises(CheckpointError, match="not an SSD300"):
+        load_model(url, progress=False)
+    assert path.exists()
+
+
+def test_a_file_that_advice_is_about_stays(server, small_model):
+    state_dict = small_model.state_dict()
+    both = saved({name: {key: value.clone() for key, value in state_dict.items()} for name in "ab"})
+    url = server.serve("/w.pt", both)
+    with pytest.raises(CheckpointError, match=r"holds 2 networks: .*containers.read\(") as caught:
+        load_model(url, progress=False)
+    assert "removed" not in str(caught.value)
+    assert pretrained.cached_path(url).read_bytes() == both
+
+
+def test_a_file_for_which_memory_is_short_stays(server, monkeypatch):
+    url = server.url("/w.pt")
+    path = pretrained.cached_path(url)
+    put(path, BODIES["zip"])
+
+    def short_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(containers, "_loaded", short_of_memory)
+    with pytest.raises(CheckpointError, match="takes more memory than there is"):
+        load_model(url, progress=False)
+    assert path.exists()
+
+
+def test_what_another_process_has_downloaded_since_stays(server, body):
+    url = server.url("/w.pt")
+    path = pretrained.cached_path(url)
+    put(path, BODIES["zip"][:-1])
+    with pytest.raises(CheckpointError, match="cut off.* the same call"), pretrained.loading(path, url):
+        new = path.with_name("new")
+        put(new, body)
+        new.replace(path)
+        raise CheckpointError("cut off")
+    assert path.read_bytes() == body
+
+
+def test_a_file_that_cannot_be_removed_is_named(server, monkeypatch):
+    url = server.url("/w.pt")
+    path = pretrained.cached_path(url)
+    put(path, BODIES["zip"][:-1])
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(pretrained, "FileLock", read_only)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be removed \(Read-only file system\); remove it"
+    ) as caught:
+        load_model(url, progress=False)
+    assert str(path) in str(caught.value)
 
 
 def test_force_downloads_again(server, body):
@@ -386,7 +543,7 @@ def test_a_checkpoint_of_many_processes_becomes_a_file_as_advised(tmp_path, monk
 
 def test_a_download_of_another_kind_is_named(server):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
-    with pytest.raises(DownloadError, match=r"sent, a Git LFS pointer, \(\d+ bytes\) is not a checkpoint"):
+    with pytest.raises(DownloadError, match="sent cannot be used: this is a Git LFS pointer, .*git lfs pull"):
         pretrained.fetch(server.serve("/w.pt", pointer), progress=False)
 
 

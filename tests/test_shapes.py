@@ -30,6 +30,14 @@ def test_nothing_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
+def test_two_at_once_do_not_mix(tmp_path):
+    """Another command has written the same folder when this one has drawn its scenes."""
+    with pytest.raises(FileExistsError, match="exists already; nothing was overwritten"):
+        write_dataset(tmp_path, 2, 0, on_done=lambda: (tmp_path / "train.json").write_text("theirs"))
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+    assert (tmp_path / "train.json").read_text() == "theirs"
+
+
 def test_splits_differ_and_one_may_be_left_out(tmp_path):
     write_dataset(tmp_path, 0, 2)
     assert not (tmp_path / "train.json").exists()

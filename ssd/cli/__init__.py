@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ssd import __version__
 from ssd.cli.options import with_choices
-from ssd.errors import UserError
+from ssd.errors import UserError, as_line
 from ssd.web import READ_ERRORS
 
 FAILED = 1
@@ -136,5 +136,6 @@ def main() -> None:
     try:
         app(prog_name="ssd")
     except (UserError, *READ_ERRORS) as error:  # the latter are OSErrors, such as FileNotFoundError, too
-        typer.echo(f"ssd: {error}", err=True)
+        message = str(error) if isinstance(error, UserError) else as_line(str(error))
+        typer.echo(f"ssd: {message}", err=True)
         sys.exit(FAILED)

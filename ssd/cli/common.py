@@ -34,6 +34,9 @@ BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images in the ne
 DATA_HELP = f"A dataset: {', '.join(title for each in FORMATS.values() for title in each.titles)}."
 Data: TypeAlias = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Images: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")]
+Follow: TypeAlias = Annotated[
+    bool, typer.Option("--follow", help="Trust the dataset to name images outside of its folders.")
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 

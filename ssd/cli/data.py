@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ssd.boxes import LAYOUTS
 from ssd.check import check_dataset, read_splits
 from ssd.cli import FAILED
-from ssd.cli.common import Data, Images
+from ssd.cli.common import Data, Follow, Images
 from ssd.cli.options import OneOf
 from ssd.shapes import CLASSES, write_dataset
 
@@ -18,11 +18,12 @@ from ssd.shapes import CLASSES, write_dataset
 def check(
     data: Data,
     images: Images = None,
+    follow: Follow = False,
     layout: Annotated[str, OneOf(LAYOUTS), typer.Option(help="Of the network to be trained.")] = "300",
     as_json: Annotated[bool, typer.Option("--json", help="For programs; lists every problem.")] = False,
 ) -> None:
     """The exit status is 1 if training, or evaluation on one of the splits, would refuse anything of it."""
-    read, unread = read_splits(data, images)
+    read, unread = read_splits(data, images, follow=follow)
     with tqdm(
         total=sum(map(len, read.values())), unit="image", disable=True if as_json else None, leave=False
     ) as bar:

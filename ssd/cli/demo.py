@@ -7,7 +7,8 @@ import numpy as np
 import typer
 
 from ssd.detector import Detector
-from ssd.files import run_folder
+from ssd.drawing import encoded
+from ssd.files import run_folder, write_free
 from ssd.shapes import draw_scene
 
 
@@ -20,7 +21,7 @@ def demo(
         image, boxes, _ = draw_scene(np.random.default_rng(seed))
         found = Detector.load("shapes")(image)
         typer.echo(found)
-        image.save(folder / "scene.jpg", quality=95)
         picture = folder / "detections.jpg"
-        found.save(picture)
+        contents = {folder / "scene.jpg": encoded(image, quality=95), picture: found.picture_for(picture)}
+        _, picture = write_free(contents)
     typer.echo(f"\n{len(boxes)} shapes drawn, {len(found)} detected; picture in {picture}")

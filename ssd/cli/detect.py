@@ -129,7 +129,7 @@ def detect(
             font=font,
         )
         if world.size > 1:
-            # Each process writes its pictures; the main one all results, in their order.
+            # Each process writes its pictures and labels; the main one all results, in their order.
             results, failures[:] = _gather_results(results, listed, out, failures, world, report)
             if not world.is_main:
                 return
@@ -138,7 +138,7 @@ def detect(
             typer.echo(f"ssd: {note}", err=True)
         counts = _Counts(total, failures)
         try:
-            stopped = _write(results, out, counts, report)
+            stopped = _write(results, out, out.add if world.size == 1 else out.enter, counts, report)
         except OSError as error:  # the results file itself cannot be written
             if counts.done and not isinstance(error, BrokenPipeError):
                 typer.echo(f"{counts}; the results are not written")
@@ -168,15 +168,19 @@ class _Counts:
 
 
 def _write(
-    results: Iterable[Detections], out: Results, counts: _Counts, report: Callable[[str, Exception], None]
+    results: Iterable[Detections],
+    out: Results,
+    add: Callable[[Detections], None],
+    counts: _Counts,
+    report: Callable[[str, Exception], None],
 ) -> BaseException | None:
     """Write and show results as they come; gives what stopped that, after which what is done is kept."""
     alone = counts.total == 1
-    with out as writer, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
+    with out, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
         try:
             for found in results:
                 try:
-                    writer.add(found)
+                    add(found)
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
                     report(found.source, error)
                 else:
@@ -238,15 +242,13 @@ def _share(images: Iterable[Named], total: int | None, world: World, batch_size:
     return [every[i] for i in world.share(total, batch_size)]
 
 
-def _names(
-    folder: Path, format: str, listed: list[str], world: World, *, pictures: bool
-) -> Callable[[str], str]:
+def _names(folder: Path, format: str, listed: list[str], world: World, *, pictures: bool) -> FreeNames:
     """What pictures and labels are called; several processes take the names that the main one gives."""
     labels = folder / RESULT_FORMATS[format] if format == "yolo" else None
     names = FreeNames(folder, pictures=pictures, labels=labels)
-    if world.size == 1:
-        return names
-    return world.gather({name: names(name) for name in listed} if world.is_main else {})[0].__getitem__
+    if world.size > 1:
+        names.take_over(world.gather({name: names(name) for name in listed} if world.is_main else {})[0])
+    return names
 
 
 def _gather_results(
@@ -257,11 +259,11 @@ def _gather_results(
     world: World,
     report: Callable[[str, Exception], None],
 ) -> tuple[Iterator[Detections], list[str]]:
-    """The results of all processes in the order of `listed`, and all failures; pictures are written."""
+    """The results of all processes in the order of `listed`, and all failures; own files are written."""
     mine = []
     for found in results:
         try:
-            out.picture(found)
+            out.write_own(found)
         except (OSError, ValueError) as error:
             report(found.source, error)
         else:

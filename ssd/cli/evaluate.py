@@ -1,6 +1,8 @@
 """``ssd evaluate``."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from ssd.cli.common import (
     BatchSize,
     Data,
     Device,
+    Follow,
     Images,
     Json,
     Precision,
@@ -25,7 +28,10 @@ from ssd.data import SPLITS, load, usable_for_evaluation
 from ssd.data.judge import notes_of
 from ssd.distributed import join
 from ssd.evaluate import coco_results, detect_all, measure
-from ssd.files import atomic_file
+from ssd.files import clear_leftovers, write_new
+
+_WRITTEN = ("metrics.json", "detections.json", "precision_recall.png", "confusion.png", "worst")
+"""Into the folder; what it holds of these is never overwritten. Pictures are only written with --plots."""
 
 
 def evaluate(
@@ -33,6 +39,7 @@ def evaluate(
     weights: Weights = "coco",
     split: Annotated[str, OneOf(SPLITS), typer.Option(help="Which part of the dataset.")] = "val",
     images: Images = None,
+    follow: Follow = False,
     device: Device = None,
     precision: Precision = AUTO,
     batch_size: BatchSize = 8,
@@ -44,15 +51,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Several processes: torchrun --nproc-per-node N -m ssd evaluate ..."""
-    if output is not None and (output / "metrics.json").exists():
-        raise typer.BadParameter(f"{output} holds an evaluation already", param_hint="--output")
+    if output is not None:
+        for name in _WRITTEN:
+            if os.path.lexists(output / name) and (plots or name.endswith(".json")):
+                what = "an evaluation" if name == "metrics.json" else name
+                raise typer.BadParameter(f"{output} holds {what} already", param_hint="--output")
     if plots:
         from ssd.plots import draw_plots, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
 
         require_matplotlib()  # before all the work, not after it
     with join(chosen_device(device)) as world, results_folder(output, "evaluate", world) as folder:
         detector = load_detector(weights, world, device, precision)
-        annotations = load(data, split, images=images, class_names=detector.class_names)
+        names = detector.class_names
+        annotations = load(data, split, images=images, class_names=names, follow=follow)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
         if world.is_main:
             for line in notes_of(annotations, "evaluation"):
@@ -67,9 +78,12 @@ def evaluate(
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
         facts |= {"precision": detector.precision}
         typer.echo(json.dumps(facts, indent=2) if as_json else result)  # whatever becomes of the files
-        for name, content in (("metrics", facts), ("detections", coco_results(truth, found))):
-            with atomic_file(folder / f"{name}.json") as file:
-                file.write(json.dumps(content).encode())
-        if plots:
-            draw_plots(truth, found, folder)
+        contents: dict[str, bytes | memoryview] = {
+            **(draw_plots(truth, found) if plots else {}),
+            "detections.json": json.dumps(coco_results(truth, found)).encode(),
+            "metrics.json": json.dumps(facts).encode(),
+        }
+        clear_leftovers(folder, "|".join(map(re.escape, _WRITTEN)))
+        clear_leftovers(folder / "worst")
+        write_new({folder / name: content for name, content in contents.items()})
     typer.echo(f"\nmetrics.json and detections.json in {folder}", err=as_json)

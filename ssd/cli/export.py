@@ -10,7 +10,7 @@ from ssd.backends import BACKENDS
 from ssd.cli.common import usage_errors
 from ssd.cli.options import OneOf
 from ssd.export import export, write_triton
-from ssd.files import make_folder
+from ssd.files import gone_if_unused, make_folder
 
 _HELD = "; ".join(f"{name}: {', '.join(kind.precisions)}" for name, kind in BACKENDS.items())
 _PRECISIONS = tuple(dict.fromkeys(name for kind in BACKENDS.values() for name in kind.precisions))
@@ -46,9 +46,9 @@ def export_weights(
         raise typer.BadParameter(f"{triton} has a model ssd300 already", param_hint="--triton")
     name = Path(urlsplit(weights).path).stem
     path = output or Path(f"{name}{BACKENDS[format].ending}")
-    make_folder(path.parent)
     size = None if batch == "dynamic" else int(batch)
-    with usage_errors():
+    with usage_errors(), gone_if_unused(path.parent):
+        make_folder(path.parent)
         made = export(
             weights, path, format, nms=nms, uint8=uint8, batch=size, precision=precision, calibrate=calibrate
         )

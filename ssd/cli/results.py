@@ -4,18 +4,18 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ssd.data.builder import read_text
 from ssd.data.names import loose, named_parts, written_parts
 from ssd.detections import CSV_COLUMNS, Detections
 from ssd.errors import AnnotationError, UserError
-from ssd.files import atomic_file, free_path
+from ssd.files import Draft, clear_leftovers, draft, write_free, write_new
 
 RESULT_FORMATS = {
     "json": "detections.json",
@@ -25,7 +25,7 @@ RESULT_FORMATS = {
 }
 """The file, or the folder, that each format of results is written to."""
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+_PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 class FreeNames:
@@ -44,16 +44,24 @@ class FreeNames:
 
     def __call__(self, source: str) -> str:
         """The name for a source, the same each time."""
-        if source not in self._given:
-            self._given[source] = self._next(source)
+        return self._given[source] if source in self._given else self.another(source)
+
+    def another(self, source: str) -> str:
+        """Another name for a source: the one that it had is now something else's."""
+        self._given[source] = self._next(source)
         return self._given[source]
+
+    def take_over(self, given: dict[str, str]) -> None:
+        """Take the names that another process gives to all sources."""
+        self._given = dict(given)
+        self._taken = {os.path.splitext(name)[0].casefold() for name in given.values()}
 
     def _next(self, source: str) -> str:
         last = unquote(urlsplit(source).path) if "://" in source else source
         stem, suffix = os.path.splitext(os.path.basename(last))
         stem = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", stem)
         stem = os.fsdecode(os.fsencode(stem)[:200]) or "image"
-        suffix = suffix if suffix.lower() in _PICTURES else ".jpg"
+        suffix = suffix if suffix.lower()[1:] in _PICTURES else ".jpg"
         number = 1
         while True:
             numbered = stem if number == 1 else f"{stem}-{number}"
@@ -69,14 +77,14 @@ class FreeNames:
 
 
 class Results:
-    """Writes results and pictures in one of `RESULT_FORMATS`.
+    """Writes results and pictures in one of `RESULT_FORMATS`, beside what is there.
 
     A results file takes its name when the block ends, also if it ends early.
 
     Args:
         folder: to write to.
         format: a name in `RESULT_FORMATS`.
-        names: the name for the picture of a source.
+        names: for pictures and labels.
         class_names: all that the model knows.
         coco_ids: of images and classes; results of images without one are left out of that format.
         pictures: whether to write them.
@@ -87,7 +95,7 @@ class Results:
         self,
         folder: Path,
         format: str,
-        names: Callable[[str], str],
+        names: FreeNames,
         class_names: Sequence[str],
         coco_ids: "CocoIds",
         *,
@@ -96,58 +104,98 @@ class Results:
     ) -> None:
         self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
-        self._stack = ExitStack()
-        self._entries = 0
-        path = folder / RESULT_FORMATS[format]
-        self.path = path if format == "yolo" else free_path(path)
+        self._stack = ExitStack()  # of what the block holds
+        self._file: Draft | None = None
+        self._end = 0
+        self._has_entries = False
+        self.path = folder / RESULT_FORMATS[format]
+        """Of the results; once the block has ended, the name that the file has taken."""
 
     def __enter__(self) -> "Results":
+        clear_leftovers(self._folder, rf"(?i:.*\.({'|'.join(_PICTURES)}))|(?:detections|classes).*")
         if self._format == "yolo":
+            clear_leftovers(self.path)
+            made = not os.path.lexists(self.path)
             self.path.mkdir(exist_ok=True)
-            with atomic_file(free_path(self._folder / "classes.txt")) as file:  # what the numbers stand for
-                file.write("".join(f"{name}\n" for name in self._class_names).encode())
+            names = "".join(f"{name}\n" for name in self._class_names)  # what the numbers stand for
+            try:
+                write_free({self._folder / "classes.txt": names.encode()})
+            except BaseException:
+                if made:
+                    with suppress(OSError):
+                        self.path.rmdir()
+                raise
         else:
-            self._file: IO[bytes] = self._stack.enter_context(atomic_file(self.path))
-            self._write(",".join(CSV_COLUMNS) + "\n" if self._format == "csv" else "[")
+            head = (",".join(CSV_COLUMNS) + "\n" if self._format == "csv" else "[").encode()
+            with ExitStack() as stack:
+                self._file = stack.enter_context(draft(self.path))
+                self._file.put(0, head + self._last())
+                self._stack = stack.pop_all()
+            self._end = len(head)
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._stack:
-            if self._format in ("json", "coco"):
-                self._write("\n]\n" if self._entries else "]\n")
+            if self._file:
+                self._file.put(self._end, self._last())  # where an entry was cut, that is gone
+                self._file.finish()
+                self.path = self._file.take_free()
 
     def add(self, found: Detections) -> None:
-        """Write one result, and its picture if wanted and not written yet."""
-        self.picture(found)
-        if self._format == "yolo":
-            stem = os.path.splitext(self._names(found.source))[0]
-            with atomic_file(self.path / f"{stem}.txt") as file:
-                file.write(found.to_yolo().encode())
-        elif self._format == "csv":
-            self._write(found.to_csv(header=False))
+        """Write one result, and what it has files of its own for."""
+        self.write_own(found)
+        self.enter(found)
+
+    def write_own(self, found: Detections) -> None:
+        """Write the picture of a result that has its image, if pictures are wanted, and its labels."""
+        name = self._names(found.source)
+        picture = found.picture_for(name, font=self._font) if self._pictures and found.has_image else None
+        labels = found.to_yolo().encode() if self._format == "yolo" else None
+        while True:
+            label_file = self.path / f"{os.path.splitext(name)[0]}.txt"
+            contents = {self._folder / name: picture, label_file: labels}
+            try:
+                write_new({path: content for path, content in contents.items() if content is not None})
+                return
+            except FileExistsError:  # another process was faster
+                name = self._names.another(found.source)
+
+    def enter(self, found: Detections) -> None:
+        """Write one result into the file of all, if there is one."""
+        if self._format == "csv":
+            self._append(found.to_csv(header=False))
         elif self._format == "coco":
             image_id = self._coco_ids.of(found.source)
             if image_id is not None:
                 found = replace(
                     found, image=None, category_ids=self._coco_ids.categories or found.category_ids
                 )
-                self._list(entry | {"file_name": found.source} for entry in found.to_coco(image_id))
-        else:
+                self._list([entry | {"file_name": found.source} for entry in found.to_coco(image_id)])
+        elif self._format == "json":
             self._list([found.to_dict()])
 
-    def picture(self, found: Detections) -> None:
-        """Write the picture of a result that has its image, if pictures are wanted."""
-        if self._pictures and found.has_image:
-            found.save(self._folder / self._names(found.source), font=self._font)
+    def _list(self, entries: list[dict[str, Any]]) -> None:
+        texts = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        if texts:
+            self._append((",\n" if self._has_entries else "\n") + ",\n".join(texts))
+            self._has_entries = True
 
-    def _list(self, entries: Iterable[dict[str, Any]]) -> None:
-        for entry in entries:
-            self._write((",\n" if self._entries else "\n") + json.dumps(entry, ensure_ascii=False))
-            self._entries += 1
-
-    def _write(self, text: str) -> None:
+    def _append(self, text: str) -> None:
+        """Write a whole entry, or leave the file as it was."""
+        assert self._file
         # Names of files need not be Unicode; in JSON the replacement is the escape of the same code.
-        self._file.write(text.encode(errors="backslashreplace"))
+        content = text.encode(errors="backslashreplace")
+        try:
+            # With what ends the file, for which there is then room on the disk whatever comes.
+            self._file.put(self._end, content + b"\n]\n" * (self._format != "csv"))
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(error.errno, f"{reason} for its results in {self.path.name}") from error
+        self._end += len(content)
+
+    def _last(self) -> bytes:
+        """What ends the file."""
+        return b"" if self._format == "csv" else b"\n]\n" if self._has_entries else b"]\n"
 
 
 class CocoIds:

@@ -16,6 +16,7 @@ from ssd.cli import INTERRUPTED
 from ssd.cli.common import (
     DATA_HELP,
     Device,
+    Follow,
     Images,
     chosen_device,
     results_folder,
@@ -31,7 +32,7 @@ from ssd.data import (
 )
 from ssd.data.holdout import hold_out, part_by_names
 from ssd.distributed import World, join
-from ssd.errors import UserError
+from ssd.errors import UserError, shown
 from ssd.files import atomic_file
 from ssd.loss import LOSSES
 from ssd.train import PRESETS, Result, TrainConfig, fit, keep_memory
@@ -47,6 +48,7 @@ def train(
         typer.Argument(help=DATA_HELP, show_default=False),
     ] = None,
     images: Images = None,
+    follow: Follow = False,
     val: Annotated[Path | None, typer.Option(help="To evaluate on; by default DATA's val split.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
     val_fraction: Annotated[
@@ -76,6 +78,7 @@ def train(
     # Resuming may start in another folder.
     source: dict[str, Any] = {key: str(path.absolute()) for key, path in paths.items() if path is not None}
     source |= {"lenient": True} if lenient else {}
+    source |= {"follow": True} if follow else {}
     source |= {"val_fraction": val_fraction} if val_fraction is not None else {}
     if os.path.isfile(given.get("weights", "")):
         given["weights"] = os.path.abspath(given["weights"])
@@ -164,7 +167,7 @@ def _settle(
     """The config, and where the data is: what is given, over what the run or the preset says."""
     if resume is not None:
         saved = _read_run(resume)
-        source, config = (saved["data"] or {}) | source, saved["config"] | choices
+        source, config = saved["data"] | source, saved["config"] | choices
         if "data" not in source:
             raise typer.BadParameter(f"{resume} was not started by this command; give its dataset too")
         if {"val", "val_fraction"} <= set(source):
@@ -175,32 +178,39 @@ def _settle(
         with usage_errors():
             return TrainConfig(**config), source
     except TypeError as error:
-        raise typer.BadParameter(str(error)) from error
+        where = f"{resume / 'config.json'}: " if resume else ""
+        raise typer.BadParameter(f"{where}{error}") from error
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         saved = json.loads(file.read_bytes())
-        return {"data": saved["data"], "config": saved["config"]}
+        data, config = saved["data"] or {}, saved["config"]
+        if not isinstance(data, dict) or not isinstance(config, dict):
+            raise TypeError("its data and config are not named values")
+        for name in ("data", "val", "images", "val_images"):
+            if not isinstance(data.get(name, ""), str):
+                raise TypeError(f"its {name} is no path, but {shown(data[name])}")
+        return {"data": data, "config": config}
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise typer.BadParameter(f"{file} is not what ssd train wrote ({error})") from error
 
 
 def _datasets(source: dict[str, Any], *, crowd: bool) -> tuple[DetectionDataset, Annotations | None]:
     """The dataset to train on, and the annotations to evaluate with, if there are any."""
-    lenient = source.get("lenient", False)
-    annotations = load(source["data"], "train", images=source.get("images"))
+    lenient, follow = source.get("lenient", False), source.get("follow", False)
+    annotations = load(source["data"], "train", images=source.get("images"), follow=follow)
     train_set = DetectionDataset(annotations, lenient=lenient, crowd=crowd)
     path, names = source.get("val", source["data"]), annotations.class_names
     if "val" not in source and not find_split(path, "val"):
         return train_set, None
     if {"val", "val_images"} & set(source):
-        val_set = load(path, "val", images=source.get("val_images"), class_names=names)
+        val_set = load(path, "val", images=source.get("val_images"), class_names=names, follow=follow)
     else:
-        val_set = load_beside(path, "val", source.get("images"), names)
+        val_set = load_beside(path, "val", source.get("images"), names, follow=follow)
     return train_set, usable_for_evaluation(val_set, lenient=lenient)
 
 

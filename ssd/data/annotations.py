@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ssd.errors import AnnotationError
+from ssd.data.names import path_of
+from ssd.errors import AnnotationError, as_line
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}, annotation {self.annotation}" if self.annotation else self.file
-        return f"{where}: {self.message}"
+        return as_line(f"{where}: {self.message}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Annotations:
     """``[T]``: whether an area is what the file says, and not the box's; empty where nobody asked."""
     labels_hint: str = field(default="", repr=False)
     """Where the boxes were looked for, for the message that there are none; empty where `source` tells it."""
+    follow: bool = False
+    """Whether names may lead out of `root`; see `ssd.data.load`."""
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -76,10 +79,11 @@ class Annotations:
         Raises:
             AnnotationError: the name leads out of the image folder.
         """
-        name = PurePath(str(self.file_names[i]))
-        if name.anchor or ".." in name.parts:
-            raise AnnotationError(f"{self.source}: {name} leads out of {self.root}")
-        return self.root / name
+        name = str(self.file_names[i])
+        path = path_of(self.root, name, follow=self.follow)
+        if path is None:
+            raise AnnotationError(f"{self.source}: {as_line(name)} leads out of {self.root}")
+        return path
 
     def without(self, names: set[str]) -> "Annotations":
         """The same without some images and their boxes."""

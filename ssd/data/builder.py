@@ -1,11 +1,14 @@
 """What the readers of all formats share: names of splits, numbers, paths, and putting a record together."""
 
 import codecs
+import itertools
 import math
+import re
+import stat
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -20,13 +23,15 @@ from ssd.data.judge import (
     lost_images,
     upright_sizes,
 )
-from ssd.data.names import ImageFolder
-from ssd.errors import AnnotationError
+from ssd.data.names import ImageFolder, path_of
+from ssd.errors import AnnotationError, as_line, shown
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names under which folders keep each split."""
 
 TWICE = "duplicate category"
+
+_LONGEST_NAME = 300  # characters of a class name
 
 
 def split_names(split: str) -> tuple[str, ...]:
@@ -40,13 +45,14 @@ class Builder:
     Args:
         source: the annotation file, or the folder of them.
         root: the folder of the images.
+        follow: whether names of images may lead out of it; see `ssd.data.load`.
     """
 
-    def __init__(self, source: Path, root: Path) -> None:
-        self.source, self.root = source, root
+    def __init__(self, source: Path, root: Path, *, follow: bool = False) -> None:
+        self.source, self.root, self.follow = source, root, follow
         self.names: list[str] = []
         """The file of each image, relative to `root`; what was written where none was found."""
-        self._folder = ImageFolder(root)
+        self._folder = ImageFolder(root, follow=follow)
         self._written: list[str] = []
         self._guessed: list[bool] = []
         self._lost: set[int] = set()
@@ -64,11 +70,15 @@ class Builder:
 
     def problem(self, kind: str, file: str, annotation: str, message: str, *, fatal: bool = True) -> None:
         """Note what is wrong; see `Problem`."""
-        self._problems.append(Problem(kind, file, annotation, message, fatal))
+        self._problems.append(Problem(kind, file, as_line(annotation), as_line(message), fatal))
 
     def note(self, text: str) -> None:
         """Add a line to `Annotations.notes`."""
-        self._notes.append(text)
+        self._notes.append(as_line(text))
+
+    def path(self, image: int) -> Path | None:
+        """Where the file of an image should be; None where its name leads out."""
+        return path_of(self.root, self.names[image], follow=self.follow)
 
     def set_classes(
         self, names: Sequence[str], category_ids: tuple[int, ...], wanted: Sequence[str] | None
@@ -91,29 +101,42 @@ class Builder:
         """
         if not names:
             raise AnnotationError(f"{self.source}: there are no categories")
-        broken = next((name for name in names if "\N{REPLACEMENT CHARACTER}" in name), None)
-        if broken is not None:
-            raise AnnotationError(
-                f"{self.source}: the class name {broken!r} was not saved as UTF-8; save the file that names "
-                "the classes as UTF-8, with the names as they should be"
-            )
-        first = {name: names.index(name) for name in dict.fromkeys(names)}
-        ids = {name: category_ids[i] for name, i in first.items()}
+        for name in names:
+            # What was no UTF-8, or cannot be saved as such, as JSON's escapes may make it.
+            if re.search("[\N{REPLACEMENT CHARACTER}\ud800-\udfff]", name):
+                raise AnnotationError(
+                    f"{self.source}: the class name {shown(name)} was not saved as UTF-8; save the file that "
+                    "names the classes as UTF-8, with the names as they should be"
+                )
+            if len(name) > _LONGEST_NAME:
+                raise AnnotationError(
+                    f"{self.source}: the class name {shown(name)} has {len(name):,} characters; give it "
+                    f"a name of {_LONGEST_NAME} at most"
+                )
+        ids: dict[str, int] = {}
+        for name, category_id in zip(names, category_ids, strict=True):
+            ids.setdefault(name, category_id)
         if wanted is None:
-            self._class_names, self._category_ids = tuple(first), tuple(ids.values())
+            self._class_names, self._category_ids = tuple(ids), tuple(ids.values())
         else:
-            free = iter(i for i in range(1, 2 * len(wanted) + len(ids) + 1) if i not in ids.values())
+            taken = set(ids.values())
+            free = (i for i in itertools.count(1) if i not in taken)
             self._class_names = tuple(wanted)
             self._category_ids = tuple(ids[name] if name in ids else next(free) for name in wanted)
+        label_of: dict[str, int] = {}
+        for label, name in enumerate(self._class_names, start=1):
+            label_of.setdefault(name, label)
         labels: list[int | None] = []
-        for i, name in enumerate(names):
-            label = self._class_names.index(name) + 1 if name in self._class_names else None
-            if label is not None and i != first[name]:
+        again: set[str] = set()
+        for name in names:
+            own = label_of.get(name)
+            if own is not None and name in again:
                 # A label of its own, until it is known whether there are boxes of it.
                 twin = len(self._class_names) + 1 + len(self._twins)
-                self._twins[twin] = label
-                label = twin
-            labels.append(label)
+                self._twins[twin] = own
+                own = twin
+            again.add(name)
+            labels.append(own)
         return labels
 
     def add_image(self, written: str, image_id: int | str, width: object, height: object) -> int:
@@ -162,7 +185,7 @@ class Builder:
             crowd, area: see `Annotations`; None where the file gives no area.
         """
         if label is None:
-            what = f"its category {category!r}" if category else "its category"
+            what = f"its category {shown(category)}" if category else "its category"
             some = ", ".join(self._class_names[:10]) + (" ..." if len(self._class_names) > 10 else "")
             self.problem(UNKNOWN_CATEGORY, self.names[image], tag, f"{what} is none of the classes {some}")
         else:
@@ -213,12 +236,13 @@ class Builder:
             problems=(*self._problems, *problems),
             notes=tuple(self._notes),
             labels_hint=labels_hint,
+            follow=self.follow,
         )
 
     def _lose(self, image: int, name: str, why: str) -> None:
         """Note that an image has no file."""
         self._lost.add(image)
-        self._problems.append(Problem(MISSING, name, "", why))
+        self.problem(MISSING, name, "", why)
 
     def _tell_guesses(self) -> None:
         """Tell which images are called otherwise; a file that two names may stand for is neither's."""
@@ -231,20 +255,21 @@ class Builder:
             others = {self._written[i] for i in same}
             if len(others) < 2 or not guessed:
                 continue
+            two = sorted(others)[:2]
             for i in guessed:
-                other = next(each for each in sorted(others) if each != self._written[i])
-                self.names[i] = self._written[i]
+                other = next(each for each in two if each != self._written[i])
+                self.names[i] = as_line(self._written[i], _LONGEST_NAME)
                 self._lose(
                     i,
                     self.names[i],
                     f"there is no such file in {self.root}; {name}, which its last parts fit, may be that of "
-                    f"{other!r}. Name the images so that they can be told apart",
+                    f"{shown(other)}. Name the images so that they can be told apart",
                 )
         sure = [i for i, guessed in enumerate(self._guessed) if guessed and i not in self._lost]
         if sure:
-            self._notes.append(
+            self.note(
                 f"{len(sure)} of {len(self.names)} images were found by the last parts of their names, or by "
-                f"another spelling, such as {self.names[sure[0]]} for {self._written[sure[0]]}"
+                f"another spelling, such as {self.names[sure[0]]} for {as_line(self._written[sure[0]], 200)}"
             )
 
     def _labels(self) -> list[int]:
@@ -256,8 +281,9 @@ class Builder:
                 TWICE,
                 str(self.source),
                 "",
-                f"{categories[label]} categories with boxes are called {self._class_names[label - 1]!r}; "
-                "give each a name of its own; --lenient (lenient=True) takes them for one class",
+                f"{categories[label]} categories with boxes are called "
+                f"{shown(self._class_names[label - 1])}; give each a name of its own; --lenient "
+                "(lenient=True) takes them for one class",
             )
         return [self._twins.get(label, label) for label in self._labels_given]
 
@@ -265,8 +291,8 @@ class Builder:
         """Read sizes that the files do not give, without which nobody knows which boxes lie outside."""
         lost = lost_images(self._problems)
         unknown = [i for i, size in enumerate(self._sizes) if size == (0, 0) and self.names[i] not in lost]
-        paths = [self.root / self.names[i] for i in unknown]
-        for i, size in zip(unknown, upright_sizes(paths), strict=True):
+        found = [(i, path) for i in unknown if (path := self.path(i)) is not None]
+        for (i, _), size in zip(found, upright_sizes([path for _, path in found]), strict=True):
             self._sizes[i] = size or (0, 0)
 
 
@@ -289,17 +315,32 @@ def number(text: str | None) -> float:
         return float("nan")
 
 
-def stays_inside(name: str) -> bool:
-    """Whether a relative path, as written, cannot leave its folder (on any system)."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if not parts.parts or parts.is_absolute() or ".." in parts.parts:
-        return False
-    return "\0" not in name and ":" not in parts.parts[0]
-
-
 def read_text(path: Path) -> str:
-    """The text of a file; see `decode`."""
-    return decode(path.read_bytes())
+    """The text of a file; see `decode`.
+
+    Raises:
+        AnnotationError: see `read_bytes`.
+    """
+    return decode(read_bytes(path))
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """The content of a file of a dataset, or the first `most` bytes of it.
+
+    Raises:
+        AnnotationError: it cannot be read, or is no file: a folder, a pipe or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of which the system says that it is one
+            with path.open("rb") as file:
+                return file.read(most)
+        why = "it is no regular file"
+    except (OSError, ValueError) as error:  # the latter of names that no file can have
+        why = getattr(error, "strerror", None) or str(error)
+    except MemoryError:
+        why = "it is too large for the memory"
+    raise AnnotationError(f"{path}: cannot be read ({why})")
 
 
 _MARKS = (

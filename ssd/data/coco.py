@@ -7,11 +7,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssd.data.annotations import Annotations
-from ssd.data.builder import SPLITS, Builder, finite_numbers, number, read_text, split_names, stays_inside
+from ssd.data.builder import SPLITS, Builder, finite_numbers, number, read_text, split_names
 from ssd.data.folders import (
     ANNOTATION_FOLDERS,
     dataset_of,
@@ -25,10 +26,10 @@ from ssd.data.folders import (
     split_of,
     subfolders,
 )
-from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY
+from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY, upright_sizes
+from ssd.data.names import within
 from ssd.data.outlines import Box, around_segmentation, turned
-from ssd.errors import AnnotationError
-from ssd.images import upright_size
+from ssd.errors import AnnotationError, as_line, shown
 
 BAD_IMAGE = "bad image entry"
 BAD_CATEGORY = "bad category"
@@ -74,7 +75,14 @@ def has_split(path: Path, split: str) -> bool:
     return split == "train" if _is_json(path) else bool(_ranked(path, split))
 
 
-def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+def read(
+    path: Path,
+    split: str,
+    images: Path | None,
+    class_names: Sequence[str] | None,
+    *,
+    follow: bool = False,
+) -> Annotations:
     """Read a split of a folder, or a single file, of which the split is not asked.
 
     Where `images` is not given, they are in that folder beside the file, or where its file names start from,
@@ -83,12 +91,12 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
     file = path if _is_json(path) else _file(path, split)
     content = _content(file)
     names = [_written(each) for each in content["images"] if isinstance(each, dict)]
-    folder = images or _folder(file, path, split, names)
-    return _read_content(content, file, folder, class_names)
+    folder = images or _folder(file, path, split, names, follow=follow)
+    return _read_content(content, Builder(file, folder, follow=follow), class_names)
 
 
 def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json" and path.is_file()
+    return path.suffix.lower() == ".json" and os.path.isfile(path)
 
 
 def _file(root: Path, split: str) -> Path:
@@ -140,8 +148,8 @@ def _json_files(root: Path) -> Iterator[Path]:
     yield from files_of(root, ".json")
     for name, folder in subfolders(root).items():
         yield from files_of(folder, ".json")
-        for within, deeper in subfolders(folder).items():
-            if name in ANNOTATION_FOLDERS or within in ANNOTATION_FOLDERS:
+        for inner, deeper in subfolders(folder).items():
+            if name in ANNOTATION_FOLDERS or inner in ANNOTATION_FOLDERS:
                 yield from files_of(deeper, ".json")
 
 
@@ -217,7 +225,7 @@ def _own_folders(file: Path) -> list[Path]:
     return [each for each in image_folders(dataset_of(file), [bare]) if each.name.lower() == bare]
 
 
-def _folder(file: Path, root: Path, split: str, names: Sequence[str]) -> Path:
+def _folder(file: Path, root: Path, split: str, names: Sequence[str], *, follow: bool) -> Path:
     """The folder of a file's images.
 
     Args:
@@ -225,15 +233,15 @@ def _folder(file: Path, root: Path, split: str, names: Sequence[str]) -> Path:
         root: the dataset's folder, or the file, if it was given by itself.
         split: which it is.
         names: of the images, as the file has them.
+        follow: whether those may lead out.
     """
     base = dataset_of(file)
     titles = [_bare(file), *split_names(split)]
     titles += [file.parent.name] if file.parent.name.lower() not in ANNOTATION_FOLDERS else []
     found = list(image_folders(base, titles))
     # Names may start from a folder above.
-    above = [each for each in (file.parent, file.parent.parent) if root == file or each.is_relative_to(root)]
-    above += image_folders(file.parent.parent, titles) if root == file else []
-    best = most_telling([*found, *above], names)
+    above = [file.parent, *(each for each in [file.parent.parent] if each.is_relative_to(root))]
+    best = most_telling([*found, *above], names, follow=follow)
     # Where none is in its place, the message names a folder that should have them.
     return found[0] if best is None else best
 
@@ -251,7 +259,7 @@ def _content(file: Path) -> dict[str, Any]:
     if not text or text.isspace():
         raise AnnotationError(f"{file}: not a JSON file, but an empty one")
     try:
-        content = json.loads(text)
+        content = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{file}: not a JSON file ({error})") from error
     what = f'{file}: a COCO file has the lists "images", "annotations" and "categories"'
@@ -268,6 +276,20 @@ def _content(file: Path) -> dict[str, Any]:
     return found
 
 
+def _parsed(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python makes no integers of thousands of digits; what they are of is told as wrong
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 999 else math.inf)
+
+
 def _what_else(content: object) -> str:
     """What messages say of a JSON file that is none of COCO's."""
     first: object = content
@@ -282,9 +304,8 @@ def _what_else(content: object) -> str:
 
 
 def _read_content(
-    content: dict[str, Any], file: Path, folder: Path, class_names: Sequence[str] | None
+    content: dict[str, Any], builder: Builder, class_names: Sequence[str] | None
 ) -> Annotations:
-    builder = Builder(file, folder)
     entries = content["annotations"] or []
     used = {_key(entry.get("category_id")) for entry in entries if isinstance(entry, dict)}
     categories = _classes(content["categories"], used, builder, class_names)
@@ -295,20 +316,22 @@ def _read_content(
         wrong = "corners (xyxy)"
     for place, entry in enumerate(entries):
         if isinstance(entry, dict):
-            tag = str(entry.get("id", f"#{place}"))
+            tag = _key(entry.get("id", f"#{place}"))
             seen[tag] += 1
             _annotation(entry, tag, indices, categories, builder, wrong=wrong)
         else:
-            builder.problem(NOT_A_BOX, str(file), f"#{place}", "is not an object")
+            builder.problem(NOT_A_BOX, str(builder.source), f"#{place}", "is not an object")
     unlabelled = content["annotations"] is None
     content.clear()  # of a large file it takes more memory than all that is kept of it
     del entries
     twice = [tag for tag, count in seen.items() if count > 1]
     if twice:
         message = f"{len(twice)} annotation ids are used more than once, as {twice[0]}; they are told apart"
-        builder.problem("duplicate annotation id", str(file), "", message, fatal=False)
+        builder.problem("duplicate annotation id", str(builder.source), "", message, fatal=False)
     if unlabelled:
-        builder.note(f"{file} has no annotations: all its {len(builder.names)} images are unlabelled")
+        builder.note(
+            f"{builder.source} has no annotations: all its {len(builder.names)} images are unlabelled"
+        )
     _note_unlisted(builder)
     judge_unread(builder)
     return builder.build()
@@ -318,7 +341,7 @@ def _note_unlisted(builder: Builder) -> None:
     """Note images that lie among those that are listed."""
     root = builder.root
     if root == dataset_of(builder.source):  # of which only some folders may be this split's
-        folders = sorted({os.path.dirname(name) for name in builder.names if stays_inside(name)})
+        folders = sorted({os.path.dirname(name) for name in builder.names if within(name.split("/"))})
         there = [os.path.join(folder, name) for folder in folders for name in images_in(root / folder)]
     else:
         there = images_below(root)
@@ -332,7 +355,9 @@ def _note_unlisted(builder: Builder) -> None:
 
 def _key(value: object) -> str:
     """An id as text: files have "1" in one place and 1, or 1.0, in another."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, str | int | float) else shown(value)
 
 
 class _Category(NamedTuple):
@@ -346,19 +371,19 @@ def _classes(
 ) -> dict[str, _Category]:
     """The category of each id that is of one only."""
     names: dict[str, str] = {}
-    groups = {str(each.get("supercategory")) for each in categories if isinstance(each, dict)}
+    groups = {_key(each.get("supercategory")) for each in categories if isinstance(each, dict)}
     unclear: set[str] = set()
     for place, category in enumerate(categories):
         if not isinstance(category, dict) or category.get("id") is None:
-            message = f"category {place} has no id: {str(category)[:100]}"
+            message = f"category {place} has no id: {shown(category)}"
             builder.problem(BAD_CATEGORY, str(builder.source), "", message, fatal=False)
             continue
         key = _key(category["id"])
-        name = str(category["id"] if category.get("name") is None else category["name"]).strip()
+        name = _key(category["id"] if category.get("name") is None else category["name"]).strip()
         if key not in used and _is_no_class(category, name, groups):
             continue
         if names.setdefault(key, name) != name:
-            message = f"the category id {key} is that of {names[key]!r} and of {name!r}"
+            message = f"the category id {key} is that of {shown(names[key])} and of {shown(name)}"
             builder.problem(BAD_CATEGORY, str(builder.source), "", message, fatal=key in used)
             unclear.add(key)
     if categories and not names:
@@ -378,11 +403,16 @@ def _why_no_categories(categories: list[Any]) -> str:
     shape = 'COCO has {"id": 1, "name": "cat"}'
     no_object = next((each for each in categories if not isinstance(each, dict)), None)
     if no_object is not None:
-        return f"its categories are no objects, but {json.dumps(no_object)[:60]}; {shape}"
+        return f"its categories are no objects, but {_as_json(no_object)}; {shape}"
     without = next((each for each in categories if each.get("id") is None), None)
     if without is not None:
-        return f"its categories have no id, as {json.dumps(without)[:100]}; {shape}"
-    return f"nothing uses its categories, and none names a class, as {json.dumps(categories[0])[:100]}"
+        return f"its categories have no id, as {_as_json(without)}; {shape}"
+    return f"nothing uses its categories, and none names a class, as {_as_json(categories[0])}"
+
+
+def _as_json(value: object) -> str:
+    """The beginning of a value as JSON, of which no more is made."""
+    return as_line("".join(islice(json.JSONEncoder().iterencode(value), 40))[:100])
 
 
 def _is_no_class(category: dict[str, Any], name: str, groups: set[str]) -> bool:
@@ -390,12 +420,13 @@ def _is_no_class(category: dict[str, Any], name: str, groups: set[str]) -> bool:
     if category.get("name") is None or name.lower().strip("_ ") in ("background", "ignore", ""):
         return True
     # Roboflow lists the group of its classes as category 0, often under the name of one of them.
-    return name in groups and str(category.get("supercategory")) != name
+    return name in groups and _key(category.get("supercategory")) != name
 
 
 def _written(image: dict[str, Any]) -> str:
     """The name of an image as it is written; LVIS has its URL only."""
-    return str(image.get("file_name") or image.get("coco_url") or "")
+    name = image.get("file_name") or image.get("coco_url")
+    return _key(name) if name and isinstance(name, str | int | float) else ""
 
 
 def _images(images: list[Any], annotations: list[Any], builder: Builder) -> dict[str, int | None]:
@@ -404,8 +435,8 @@ def _images(images: list[Any], annotations: list[Any], builder: Builder) -> dict
     sound = []
     for place, entry in enumerate(images):
         found = entry if isinstance(entry, dict) else {}
-        if not _written(found) or found.get("id") is None:
-            message = f"image entry {place} has no file_name or id: {str(entry)[:100]}"
+        if not _written(found) or not isinstance(found.get("id"), str | int | float):
+            message = f"image entry {place} has no file_name or id: {shown(entry)}"
             builder.problem(BAD_IMAGE, str(builder.source), "", message)
             continue
         sound.append(found)
@@ -419,12 +450,12 @@ def _images(images: list[Any], annotations: list[Any], builder: Builder) -> dict
             indices[key] = None
             other = next(each for each in several[key] if each != name)
             message = (
-                f"its id {key} is also that of {other}; to which of them its {counts[key]} annotations "
-                "belong cannot be told. Give each image an id of its own"
+                f"its id {key} is also that of {as_line(other, 200)}; to which of them its {counts[key]} "
+                "annotations belong cannot be told. Give each image an id of its own"
             )
-            builder.problem(SAME_ID, name, "", message)
+            builder.problem(SAME_ID, as_line(name), "", message)
         elif key in indices:
-            builder.problem(SAME_ID, name, "", f"is listed twice with the id {key}", fatal=False)
+            builder.problem(SAME_ID, as_line(name), "", f"is listed twice with the id {key}", fatal=False)
         else:
             indices[key] = builder.add_image(name, entry["id"], entry.get("width"), entry.get("height"))
     return indices
@@ -442,7 +473,7 @@ def _annotation(
     """Add an annotation, or what is wrong with it; `wrong` says what all boxes are that are not COCO's."""
     key = _key(entry.get("image_id"))
     if key not in indices:
-        message = f"its image_id {entry.get('image_id')!r} is no image's"
+        message = f"its image_id {shown(entry.get('image_id'))} is no image's"
         builder.problem("unknown image id", str(builder.source), tag, message)
         return
     image = indices[key]
@@ -450,18 +481,18 @@ def _annotation(
         return  # told with the image
     category = categories.get(_key(entry.get("category_id")))
     if category is None:
-        message = f"its category_id {entry.get('category_id')!r} is not that of a category"
+        message = f"its category_id {shown(entry.get('category_id'))} is not that of a category"
         builder.problem(UNKNOWN_CATEGORY, builder.names[image], tag, message)
         return
     box = _box(entry)
     if box is None:
-        message = f"its bbox {str(entry.get('bbox'))[:60]} is not four finite numbers"
+        message = f"its bbox {shown(entry.get('bbox'))} is not four finite numbers"
         if entry.get("segmentation"):
             message += ", and its segmentation is no mask and no polygons of three points or more"
         builder.problem(NOT_A_BOX, builder.names[image], tag, message)
         return
     if wrong:
-        message = f"its bbox {entry.get('bbox')} seems to be {wrong}, as all are"
+        message = f"its bbox {shown(entry.get('bbox'))} seems to be {wrong}, as all are"
         builder.problem(
             NOT_A_BOX, builder.names[image], tag, f"{message}; COCO has x, y, width, height in pixels"
         )
@@ -553,8 +584,9 @@ def _sizes(
         index = indices.get(key)
         size = finite_numbers([entries[key].get("width"), entries[key].get("height")], 2)
         unknown = not (size and min(size) >= 1)
-        if unknown and index is not None and stays_inside(builder.names[index]):
-            size = upright_size(builder.root / builder.names[index])
+        path = None if index is None or not unknown else builder.path(index)
+        if path is not None:
+            size = upright_sizes([path])[0]
         if size and min(size) >= 1:
             sizes[key] = size
     return sizes

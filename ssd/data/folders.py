@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ssd.data.builder import SPLITS, Builder, stays_inside
+from ssd.data.builder import SPLITS, Builder
 from ssd.data.judge import UNREADABLE
-from ssd.data.names import files_below, is_folder
+from ssd.data.names import files_below, is_folder, path_of, written_parts
 from ssd.errors import ImageError
 from ssd.images import is_image_name, load_image
 
@@ -29,6 +29,7 @@ IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img", "data", "photos
 """Folders in which images lie, beside their annotation files."""
 
 _ASKED = 40  # images for which a folder is asked
+_DEEP, _MOST_FOLDERS = 4, 200  # in which images are looked for where a file names a folder outside
 
 
 def split_of(name: str) -> str | None:
@@ -52,7 +53,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if is_folder(entry))
-    except OSError:
+    except (OSError, ValueError):  # the latter of names that no file can have
         return {}
     # Of "images" and "Images", the first in lower case.
     return {name.lower(): folder / name for name in names if not name.startswith((".", "__"))}
@@ -63,9 +64,9 @@ def files_of(folder: Path, suffix: str) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.name.lower().endswith(suffix)]
-    except OSError:
+    except (OSError, ValueError):
         return []
-    return [folder / name for name in sorted(names) if name[0] != "." and (folder / name).is_file()]
+    return [folder / name for name in sorted(names) if name[0] != "." and os.path.isfile(folder / name)]
 
 
 def dataset_of(file: Path) -> Path:
@@ -94,19 +95,20 @@ def image_folders(base: Path, titles: Iterable[str]) -> Iterator[Path]:
     yield base
 
 
-def most_telling(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
+def most_telling(folders: Iterable[Path], names: Sequence[str], *, follow: bool = False) -> Path | None:
     """The first of the folders that have the most of some images; None if none has any.
 
     Args:
         folders: where the images may be.
         names: of all images, as their annotation file has them.
+        follow: whether those may lead out.
     """
-    some = [name.replace("\\", "/") for name in names[:: len(names) // _ASKED + 1]]
-    written = [name for name in some if stays_inside(name)]
-    last = [name.split("?")[0].rsplit("/", 1)[-1] for name in some]
+    some = names[:: len(names) // _ASKED + 1]
+    written = ["/".join(written_parts(name)) for name in some]
+    last = [name.rsplit("/", 1)[-1] for name in written]
     best, most = None, (0, 0)
     for folder in dict.fromkeys(folders):
-        found = (_count(folder, written), _count(folder, last))
+        found = (_count(folder, written, follow=follow), _count(folder, last))
         if found > most:
             best, most = folder, found
     return best
@@ -121,8 +123,29 @@ def images_in(folder: Path) -> list[str]:
     """The names of the images in a folder, without those below it; none if it cannot be listed."""
     try:
         return sorted(name for name in os.listdir(folder) if is_image_name(name))
-    except OSError:
+    except (OSError, ValueError):
         return []
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there are images in a folder, or a few levels below it, as far as one looks."""
+    level = [folder]
+    for _ in range(_DEEP):
+        if any(map(images_in, level)):
+            return True
+        level = [below for each in level for below in subfolders(each).values()][:_MOST_FOLDERS]
+    return False
+
+
+def holds_all(folder: str, dataset: str) -> bool:
+    """Whether a folder is that of the user, the disk's own, or one that a dataset is in: none of images.
+
+    Args:
+        folder, dataset: absolute.
+    """
+    real = Path(os.path.realpath(folder))
+    own = (os.path.realpath(dataset), os.path.realpath(os.path.expanduser("~")))
+    return any(Path(each).is_relative_to(real) for each in own) or real.parent == real
 
 
 def judge_unread(builder: Builder) -> None:
@@ -132,8 +155,8 @@ def judge_unread(builder: Builder) -> None:
         builder: with the images.
     """
     for name in dict.fromkeys(builder.names):
-        path = builder.root / name
-        if is_image_name(name) or "\0" in name or not os.path.isfile(path):
+        path = path_of(builder.root, name, follow=builder.follow)
+        if is_image_name(name) or path is None or not os.path.isfile(path):
             continue
         try:
             load_image(path, name=name)
@@ -141,5 +164,6 @@ def judge_unread(builder: Builder) -> None:
             builder.problem(UNREADABLE, name, "", str(error).removeprefix(f"{name}: "))
 
 
-def _count(folder: Path, names: Sequence[str]) -> int:
-    return sum(os.path.isfile(folder / name) for name in names if name and "\0" not in name)
+def _count(folder: Path, names: Sequence[str], *, follow: bool = False) -> int:
+    paths = (path_of(folder, name, follow=follow) for name in names)
+    return sum(path is not None and os.path.isfile(path) for path in paths)

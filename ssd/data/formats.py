@@ -5,7 +5,8 @@ Another format is one file, with the functions of a row, and one row.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ssd.data import coco, voc, yolo
 from ssd.data.annotations import Annotations
 from ssd.data.builder import SPLITS
 from ssd.data.folders import ANNOTATION_FOLDERS, IMAGE_FOLDERS, split_of, subfolders
-from ssd.errors import AnnotationError
+from ssd.errors import AnnotationError, as_line
 from ssd.signatures import HEAD, identify
 
 __all__ = ["FORMATS", "SPLITS", "Format", "find_split", "load"]
@@ -31,8 +32,10 @@ class Format:
     """``is_at(path)``: whether a path looks like one, so that `read` may tell what is wrong with it."""
     has_split: Callable[[Path, str], bool]
     """``has_split(path, split)``: whether it is one that has a split, as far as its files show."""
-    read: Callable[[Path, str, Path | None, Sequence[str] | None], Annotations]
-    """``read(path, split, images, class_names)``; see `load`. Raises an AnnotationError where it cannot."""
+    read: Callable[..., Annotations]
+    """``read(path, split, images, class_names)``; see `load`. Raises an AnnotationError where it cannot.
+
+    ``follow=True`` comes with these where the user gives it."""
 
 
 _MOST_TOLD = 10  # folders that a message lists
@@ -69,6 +72,7 @@ def load(
     *,
     images: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
+    follow: bool = False,
 ) -> Annotations:
     """Read the annotations of one split of a dataset of any format in `FORMATS`.
 
@@ -85,6 +89,9 @@ def load(
         split: "train", "val" or "test"; of a single JSON file it is not asked.
         images: the folder of the images, where it cannot be found by the layout.
         class_names: the classes of a model, in its order; by default the dataset's own, by category id.
+        follow: whether the dataset is trusted to name images anywhere on the disk. By default a name in a
+            list or an annotation file only means a file in the folders that are given here, or that a
+            ``data.yaml`` has as those of a split; links within them are followed in any case.
 
     Raises:
         AnnotationError: no dataset of a known layout, no such split, or files that cannot be read. What is
@@ -92,16 +99,18 @@ def load(
         FileNotFoundError: there is no such path.
     """
     root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"no dataset at {root}")
+    if not os.path.exists(root):
+        raise FileNotFoundError(f"no dataset at {as_line(str(root))}")
     folder = None if images is None else Path(images)
+    trust = {"follow": True} if follow else {}  # which formats of others need not know
     for data_format in FORMATS.values():
         if data_format.has_split(root, split):
-            return data_format.read(root, split, folder, class_names)
+            return data_format.read(root, split, folder, class_names, **trust)
     for data_format in FORMATS.values():
         if data_format.is_at(root):
-            return _read_in_vain(data_format, root, split, folder, class_names)
-    if root.is_file():
+            with _other_folder_told(root):
+                return data_format.read(root, split, folder, class_names, **trust)
+    if os.path.isfile(root):
         files = [each.file for each in FORMATS.values() if each.file]
         with root.open("rb") as opened:
             kind = identify(opened.read(HEAD))
@@ -116,14 +125,13 @@ def find_split(path: str | os.PathLike[str], split: str) -> bool:
     return any(data_format.has_split(Path(path), split) for data_format in FORMATS.values())
 
 
-def _read_in_vain(
-    data_format: Format, root: Path, split: str, images: Path | None, class_names: Sequence[str] | None
-) -> Annotations:
+@contextmanager
+def _other_folder_told(root: Path) -> Iterator[None]:
     """Let a format tell what is wrong, with the folder that may be meant where there is no split at all."""
     try:
-        return data_format.read(root, split, images, class_names)
+        yield
     except AnnotationError as error:
-        other = None if root.is_file() or _is_dataset(root) else _other_folder(root)
+        other = None if os.path.isfile(root) or _is_dataset(root) else _within(root)
         if other is None or str(other) in str(error):
             raise
         raise AnnotationError(f"{error}; or give {other}, which is a dataset") from error
@@ -131,10 +139,15 @@ def _read_in_vain(
 
 def _other_folder(root: Path) -> Path | None:
     """The folder that is a dataset, if it is one in this one, or that which this is a part of."""
+    above = [root.resolve().parent, root.resolve().parent.parent] if _is_part(root.resolve()) else []
+    return next(filter(_is_dataset, above), None) or _within(root)
+
+
+def _within(root: Path) -> Path | None:
+    """The first folder in one, or in those in it, that is a dataset."""
     folders = _subfolders(root)
     deeper = [each for folder in folders for each in _subfolders(folder)]
-    above = [root.resolve().parent, root.resolve().parent.parent] if _is_part(root.resolve()) else []
-    return next((each for each in [*above, *folders, *deeper] if _is_dataset(each)), None)
+    return next(filter(_is_dataset, [*folders, *deeper]), None)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -156,8 +169,8 @@ def _told(root: Path) -> str:
         entries = sorted(each for each in root.iterdir() if not each.name.startswith("."))
     except OSError as error:
         return f"it cannot be listed ({error.strerror})"
-    folders = [each for each in entries if each.is_dir()]
-    suffixes = Counter(each.suffix.lower() or "without suffix" for each in entries if not each.is_dir())
+    folders = [each for each in entries if os.path.isdir(each)]
+    suffixes = Counter(each.suffix.lower() or "without suffix" for each in entries if not os.path.isdir(each))
     files = [f"{count} {suffix}" for suffix, count in sorted(suffixes.items())]
     names = [each.name for each in folders[:_MOST_TOLD]] + (["..."] if len(folders) > _MOST_TOLD else [])
     if not entries:

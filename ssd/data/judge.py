@@ -72,8 +72,8 @@ def judge_files(root: Path, names: Sequence[str]) -> list[Problem]:
         folder, last = os.path.split(name)
         if folder not in folders:
             folders[folder] = _listing(root / folder)
-        is_link = folders[folder].get(last)
-        if is_link is None or (is_link and not os.path.exists(root / name)):
+        is_other = folders[folder].get(last)
+        if is_other is None or (is_other and not os.path.isfile(root / name)):
             if folder not in alike:
                 alike[folder] = _by_stem(folders[folder])
             why = _why_missing(root, name, alike[folder].get(os.path.splitext(last)[0], ""))
@@ -82,10 +82,10 @@ def judge_files(root: Path, names: Sequence[str]) -> list[Problem]:
 
 
 def _listing(folder: Path) -> dict[str, bool]:
-    """The names in a folder, and whether each is a link; empty if the folder cannot be read."""
+    """The names in a folder, and whether each is a link, or no file; empty if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries}
+            return {entry.name: not entry.is_file(follow_symlinks=False) for entry in entries}
     except (OSError, ValueError):  # the latter of names that no file can have
         return {}
 
@@ -107,6 +107,8 @@ def _why_missing(root: Path, name: str, alike: str) -> str:
         if os.path.islink(step) and not os.path.exists(step):
             what = "is" if step == path else f"{step} is"
             return f"{what} a link to {os.path.realpath(step)}, where nothing is found"
+    if os.path.exists(path):
+        return "is a folder" if os.path.isdir(path) else "is a pipe or a device, and no file"
     why = f"there is no such file in {root}"
     if alike and alike != os.path.basename(name):
         why += f"; {alike} is there"
@@ -297,7 +299,7 @@ def is_without_images(annotations: Annotations) -> bool:
 def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
     """Width and height of images after EXIF rotation, from their headers; None where there is none."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(upright_size, paths))
+        return list(pool.map(lambda path: upright_size(path) if os.path.isfile(path) else None, paths))
 
 
 def listed(counts: Mapping[str, int]) -> str:

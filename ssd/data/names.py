@@ -1,12 +1,14 @@
-"""Image files by the names that annotation files of other machines give them."""
+"""What names in a dataset's files stand for: files within its folders, also by names of other machines."""
 
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
+
+from ssd.errors import as_line
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/+", re.IGNORECASE)  # two letters or more: one is a drive
 _DRIVE = re.compile(r"[a-z]:/", re.IGNORECASE)
@@ -15,6 +17,7 @@ _UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before t
 
 _MOST_TOLD = 5
 _MOST_SHOWN = 200  # characters of a name that is no file's
+_LONGEST = 4096  # characters of a name: systems have no longer path, and URLs are mostly shorter
 
 
 class Found(NamedTuple):
@@ -33,14 +36,15 @@ class ImageFolder:
     """A folder of images, in which names of other machines are found again.
 
     A name stands for the file that it names within the folder; else for the one that most of its last parts
-    fit, if that is one only. It never stands for a file outside. Links within the folder are followed.
+    fit, if that is one only. Links within the folder are followed. See `within` for files outside.
 
     Args:
         root: the folder; it need not exist.
+        follow: whether a name may lead out of it.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, follow: bool = False) -> None:
+        self.root, self.follow = root, follow
         self._own = list(Path(os.path.abspath(root)).parts[1:])
         self._folders: dict[str, frozenset[str]] = {}
         self._files: list[str] | None = None
@@ -55,12 +59,14 @@ class ImageFolder:
         understood. Where no file is spelled so, letter case, then Unicode's ways to write one letter, then
         percent-encoding are not told apart.
         """
+        shown = as_line(written, _MOST_SHOWN)
+        if len(written) > _LONGEST:
+            return Found(shown, f"names a file elsewhere: no path has {len(written):,} characters")
         exact = self.find_as_written(written)
         if exact is not None:
             return Found(exact)
         parts = written_parts(written)
-        inside = _within(parts)
-        shown = _shown(written)
+        inside = within(parts)
         wanted = [part for part in named_parts(parts) if part]
         if not wanted:
             return Found(shown, "the name is empty")
@@ -75,27 +81,33 @@ class ImageFolder:
                 f"{len(found)} files of {self.root} are called so: {some}; write more of the path into the "
                 "name, or give the folder that is meant with --images (images=...)",
             )
-        if inside and "\0" not in written and len(written) <= _MOST_SHOWN:
+        if inside and shown == written:
             return Found("/".join(inside))
+        remedy = "give the folder with the images with --images (images=...)"
         if _URL.match(written):
             what = "is a URL, and no file of its last part is"
         else:
             what = "names a file elsewhere, and none of its last part is"
-        return Found(
-            shown, f"{what} in {self.root}; give the folder with the images with --images (images=...)"
-        )
+            remedy += ", or --follow (follow=True) if you trust this dataset to name files anywhere"
+        return Found(shown, f"{what} in {self.root}; {remedy}")
 
     def find_as_written(self, written: str) -> str | None:
         """The file that a name stands for as it is written, with separators of any system; or None."""
-        way = _within(written.split("/"))
-        if not (way and self._holds(way)):
-            way = _within(written_parts(written))
-        return "/".join(way) if way and self._holds(way) else None
+        if len(written) > _LONGEST:
+            return None
+        for parts in (written.split("/"), written_parts(written)):
+            way = within(parts)
+            if way and self._holds(way):
+                return "/".join(way)
+        outside = "/".join(written_parts(written)) if written[:5].lower() == "file:" else written
+        if self.follow and within(outside.split("/")) is None and os.path.isfile(self.root / outside):
+            return outside
+        return None
 
     def _holds(self, parts: list[str]) -> bool:
         folder = "/".join(parts[:-1])
         if folder not in self._folders:
-            self._folders[folder] = frozenset(_names_in(self.root / folder))
+            self._folders[folder] = frozenset(_listed(self.root / folder)[1])
         return parts[-1] in self._folders[folder]
 
     def _fitting(self, wanted: list[str]) -> list[str]:
@@ -147,7 +159,7 @@ class ImageFolder:
 
 def written_parts(written: str) -> list[str]:
     """The folders and the name that make up a path or URL of any system; an absolute one begins with ""."""
-    text = written.strip()
+    text = written.strip()[: _LONGEST + 1]
     served = _SERVED.search(text)
     if served:
         text = unquote(served[1])
@@ -177,24 +189,36 @@ def without_upload(name: str) -> str:
 def files_below(folder: Path) -> Iterator[str]:
     """The files in a folder and below it, sorted, relative to it, with "/"; links are followed.
 
-    Each folder is listed once, however many links lead there; what is hidden is left out.
+    Each folder is listed once, however many links lead there; those that `folder` is in are not, nor is the
+    whole disk. What is hidden is left out.
     """
-    seen: set[tuple[int, int]] = set()
-    for above, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(above)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
+    real = Path(os.path.realpath(folder))
+    seen = {_identity(above) for above in (*real.parents, Path(real.anchor))}
+    waiting = [("", str(folder))]
+    while waiting:
+        prefix, above = waiting.pop()
+        identity = _identity(above)
+        if identity is None or identity in seen:
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(above, folder).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
-        yield from (prefix + name for name in sorted(files) if not name.startswith("."))
+        seen.add(identity)
+        folders, files = _listed(above)
+        yield from (prefix + name for name in files if not name.startswith("."))
+        below = [name for name in reversed(folders) if not name.startswith(".")]
+        waiting += [(f"{prefix}{name}/", os.path.join(above, name)) for name in below]
 
 
-def _within(parts: list[str]) -> list[str] | None:
-    """A relative path without "." and ".."; None if it is absolute, empty, or leads out."""
-    if not parts or not parts[0]:
+def within(parts: Sequence[str]) -> list[str] | None:
+    """The parts of a path that stays in its folder, without "." and ".."; None of any other.
+
+    This decides for all formats which files the names in a dataset can mean: those that it gives parts of, in
+    a folder that the user named, or that the dataset has as one of a split's images; others only where the
+    user says that names are to be followed.
+    """
+    if os.name == "nt":  # where these two are no letters
+        parts = [part for each in parts for part in each.split("\\")]
+        if any(":" in part for part in parts):
+            return None
+    if not parts or not parts[0] or any("\0" in part for part in parts):
         return None
     kept: list[str] = []
     for part in parts:
@@ -205,6 +229,14 @@ def _within(parts: list[str]) -> list[str] | None:
         elif part not in ("", "."):
             kept.append(part)
     return kept or None
+
+
+def path_of(root: Path, name: str, *, follow: bool = False) -> Path | None:
+    """The path of a name in a folder; None of one that leads out, unless it is to be followed."""
+    inside = within(name.split("/"))
+    if inside is not None:
+        return root.joinpath(*inside)
+    return root / name if follow and "\0" not in name else None
 
 
 def named_parts(parts: list[str]) -> list[str]:
@@ -226,13 +258,30 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _names_in(folder: Path) -> list[str]:
-    """What is in a folder but for folders; nothing if it cannot be read."""
+def _listed(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The folders in a folder and its files, sorted; nothing of one that cannot be read.
+
+    A link that leads nowhere counts as a file, which can be told then; pipes and devices do not.
+    """
+    folders, files = [], []
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if not is_folder(entry)]
+            for entry in entries:
+                if is_folder(entry):
+                    folders.append(entry.name)
+                elif entry.is_symlink() or entry.is_file():
+                    files.append(entry.name)
     except (OSError, ValueError):  # the latter of names that no file can have
-        return []
+        return [], []
+    return sorted(folders), sorted(files)
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _closest(files: list[str], wanted: list[str]) -> list[str]:
@@ -260,9 +309,3 @@ def _composed(name: str) -> str:
 
 _SPELLINGS: tuple[Callable[[str], str], ...] = (str, str.casefold, _composed)
 """What is told apart last is not told apart first."""
-
-
-def _shown(written: str) -> str:
-    """A name that is no file's, as a line of text can show it."""
-    text = written.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."

@@ -3,13 +3,14 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ssd.data.builder import number, read_text
 from ssd.data.folders import IMAGE_FOLDERS, split_of, subfolders
 from ssd.data.names import files_below, loose, without_upload
+from ssd.errors import AnnotationError
 from ssd.images import is_image_name
 
 LABEL_FOLDERS = ("labels", "label")
@@ -40,7 +41,12 @@ class Pairs(NamedTuple):
 
 
 def pair(
-    images: Sequence[str], listings: Sequence[str], root: str, split: str, extra: Sequence[str] = ()
+    images: Sequence[str],
+    listings: Sequence[str],
+    root: str,
+    split: str,
+    extra: Sequence[str] = (),
+    searched: Sequence[str] = (),
 ) -> Pairs:
     """Find the label file of each image.
 
@@ -54,6 +60,7 @@ def pair(
         root: the folder of the dataset.
         split: of the images.
         extra: more places where labels are looked for.
+        searched: where label files are looked for by their names alone; by default in all of `root`.
     """
     known = _LabelFiles(root, extra)
     images = list(images)
@@ -70,7 +77,7 @@ def pair(
     if not free and None not in labels:
         return Pairs(images, labels, {}, {})
     given = set(images)
-    below = [os.path.join(root, name) for name in files_below(Path(root))]
+    below = [os.path.join(each, name) for each in searched or [root] for name in files_below(Path(each))]
     elsewhere = [path for path in below if path not in given and is_image_name(path)]
     theirs = known.of(elsewhere)
     claimed.update(theirs)
@@ -89,6 +96,23 @@ def pair(
     strays = {label: known.count(label) for label in free if label not in used}
     strays = {label: count for label, count in strays.items() if count}
     return Pairs(images, labels, doubtful, strays, sorted(sure.keys() - doubtful.keys()))
+
+
+def joined(parts: Iterable[Pairs]) -> Pairs:
+    """The pairs of several datasets' folders as one."""
+    images: list[str] = []
+    labels: list[str | None] = []
+    doubtful: dict[int, list[str]] = {}
+    strays: dict[str, int] = {}
+    elsewhere: list[int] = []
+    for part in parts:
+        first = len(images)
+        images += part.images
+        labels += part.labels
+        doubtful |= {first + i: options for i, options in part.doubtful.items()}
+        strays |= part.strays
+        elsewhere += [first + i for i in part.elsewhere]
+    return Pairs(images, labels, doubtful, strays, elsewhere)
 
 
 def is_label_name(name: str) -> bool:
@@ -134,7 +158,7 @@ def count_objects(file: str) -> int:
     """How many lines of a file are those of YOLO labels: a class and at least four numbers."""
     try:
         lines = read_text(Path(file)).splitlines()
-    except OSError:
+    except AnnotationError:
         return 0
     rows = (line.replace(",", " ").split() for line in lines)
     return sum(len(row) > 4 and not any(math.isnan(number(word)) for word in row[-4:]) for row in rows)
@@ -304,5 +328,5 @@ def _label_folders_in(folder: Path) -> list[Path]:
 def _names_in(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):
         return []

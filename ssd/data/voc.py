@@ -6,11 +6,20 @@ import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
-from ssd.data.builder import SPLITS, Builder, finite_numbers, number, read_text, split_names
+from ssd.data.builder import (
+    SPLITS,
+    Builder,
+    finite_numbers,
+    number,
+    read_bytes,
+    read_text,
+    split_names,
+)
 from ssd.data.folders import (
     ANNOTATION_FOLDERS,
     files_of,
@@ -24,7 +33,7 @@ from ssd.data.folders import (
 from ssd.data.judge import NOT_A_BOX, UNKNOWN_CATEGORY
 from ssd.data.names import files_below, loose
 from ssd.data.outlines import Box, around_points, turned
-from ssd.errors import AnnotationError
+from ssd.errors import AnnotationError, as_line
 from ssd.images import SUFFIXES, is_image_name
 
 BAD_FILE = "unreadable annotation file"
@@ -63,12 +72,12 @@ class _Split(NamedTuple):
 
 def is_at(path: Path) -> bool:
     """Whether a folder holds XML files where VOC has them, or in folders of their own."""
-    return path.is_dir() and bool(_sources(path))
+    return os.path.isdir(path) and bool(_sources(path))
 
 
 def has_split(path: Path, split: str) -> bool:
     """Whether there are XML files of a split."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return False
     try:
         found = _split(path, split)
@@ -77,7 +86,14 @@ def has_split(path: Path, split: str) -> bool:
     return bool(found.files or found.lost)
 
 
-def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+def read(
+    path: Path,
+    split: str,
+    images: Path | None,
+    class_names: Sequence[str] | None,
+    *,
+    follow: bool = False,
+) -> Annotations:
     """Read a split of a Pascal VOC dataset, or of one that has XML files beside the images.
 
     Corners count from 1 and are part of the box, as in VOC's own files.
@@ -93,7 +109,7 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
         raise AnnotationError("\n  ".join([message, *why]))
 
     folder = images or _image_folder(chosen, split)
-    builder = Builder(chosen.folder, folder)
+    builder = Builder(chosen.folder, folder, follow=follow)
     labels = builder.set_classes(names, tuple(range(1, len(names) + 1)), class_names)
     by_name = dict(zip(names, labels, strict=True))
     own = {file: each for file, each in sound.items() if file.is_relative_to(chosen.folder)}
@@ -310,13 +326,18 @@ def _readings(line: str) -> Iterator[str]:
     ['GSHJ (1) -1', 'GSHJ (1)']
     """
     quoted = re.match(r'"([^"]+)"', line)  # as CVAT writes a name with spaces
-    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets.
-    flags = (r"\s+-?[01]$", r"(\s+\d+){3}$")
-    texts = [quoted[1]] if quoted else [line, *(re.sub(each, "", line) for each in flags)]
+    texts = [quoted[1]] if quoted else [line]
+    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets. From the end: a
+    # pattern that may begin anywhere takes the square of a line's length.
+    for count, flags in ((1, "-?[01]"), (3, r"\d+")):
+        head, *words = line.rsplit(None, count)
+        if not quoted and len(words) == count and all(re.fullmatch(flags, word) for word in words):
+            texts.append(head)
     # PaddleDetection has an image and an XML file in a line; other tools, an image and its boxes.
-    pair = re.fullmatch(r"(.+?\.\w+)\s+(.+\.xml)", line, re.IGNORECASE)
-    boxed = re.fullmatch(r"(.+?\.\w+)(\s+-?\d+(\.\d+)?(,-?\d+(\.\d+)?)+)+", line)
-    for text in dict.fromkeys([*texts, pair[2] if pair else boxed[1] if boxed else texts[-1]]):
+    pair = re.search(r"(?<=.)\.\w+\s+", line) if line.lower().endswith(".xml") else None
+    boxes = list(takewhile(re.compile(r"-?\d+(\.\d+)?(,-?\d+(\.\d+)?)+").fullmatch, reversed(line.split())))
+    boxed = line.rsplit(None, len(boxes))[0] if boxes else ""
+    for text in dict.fromkeys([*texts, line[pair.end() :] if pair else boxed or texts[-1]]):
         name = text.replace("\\", "/").removeprefix("./")
         yield name
         stem, suffix = os.path.splitext(name)
@@ -444,9 +465,9 @@ class _File(NamedTuple):
 def _parse(file: Path) -> "_File | str":
     """What an annotation file says, or what is wrong with it."""
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        content = read_bytes(file)
+    except AnnotationError as error:
+        return str(error).removeprefix(f"{file}: ")
     if not content.strip():
         return "is empty; that of an image without objects holds <annotation></annotation>"
     if b"<!ENTITY" in content.replace(b"\0", b""):
@@ -460,7 +481,7 @@ def _parse(file: Path) -> "_File | str":
             each.tag = each.tag.rsplit("}", 1)[-1]
     if tree.tag.lower() != "annotation":
         cvat = "; CVAT exports Pascal VOC, too" if tree.tag == "annotations" else ""
-        return f"its root element is <{tree.tag}>, not <annotation>{cvat}"
+        return f"its root element is <{as_line(tree.tag, 60)}>, not <annotation>{cvat}"
     written = _text(tree, "filename") or _text(tree, "path")
     width, height = (number(_text(tree, f"size/{side}")) for side in ("width", "height"))
     return _File(written, (width, height), [_object(each) for each in tree.iter("object")])
@@ -538,7 +559,7 @@ def _add_object(
     elif entry.box is None:
         message = "it has no bndbox, nor a polygon of three points or more"
         if entry.corners:
-            message = f"its bndbox ({', '.join(entry.corners)}) is not four finite numbers"
+            message = f"its bndbox ({as_line(', '.join(entry.corners), 60)}) is not four finite numbers"
         builder.problem(NOT_A_BOX, builder.names[image], tag, message)
     else:
         builder.add_box(image, tag, entry.box, labels[entry.name], category=entry.name, crowd=entry.difficult)

@@ -11,20 +11,21 @@ from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
 from ssd.data.builder import Builder, finite_numbers, number, read_text
-from ssd.data.folders import files_of, images_below, subfolders
+from ssd.data.folders import files_of, holds_all, images_below, subfolders
 from ssd.data.judge import DOUBTFUL, MISSING, NOT_A_BOX, UNKNOWN_CATEGORY, UNREADABLE, upright_sizes
-from ssd.data.names import ImageFolder, files_below
+from ssd.data.names import ImageFolder, files_below, named_parts, within, written_parts
 from ssd.data.pairs import (
     LABEL_FOLDERS,
     Pairs,
     count_objects,
     is_label_name,
     is_of_another,
+    joined,
     label_folders,
     pair,
 )
-from ssd.data.yolo_settings import Settings, entries_of, find_listings, find_settings
-from ssd.errors import AnnotationError, ImageError
+from ssd.data.yolo_settings import MOST_PARTS, Settings, entries_of, find_listings, find_settings
+from ssd.errors import AnnotationError, ImageError, as_line
 from ssd.images import is_image_name, load_image
 
 STRAY = "label files without an image"
@@ -58,10 +59,17 @@ def _has_split(settings: Settings, split: str) -> bool:
         AnnotationError
     ):  # Roboflow's files name splits that were not exported; or the labels alone are here
         places = _places_of_entries(settings, split) if entries_of(settings, split) else []
-        return any(is_label_name(name) for place in places for name in os.listdir(place))
+        return any(is_label_name(name) for place in places for name in files_below(Path(place)))
 
 
-def read(path: Path, split: str, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+def read(
+    path: Path,
+    split: str,
+    images: Path | None,
+    class_names: Sequence[str] | None,
+    *,
+    follow: bool = False,
+) -> Annotations:
     """Read a split of a YOLO dataset; labels are looked for in ``labels/`` for ``images/``, and beside these.
 
     The classes, and where each split is, are told by a YAML file or by darknet's ``obj.data``. Where there is
@@ -75,19 +83,27 @@ def read(path: Path, split: str, images: Path | None, class_names: Sequence[str]
         )
     listings = find_listings(settings, split, images)
     found = _Listed([], [], [])
+    parts: dict[Path, tuple[list[str], list[str]]] = {}
     for listing in listings:
-        if listing.is_dir():
+        before = len(found.paths)
+        if os.path.isdir(listing):
             found.paths.extend(_images_in(listing))
         else:
-            _read_list(listing, settings, images, found)
-    folders = [str(listing) for listing in listings if listing.is_dir()]
-    home = Path(os.path.abspath(settings.root)) if images else _home(settings, listings)
+            _read_list(listing, settings, images, found, follow=follow)
+        home = settings.own if images else _home(settings, listing)
+        paths, folders = parts.setdefault(home, ([], []))
+        paths += found.paths[before:]
+        folders += [str(listing)] if os.path.isdir(listing) else []
+    home = next(iter(parts))
     places = _places_of_entries(settings, split) if images else []
-    pairs = pair(found.paths, folders, str(home), split, places)
+    pairs = joined(
+        pair(paths, folders, str(each), split, places, _searched(each, folders, settings, images))
+        for each, (paths, folders) in parts.items()
+    )
     if images:
         pairs = _without_other_splits(pairs, str(home), split)
     told = _told_without_val(settings) if split == "train" else ""
-    return _build(settings, listings, found, pairs, home, class_names, told)
+    return _build(settings, listings, found, pairs, home, class_names, told, follow=follow)
 
 
 def _told_without_val(settings: Settings) -> str:
@@ -123,10 +139,12 @@ def _images_in(folder: Path) -> list[str]:
     return [os.path.join(folder, *parts) for parts in sorted(names)]
 
 
-def _read_list(listing: Path, settings: Settings, images: Path | None, found: _Listed) -> None:
+def _read_list(
+    listing: Path, settings: Settings, images: Path | None, found: _Listed, *, follow: bool
+) -> None:
     """Add the images that a text file lists, one a line."""
-    roots = [images] if images else [listing.parent, *settings.starts]
-    places = [ImageFolder(Path(os.path.abspath(root))) for root in dict.fromkeys(roots)]
+    roots = [images] if images else _list_roots(listing, settings)
+    places = [ImageFolder(Path(os.path.abspath(root)), follow=follow) for root in dict.fromkeys(roots)]
     for number_of_line, line in enumerate(read_text(listing).splitlines(), start=1):
         written = line.strip()
         if not written:
@@ -137,26 +155,46 @@ def _read_list(listing: Path, settings: Settings, images: Path | None, found: _L
             name, why, _ = place.find(written)
             if why or place.find_as_written(name) is None:
                 why = why or f"there is no such file in {place.root}"
-                found.lost.append((listing, number_of_line, f"{written[:_SHOWN]}: {why}"))
+                found.lost.append((listing, number_of_line, f"{as_line(written, _SHOWN)}: {why}"))
                 continue
             found.guessed.append((written, name))
-        found.paths.append(os.path.join(place.root, *name.split("/")))
+        found.paths.append(os.path.abspath(os.path.join(place.root, name)))
 
 
-def _home(settings: Settings, listings: Sequence[Path]) -> Path:
-    """The folder of the dataset: that of its file, unless the images are elsewhere."""
+def _list_roots(listing: Path, settings: Settings) -> list[Path]:
+    """The folders in which a list names images: its own, and where the dataset's paths start from."""
+    if listing.is_relative_to(settings.own):
+        starts = (Path(os.path.abspath(each)) for each in settings.starts)
+        return [listing.parent, *(each for each in starts if each.is_relative_to(settings.own))]
+    outside = [listing.parent, *(each for each in settings.starts if listing.is_relative_to(each))]
+    return [*(each for each in outside if not holds_all(str(each), str(settings.own))), settings.root]
+
+
+def _home(settings: Settings, listing: Path) -> Path:
+    """The folder of the dataset that a listing is in; above it no labels are looked for."""
     for start in settings.starts:
-        if all(listing.is_relative_to(os.path.abspath(start)) for listing in listings):
-            return Path(os.path.abspath(start))
-    common = Path(os.path.commonpath(listings))
-    return next((each.parent for each in (common, *common.parents) if each.name.lower() == "images"), common)
+        home = Path(os.path.abspath(start))
+        if listing.is_relative_to(home) and home.is_relative_to(settings.own):
+            return home
+    folder = listing if os.path.isdir(listing) else listing.parent
+    above = [each.parent for each in (folder, *folder.parents) if each.name.lower() == "images"]
+    beside = [folder.parent] if set(LABEL_FOLDERS) & subfolders(folder.parent).keys() else []
+    return next((each for each in [*above, *beside] if not holds_all(str(each), str(settings.own))), folder)
+
+
+def _searched(home: Path, folders: Sequence[str], settings: Settings, images: Path | None) -> list[str]:
+    """Where label files may be by their names alone: in the dataset, or in what it names outside."""
+    if images or home.is_relative_to(settings.own):
+        return [str(home)]
+    return list(dict.fromkeys(place for each in folders for place in label_folders(each, str(home))))
 
 
 def _places_of_entries(settings: Settings, split: str) -> list[str]:
     """Where labels are looked for whose images are not where the file says."""
-    root = os.path.abspath(settings.root)
+    root = str(settings.own)
     entries = [entry for entry in entries_of(settings, split) if not entry.lower().endswith(".txt")]
-    expected = [os.path.join(root, entry) for entry in entries] or [
+    parts = [named_parts(written_parts(entry)) for entry in entries]
+    expected = [os.path.join(root, *each) for each in parts if within(each) and len(each) <= MOST_PARTS] or [
         os.path.join(root, "images", split),
         os.path.join(root, split, "images"),
     ]
@@ -182,13 +220,13 @@ def _without_other_splits(pairs: Pairs, root: str, split: str) -> Pairs:
 
 
 def _has_some(listing: Path, settings: Settings) -> bool:
-    if not listing.is_dir():
+    if not os.path.isdir(listing):
         return any(line.strip() for line in read_text(listing).splitlines())
     if settings.splits and any(is_image_name(name) for name in files_below(listing)):
         return True
     labels = (
         os.path.join(place, name)
-        for place in label_folders(str(listing), os.path.abspath(settings.root))
+        for place in label_folders(str(listing), str(_home(settings, listing)))
         for name in files_below(Path(place))
         if is_label_name(name)
     )
@@ -220,16 +258,18 @@ def _build(
     home: Path,
     wanted: Sequence[str] | None,
     note: str,
+    *,
+    follow: bool,
 ) -> Annotations:
     paths = [Path(image) for image in pairs.images]
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else listings[0]
-    builder = Builder(settings.file, root)
+    builder = Builder(settings.file, root, follow=follow)
     labels = builder.set_classes(settings.names, tuple(range(len(settings.names))), wanted)
     lines = _Lines(settings, labels, builder)
     for i, (path, label, size) in enumerate(zip(paths, pairs.labels, upright_sizes(paths), strict=True)):
         name = path.relative_to(root)
         image = builder.add_image(name.as_posix(), name.with_suffix("").as_posix(), *(size or (None, None)))
-        if size is None and path.is_file():
+        if size is None and os.path.isfile(path):
             builder.problem(UNREADABLE, builder.names[image], "", _why_unreadable(path))
         elif i in pairs.doubtful:
             some = ", ".join(_short(each, home) for each in pairs.doubtful[i][:5])
@@ -262,7 +302,7 @@ def _tell_lists(settings: Settings, listings: Sequence[Path], listed: _Listed, b
         written, name = listed.guessed[0]
         builder.note(
             f"{len(listed.guessed)} images are listed by paths that are not here; they were found by the "
-            f"last parts of these, such as {name} for {written}"
+            f"last parts of these, such as {name} for {as_line(written, _SHOWN)}"
         )
     if settings.others:
         others = ", ".join(file.name for file in settings.others)
@@ -343,15 +383,16 @@ class _Lines:
     def __init__(self, settings: Settings, labels: Sequence[int | None], builder: Builder) -> None:
         self._names, self._labels, self._builder = settings.names, labels, builder
         self._has_keypoints = settings.has_keypoints
-        self._by_length = sorted(filter(None, settings.names), key=len, reverse=True)
+        self._numbers = {name: number for number, name in reversed(list(enumerate(settings.names))) if name}
+        self._longest = max(map(len, self._numbers), default=0)
 
     def read(self, file: str, image: int, size: tuple[int, int]) -> None:
         """Add the boxes of an image."""
         name = os.path.basename(file)
         try:
             text = read_text(Path(file))
-        except OSError as error:
-            why = f"its label file {name} cannot be read ({error.strerror})"
+        except AnnotationError as error:
+            why = f"its label file {name} {str(error).removeprefix(f'{file}: ')}"
             self._builder.problem(DOUBTFUL, self._builder.names[image], "", why)
             return
         if "\0" in text:
@@ -366,7 +407,7 @@ class _Lines:
         class_number, words = self._split(line)
         values = [number(word) for word in words]
         box, why = _box_of(values[:4] if self._has_keypoints else values, size)
-        shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
+        shown = as_line(line, _SHOWN)
         file = self._builder.names[image]
         if box is None:
             self._builder.problem(NOT_A_BOX, file, tag, f"{why}: {shown}")
@@ -383,9 +424,10 @@ class _Lines:
         value = number(words[0]) if words else math.nan
         if value.is_integer() and 0 <= value < len(self._names):
             return int(value), words[1:]
-        for name in self._by_length:  # which may have spaces
-            if line.startswith(name) and line[len(name) : len(name) + 1] in tuple(" \t,;"):
-                return self._names.index(name), _words(line[len(name) :].strip(" \t,;"))
+        ends = [found.start() for found in re.finditer("[ \t,;]", line[: self._longest + 1])]
+        for end in reversed(ends):  # names may have spaces
+            if line[:end] in self._numbers:
+                return self._numbers[line[:end]], _words(line[end:].strip(" \t,;"))
         return None, words[1:]
 
 

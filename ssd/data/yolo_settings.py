@@ -2,23 +2,36 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import yaml
 
-from ssd.data.builder import SPLITS, read_text, split_names
-from ssd.data.folders import IMAGE_FOLDERS, files_of, speaks_of, split_of, subfolders
-from ssd.data.names import named_parts, written_parts
+from ssd.data.builder import SPLITS, decode, read_bytes, read_text, split_names
+from ssd.data.folders import (
+    IMAGE_FOLDERS,
+    files_of,
+    holds_all,
+    holds_images,
+    speaks_of,
+    split_of,
+    subfolders,
+)
+from ssd.data.names import named_parts, within, written_parts
 from ssd.data.pairs import LABEL_FOLDERS, in_any_case
-from ssd.errors import AnnotationError
+from ssd.errors import AnnotationError, as_line, shown
 from ssd.images import is_image_name
 
 _USUAL = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "class_names.txt", "names.txt")
 _NOTHING = ("", "~", "null", "none", "[]")  # how YAML says so, which is read as text
 _MOST_TOLD = 10
+_BEGINNING = 1 << 16  # bytes of a list of images, by which it is known
+_LONGEST = 1000  # characters of a folder's path, as far as it is looked for
+MOST_PARTS = 50  # of a path, beyond which nobody looks
 
 
 class Settings(NamedTuple):
@@ -44,7 +57,12 @@ class Settings(NamedTuple):
     def starts(self) -> list[Path]:
         """The folders from which paths may be meant."""
         base = self.root / self.base
-        return [base, self.root] if self.base and base.is_dir() else [self.root]
+        return [base, self.root] if self.base and os.path.isdir(base) else [self.root]
+
+    @property
+    def own(self) -> Path:
+        """The absolute path of the dataset's folder, in which files need not be images."""
+        return Path(os.path.abspath(self.root))
 
 
 def find_settings(path: Path) -> Settings | None:
@@ -53,7 +71,7 @@ def find_settings(path: Path) -> Settings | None:
     Raises:
         AnnotationError: a file that should name them does not, or several do.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         suffix, name = path.suffix.lower(), path.name.lower()
         if suffix in (".yaml", ".yml"):
             return _of_yaml(path)
@@ -114,24 +132,42 @@ def entries_of(settings: Settings, split: str) -> list[str]:
 
 
 def _located(entry: str, settings: Settings, split: str, images: Path | None) -> Path:
+    entry = entry[:_LONGEST]
     parts = written_parts(entry)
     is_list = entry.lower().endswith(".txt")
     for start in [] if images and not is_list else settings.starts:
         for written in (entry, "/".join(parts)):
             if os.path.exists(start / written):
-                return Path(os.path.abspath(start / written))
+                return _require_images(Path(os.path.abspath(start / written)), entry, settings)
     # Paths of another machine: as many of their last parts as are there, down to those that tell the split.
     least = next((len(parts) - i for i, part in enumerate(parts) if speaks_of(part, split)), 1)
     starts = settings.starts if images is None or is_list else [images]
     for way in _spellings(parts, split):
-        whole = [part for part in named_parts([*written_parts(settings.base), *way]) if part]
+        whole = [part for part in named_parts([*written_parts(settings.base), *way]) if part][-MOST_PARTS:]
         for count in range(len(whole), least - 1, -1):
             for start in starts:
                 if found := in_any_case(start, whole[-count:] if count else []):
-                    return Path(os.path.abspath(found))
+                    return _require_images(Path(os.path.abspath(found)), entry, settings)
     if images is not None and not is_list:
         return Path(os.path.abspath(images))
-    raise AnnotationError(f"{settings.file}: there is no folder {entry}; {_there(settings.root)}")
+    what = f"there is no folder {as_line(entry, 200)}"
+    raise AnnotationError(f"{settings.file}: {what}; {_there(settings.root)}")
+
+
+def _require_images(path: Path, entry: str, settings: Settings) -> Path:
+    """Require of a split outside of the dataset's folder that it is a folder of images, or a list of them."""
+    if path.is_relative_to(settings.own):
+        return path
+    if os.path.isdir(path):
+        is_one = not holds_all(str(path), str(settings.own)) and holds_images(path)
+    else:
+        is_one = path.suffix.lower() == ".txt" and _lists_images(path, every=True)
+    if not is_one:
+        raise AnnotationError(
+            f"{settings.file}: {as_line(entry, 200)} is outside of {settings.root}, and neither a folder of "
+            "images nor a list of them; give the folder with the images with --images (images=...)"
+        )
+    return path
 
 
 def _spellings(parts: list[str], split: str) -> Iterator[list[str]]:
@@ -153,24 +189,26 @@ def _spellings(parts: list[str], split: str) -> Iterator[list[str]]:
 # --- Files that tell it -----------------------------------------------------------------------------------
 
 
-class _AsWritten(yaml.BaseLoader):
+class _AsWritten(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
     """Scalars stay text as it stands in the file; and what is there twice is not lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            told = f"{shown(twice)} is there twice"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a file, by their keys in lower case."""
+    text = read_text(file)
     try:
-        # The loader makes text, lists and dicts only.
-        config = yaml.load(read_text(file), Loader=_AsWritten)
-    except OSError as error:
-        raise AnnotationError(f"{file}: cannot be read ({error.strerror})") from error
+        # The loader makes text, lists and dicts only, each of them once, however many aliases it has: whoever
+        # makes text of them has to mind that.
+        config = yaml.load(text, Loader=_AsWritten)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())
         raise AnnotationError(f"{file}: not a YAML file ({told})") from error
@@ -204,24 +242,28 @@ def _of_yaml(file: Path) -> Settings:
         splits=splits if any(split_of(key) for key in splits) else {},
         base=base if isinstance(base, str) and base.lower() not in _NOTHING else "",
         has_keypoints="kpt_shape" in config,
-        class_count=int(count) if isinstance(count := config.get("nc"), str) and count.isdecimal() else None,
+        class_count=int(count) if _is_number(count := config.get("nc")) else None,
     )
+
+
+def _is_number(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) is not None
 
 
 def _names_of(file: Path, config: dict[str, Any]) -> list[str]:
     """The names of the classes, as they stand in the file, in the order of their numbers."""
     names = config.get("names")
     if isinstance(names, str) and names.lower() not in _NOTHING:
-        other = in_any_case(file.parent, [part for part in written_parts(names) if part != "."])
-        if other is None or not other.is_file():
+        other = in_any_case(file.parent, within(written_parts(names)) or [""])
+        if other is None or not os.path.isfile(other):
             raise AnnotationError(
-                f'{file}: "names" has to list the classes, such as [cat, dog]; it is {names[:100]!r}'
+                f'{file}: "names" has to list the classes, such as [cat, dog]; it is {shown(names)}'
             )
         return _read_names(other)
     if not isinstance(names, list | dict):
         if other := _names_file(file.parent):
             return _read_names(other)
-        nc = f" (only nc: {config['nc']})" if isinstance(config.get("nc"), str) else ""
+        nc = f" (only nc: {as_line(config['nc'], 60)})" if isinstance(config.get("nc"), str) else ""
         raise AnnotationError(
             f'{file}: has no "names"{nc}; add the names of the classes in the order of their numbers, such '
             "as names: [cat, dog], or put them into classes.txt, one a line"
@@ -229,9 +271,9 @@ def _names_of(file: Path, config: dict[str, Any]) -> list[str]:
     numbered = names if isinstance(names, dict) else {str(i): name for i, name in enumerate(names)}
     if not all(isinstance(name, str) for name in numbered.values()):
         raise AnnotationError(f'{file}: "names" has to list one text for each class')
-    by_number = {int(key): name for key, name in numbered.items() if re.fullmatch("[0-9]{1,9}", key)}
+    by_number = {int(key): name for key, name in numbered.items() if _is_number(key)}
     if sorted(by_number) != list(range(len(numbered))):
-        keys = [int(key) if key.isdigit() else key for key in list(numbered)[:20]]
+        keys = shown([int(key) if _is_number(key) else key for key in islice(numbered, _MOST_TOLD)])
         raise AnnotationError(f'{file}: "names" has to number the classes from 0 on; it has {keys}')
     return [by_number[i] for i in range(len(by_number))]
 
@@ -242,14 +284,16 @@ def _of_darknet(file: Path) -> Settings:
     config = {key.strip().lower(): value.strip() for key, _, value in pairs}
     splits = {key: [value] for key, value in config.items() if split_of(key) and value}
     settings = Settings(file, file.parent, [], splits)
-    written = [part for part in written_parts(config.get("names", "")) if part]
-    for count in range(len(written), 0, -1):
+    written = [part for part in named_parts(written_parts(config.get("names", ""))) if part]
+    for count in range(min(len(written), MOST_PARTS), 0, -1):
         found = in_any_case(file.parent, written[-count:])
-        if found and found.is_file():
+        if found and os.path.isfile(found):
             return settings._replace(names=_read_names(found))
     other = _names_file(file.parent)
     if other is None:
-        what = f"the file {config['names']} with its names is not there" if written else 'has no "names"'
+        what = 'has no "names"'
+        if written:
+            what = f"the file {as_line(config['names'], 200)} with its names is not there"
         raise AnnotationError(f"{file}: {what}; put it beside, with the name of a class in each line")
     return settings._replace(names=_read_names(other))
 
@@ -260,7 +304,7 @@ def _names_file(root: Path) -> Path | None:
     for folder in _likely_folders(root):
         named = [file for file in files_of(folder, ".names") if folder == root]
         for file in [folder / name for name in _NAMES_FILES] + named:
-            if (there := in_any_case(folder, [file.name])) and there.is_file():
+            if (there := in_any_case(folder, [file.name])) and os.path.isfile(there):
                 found.append(there)
                 break
     contents = [_read_names(file) for file in found]
@@ -269,8 +313,8 @@ def _names_file(root: Path) -> Path | None:
         if names != longest[: len(names)]:
             other = found[contents.index(longest)]
             raise AnnotationError(
-                f"{file} numbers the classes otherwise than {other}: {', '.join(names[:_MOST_TOLD])} and "
-                f"{', '.join(longest[:_MOST_TOLD])}; write a data.yaml for each part, or number them alike"
+                f"{file} numbers the classes otherwise than {other}: {_told(names)} and "
+                f"{_told(longest)}; write a data.yaml for each part, or number them alike"
             )
     return found[contents.index(max(contents, key=len))] if found else None
 
@@ -317,9 +361,15 @@ def _by_layout(root: Path, split: str) -> list[Path]:
     return [Path(os.path.abspath(images))]
 
 
-def _lists_images(file: Path) -> bool:
-    first = next((line.strip() for line in read_text(file).splitlines() if line.strip()), "")
-    return is_image_name(written_parts(first)[-1])
+def _lists_images(file: Path, *, every: bool = False) -> bool:
+    """Whether the first line of a file, or every one of its beginning, is the name of an image."""
+    try:
+        begin = read_bytes(file, _BEGINNING)
+    except AnnotationError:
+        return False
+    lines = decode(begin).splitlines()[: -1 if len(begin) == _BEGINNING else None]
+    named = [is_image_name(written_parts(line)[-1]) for line in lines if line.strip()]
+    return bool(named) and (all(named) if every else named[0])
 
 
 def _there(root: Path) -> str:
@@ -331,4 +381,4 @@ def _there(root: Path) -> str:
 
 def _told(names: Sequence[object]) -> str:
     more = ", ..." if len(names) > _MOST_TOLD else ""
-    return ", ".join(map(str, names[:_MOST_TOLD])) + more
+    return as_line(", ".join(map(str, names[:_MOST_TOLD])), 300) + more

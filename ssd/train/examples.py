@@ -17,8 +17,8 @@ from ssd.choices import Recipe
 from ssd.data import as_targets, item_name
 from ssd.data.dataset import require_in_pixels
 from ssd.distributed import World
-from ssd.errors import AnnotationError, ImageError, LostContactError
-from ssd.images import load_image
+from ssd.errors import AnnotationError, ImageError, ImageMemoryError, LostContactError
+from ssd.images import lacks_memory, load_image
 
 
 class Batch(NamedTuple):
@@ -68,9 +68,13 @@ class Examples(Dataset[Example | Exception]):
     def __getitem__(self, key: tuple[int, int]) -> Example | Exception:
         try:
             return self._example(*key)
+        except ImageMemoryError as error:
+            return ImageError(f"{error}; {_LESS_MEMORY}")
         except (ImageError, AnnotationError, OSError) as error:
             return error
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
             name = item_name(self.dataset, key[1])
             return ImageError(f"{name}: there is not enough memory to read it; {_LESS_MEMORY}")
 

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 from ssd import checkpoint
 from ssd.data import Annotations
 from ssd.detector import Detector
+from ssd.drawing import encoded
 from ssd.errors import MissingExtra
-from ssd.files import atomic_file
+from ssd.files import clear_leftovers, write_file
 from ssd.train.state import Run, is_finite, save_state
 
 
@@ -62,9 +63,11 @@ class RunFolder:
         if not self._is_main:
             return
         self._path.mkdir(parents=True, exist_ok=True)
+        for folder in (self._path, self._path / "samples"):  # a run that goes on may have been killed
+            clear_leftovers(folder)
         file = self._path / "config.json"
         if source is None and file.exists():  # a run goes on that may have been started by the command
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 source = json.loads(file.read_bytes())["data"]
         notes = {
             "config": config,
@@ -72,8 +75,7 @@ class RunFolder:
             "category_ids": self._category_ids,
             "data": source,
         }
-        with atomic_file(file) as new:
-            new.write(json.dumps(notes, indent=2).encode())
+        write_file(file, json.dumps(notes, indent=2).encode())
 
     def write_state(self, run: Run) -> bool:
         """Write what resuming starts from; False if it holds NaN, and is better not kept."""
@@ -102,8 +104,7 @@ class RunFolder:
         rows = csv.DictWriter(table, columns, lineterminator="\n")
         rows.writeheader()
         rows.writerows({key: f"{value:.6g}" for key, value in each.items()} for each in run.progress.history)
-        with atomic_file(self._path / "metrics.csv") as file:
-            file.write(table.getvalue().encode())
+        write_file(self._path / "metrics.csv", table.getvalue().encode())
         for name in ("last", "best") if best else ("last",):
             checkpoint.save(
                 self._path / f"{name}.safetensors",
@@ -133,5 +134,4 @@ class RunFolder:
             )
             sheet.paste(small, (left, top))
         (self._path / "samples").mkdir(exist_ok=True)
-        with atomic_file(self._path / "samples" / f"epoch-{epoch:03}.jpg") as file:
-            sheet.save(file, "JPEG", quality=90)
+        write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", encoded(sheet))

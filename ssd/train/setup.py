@@ -29,13 +29,13 @@ from ssd.data.dataset import parts_of
 from ssd.data.judge import notes_of
 from ssd.devices import choose_precision, native_precisions
 from ssd.distributed import World
-from ssd.errors import AnnotationError
+from ssd.errors import AnnotationError, CheckpointError
 from ssd.loss import LOSSES, Losses
 from ssd.model import SSD, build, transfer
 from ssd.train.config import TrainConfig
 from ssd.train.examples import EpochBatches, Examples
 from ssd.train.optim import freeze, learning_rate, make_optimizer
-from ssd.train.state import Progress, Run, read_state, restore, with_loss_of
+from ssd.train.state import Progress, Run, instead_of, read_state, restore, with_loss_of
 
 _WITHOUT_VAL = (
     "there is no val split: nothing will be evaluated, and there will be no best weights, only the last. "
@@ -119,6 +119,11 @@ def set_up(
     else:
         require_free(state_file)
     run, origin = _begin(train, names, config, state_file, world, state)
+    if run.progress.batch > batches.steps * config.accumulate:
+        raise CheckpointError(
+            f"{state_file} is damaged: {run.progress.batch} batches of an epoch of "
+            f"{batches.steps * config.accumulate} are done. {instead_of(state_file)}"
+        )
     if not run.progress.batch:  # an epoch that begins may have other steps than those before it
         run.progress.step = run.progress.epoch * batches.steps
     layout = run.model.layout
@@ -302,7 +307,12 @@ def saved_network(path: Path, state: dict[str, Any]) -> tuple[SSD, str]:
     Raises:
         CheckpointError: the state is of no such network.
     """
-    found = checkpoint.describe(path, state["model"], {"layout": state.get("layout")})
+    try:
+        found = checkpoint.describe(path, state["model"], {"layout": state.get("layout")})
+        with torch.device("meta"):  # before the memory is taken
+            checkpoint.require_fit(path, found.state_dict, build(found).state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {instead_of(path)}") from None
     return build(found), (
         f"SSD{found.layout.size} {found.backbone}, {found.num_classes - 1} classes; all of it from {path}"
     )

@@ -1,15 +1,18 @@
 """The state of a run: what it consists of, saved whole and put back."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ssd import __version__
+from ssd import __version__, containers
+from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.checkpoint import require_fit, torch_bytes
-from ssd.errors import CheckpointError
+from ssd.errors import CheckpointError, as_line, shown
 from ssd.files import atomic_file
 from ssd.model import SSD
 from ssd.train.config import TrainConfig
@@ -90,15 +93,14 @@ def read_state(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {each.name for each in fields(Run)} | {"random"}
-        missing -= set(state)
+        state, _ = containers.read(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing to resume: there is no {path}") from None
-    except Exception as error:
-        raise CheckpointError(f"{path}: not the state of a run, or damaged ({error})") from None
-    if missing:
-        raise CheckpointError(f"{path}: not the state of a run; it has no {', '.join(sorted(missing))}")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: not the state of a run, or damaged ({error}). {instead_of(path)}"
+        ) from None
+    _require_state(path, state)
     return cast("dict[str, Any]", state)
 
 
@@ -110,41 +112,218 @@ def with_loss_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
 def restore(path: Path, state: dict[str, Any], run: Run) -> None:
     """Put a run where `save_state` left it; what its config changes holds from there on.
 
+    All of the state is judged before anything of the run, or torch's random numbers, is changed.
+
     Raises:
-        CheckpointError: the state is another network's, or of choices that do not fit.
+        CheckpointError: the state is damaged, another network's, or of choices that do not fit.
     """
+    _require_state(path, state)
+    _require_same_choices(path, state, run)
+    try:
+        require_fit(path, state["model"], run.model.state_dict())
+        if run.average:
+            require_fit(f"{path} (average)", state["average"], run.average.state_dict())
+        momenta = _momenta(path, state["optimizer"], run)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {instead_of(path)}") from None
+
+    run.model.load_state_dict(state["model"])
+    if run.average:
+        run.average.load_state_dict(state["average"])
+    # All else of the optimiser stays as it is: the state may be of apex's, or of another device.
+    for parameter, momentum in momenta:
+        run.optimizer.state[parameter] = {"momentum_buffer": momentum}
+    if state["scaler"] and state["config"]["precision"] == run.config["precision"]:
+        run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**copy.deepcopy(state["progress"]))
+    torch.set_rng_state(state["random"].contiguous())
+
+
+# --- Judging ----------------------------------------------------------------------------------------------
+
+
+def _require_state(path: Path, state: object) -> None:
+    """Require all that is in a state to be of the kinds that `save_state` writes, whatever the run."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not the state of a run, but {shown(state)}")
+    missing = {*(each.name for each in fields(Run)), "random"} - set(state)
+    if missing:
+        raise CheckpointError(f"{path}: not the state of a run; it has no {', '.join(sorted(missing))}")
+    for place, is_right in _KINDS.items():
+        value: Any = state
+        for key in place.split("/"):
+            value = value.get(key)
+        if not is_right(value):
+            raise CheckpointError(f"{path} is damaged: its {place} is {shown(value)}. {instead_of(path)}")
+    progress, seconds = state["progress"], state["progress"]["sums"][3]
+    has_seconds = seconds > 0 if progress["batch"] else seconds >= 0
+    if len(progress["history"]) != progress["epoch"] or not has_seconds:
+        raise CheckpointError(
+            f"{path} is damaged: parts of its progress contradict each other. {instead_of(path)}"
+        )
+
+
+def instead_of(path: Path) -> str:
+    """What to do about a damaged state, for messages."""
+    return (
+        "Put back an earlier copy of the file, or start a new run from the weights beside it: "
+        f"--weights {path.with_name('last.safetensors')}"
+    )
+
+
+def _require_same_choices(path: Path, state: dict[str, Any], run: Run) -> None:
     earlier = _OF_OLD | state["config"]
     for name in _LASTING:
         before, wanted = earlier.get(name), run.config[name]
         if before != wanted:
+            theirs = as_line(str(before), 60)
             raise CheckpointError(
-                f"{path} is of a run with {name} {before}, and goes on with it, not {wanted}"
+                f"{path} is of a run with {name} {theirs}, and goes on with it, not {wanted}"
             )
     saved, now = state["data"], run.data
-    if saved["class_names"] != now["class_names"]:
-        raise CheckpointError(f"{path} is of other classes: {', '.join(saved['class_names'][:10])}")
+    names = saved["class_names"]
+    if names != now["class_names"]:
+        listed = ", ".join(as_line(name, 60) for name in names[:10])
+        raise CheckpointError(f"{path} is of other classes: {listed}")
     if state["progress"]["batch"] and saved != now:
-        changed = ", ".join(f"{key} {saved[key]} (now {now[key]})" for key in saved if saved[key] != now[key])
+        changed = ", ".join(
+            f"{as_line(key, 60)} {shown(saved.get(key))} (now {now.get(key)})"
+            for key in saved | now
+            if saved.get(key) != now.get(key)
+        )
         raise CheckpointError(f"{path} is from the middle of an epoch, which has to go on with {changed}")
-    require_fit(path, state["model"], run.model.state_dict())
     if (state["average"] is None) != (run.average is None):
         raise CheckpointError(f"{path}: ema cannot be switched on or off in a run that has begun")
+    if _layout_of(state) != run.model.layout or run.model.num_classes != len(names) + 1:
+        raise CheckpointError(
+            f"{path} is damaged: its network is of another layout, or other classes, than its choices. "
+            f"{instead_of(path)}"
+        )
+
+
+def _layout_of(state: dict[str, Any]) -> Layout | None:
     try:
-        run.model.load_state_dict(state["model"])
-        if run.average:
-            run.average.load_state_dict(state["average"])
-        # Its options stay this optimiser's: the state may be of apex's, or of another device.
-        groups = run.optimizer.param_groups
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        run.optimizer.load_state_dict(state["optimizer"])
-        for group, options in zip(run.optimizer.param_groups, chosen, strict=True):
-            group.update(options)
-        if earlier["precision"] == run.config["precision"]:
-            run.scaler.load_state_dict(state["scaler"])
-        run.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"])
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path} does not fit these choices ({error})") from None
-    for parameter, values in run.optimizer.state.items():
+        return Layout.from_dict(state["layout"]) if "layout" in state else PUBLISHED_LAYOUT
+    except (ValueError, TypeError):
+        return None
+
+
+def _momenta(path: Path, saved: dict[str, Any], run: Run) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its momentum out of a state of the optimiser; 0 before the first step."""
+    groups = run.optimizer.param_groups
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    counts = [[len(group["params"]) for group in each] for each in (saved["param_groups"], groups)]
+    if (
+        counts[0] != counts[1]
+        or len(set(numbers)) != len(numbers)
+        or not saved["state"].keys() <= set(numbers)
+    ):
+        raise CheckpointError(f"{path}: its optimizer is of {shown(counts[0])} parameters, not {counts[1]}")
+    parameters = [each for group in groups for each in group["params"]]
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    of_each = {
+        parameter: saved["state"][number]["momentum_buffer"]
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if saved["state"].get(number, {}).get("momentum_buffer") is not None
+    }
+    require_fit(
+        f"{path} (momentum)",
+        {names[parameter]: momentum for parameter, momentum in of_each.items()},
+        {names[parameter]: parameter for parameter in of_each},
+    )
+    momenta = []
+    for parameter in parameters:
         # The fused optimiser walks through memory, so its order has to be the parameter's.
-        values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
+        momentum = torch.zeros_like(parameter)
+        momenta.append((parameter, momentum.copy_(of_each[parameter]) if parameter in of_each else momentum))
+    return momenta
+
+
+_MOST = 10**12  # of anything that is counted
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < _MOST)
+
+
+def _is_between(least: float, most: float) -> Callable[[object], bool]:
+    return lambda value: _is_number(value) and least <= cast("float", value) <= most
+
+
+def _is_dict(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
+
+
+def _is_list(is_one: Callable[[Any], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_one, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a value that choices have; such compare with others."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(each is None or isinstance(each, str | int | float) for each in parts)
+
+
+def _is_random_state(value: object) -> bool:
+    now = torch.get_rng_state()
+    if not isinstance(value, Tensor) or (value.dtype, value.shape) != (now.dtype, now.shape):
+        return False
+    try:
+        torch.Generator().set_state(value.contiguous())
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _is_scaler(value: object) -> bool:
+    """Whether it is the state of a scaler of gradients, or of one that is switched off."""
+    return isinstance(value, dict) and (
+        not value or all(is_right(value.get(name)) for name, is_right in _SCALER.items())
+    )
+
+
+_SCALER = {
+    "scale": _is_between(1e-45, 3e38),
+    "growth_factor": _is_between(1, 1e6),
+    "backoff_factor": _is_between(1e-6, 1),
+    "growth_interval": _is_between(1, 2**31 - 1),
+    "_growth_tracker": _is_between(0, 2**31 - 1),
+}
+_is_choices = _is_dict(_is_text, _is_plain)
+_is_weights = _is_dict(_is_text, _is_tensor)
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "config": _is_choices,
+    "config/precision": _is_text,
+    "data": _is_choices,
+    "data/class_names": _is_list(_is_text),
+    "progress": lambda value: isinstance(value, dict) and value.keys() == {f.name for f in fields(Progress)},
+    **{f"progress/{name}": _is_count for name in ("epoch", "batch", "step", "skipped")},
+    "progress/best": _is_between(-1, 1),
+    "progress/history": _is_list(_is_dict(lambda key: _is_text(key) and key.isprintable(), _is_number)),
+    "progress/sums": lambda value: _is_list(_is_number)(value) and len(value) == 4,
+    "model": _is_weights,
+    "average": lambda value: value is None or _is_weights(value),
+    "optimizer": _is_dict(_is_text, lambda value: True),
+    "optimizer/state": _is_dict(
+        _is_count,
+        lambda value: isinstance(value, dict) and isinstance(value.get("momentum_buffer"), Tensor | None),
+    ),
+    "optimizer/param_groups": _is_list(
+        lambda value: isinstance(value, dict) and _is_list(_is_count)(value.get("params"))
+    ),
+    "scaler": _is_scaler,
+    "random": _is_random_state,
+}
+"""What each part of a state has to be; a "/" leads into a dict."""

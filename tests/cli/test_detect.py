@@ -11,7 +11,7 @@ import pytest
 from conftest import PHOTOS, command
 from PIL import Image
 
-from ssd import checkpoint, detections, drawing
+from ssd import checkpoint, detections, drawing, files
 from ssd.cli.detect import _names
 from ssd.cli.results import FreeNames, Results
 from ssd.detector import Detector
@@ -248,7 +248,7 @@ def test_what_was_found_is_shown_where_it_cannot_be_written(run, photos, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # The disk is full when a picture is written ...
-    monkeypatch.setattr(Results, "picture", full)
+    monkeypatch.setattr(Results, "write_own", full)
     status, out, err = run("detect", photos / "coffee.jpg")
     assert status == 1
     assert len([line for line in out.splitlines() if "%" in line]) > 0
@@ -256,8 +256,7 @@ def test_what_was_found_is_shown_where_it_cannot_be_written(run, photos, monkeyp
     assert "0 images, 0 objects, 1 left out" in out
     # ... or when the file of all results is.
     monkeypatch.setattr(Results, "add", lambda *_: None)
-    write = Results._write
-    monkeypatch.setattr(Results, "_write", lambda out, text: full() if "]" in text else write(out, text))
+    monkeypatch.setattr(files.os, "fsync", full)
     status, out, err = run("detect", photos)
     assert status == 1
     assert len(out.splitlines()) == 4

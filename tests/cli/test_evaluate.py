@@ -40,14 +40,31 @@ def test_where_nothing_can_be_written_is_told_before_the_work(run, scenes, tmp_p
 
 
 def test_numbers_are_printed_though_they_cannot_be_written(run, scenes, tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(28, "No space left on device", str(path))
+    def full(contents):
+        raise OSError(28, "No space left on device", str(next(iter(contents))))
 
-    monkeypatch.setattr("ssd.cli.evaluate.atomic_file", full)
+    monkeypatch.setattr("ssd.cli.evaluate.write_new", full)
     status, out, err = run("evaluate", scenes, "--weights", "shapes", "--output", "e")
     assert status == 1
     assert "IoU 0.50:0.95, all sizes" in out
     assert "No space left" in err
+
+
+def test_detections_that_are_there_stay(run, scenes, tmp_path, monkeypatch):
+    """Before the work; and where another command writes them meanwhile."""
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "detections.json").write_text("mine")
+    arguments = ("evaluate", scenes, "--weights", "shapes", "--output", "e")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "e holds detections.json already" in " ".join(err.replace("│", " ").split())
+    monkeypatch.setattr("ssd.cli.evaluate._WRITTEN", ())
+    status, out, err = run(*arguments)
+    assert status == 1
+    assert "IoU 0.50:0.95, all sizes" in out
+    assert err.splitlines()[-1] == "ssd: e/detections.json exists already; nothing was overwritten"
+    assert os.listdir(tmp_path / "e") == ["detections.json"]
+    assert (tmp_path / "e" / "detections.json").read_text() == "mine"
 
 
 def test_what_is_known_of_the_data_is_told(run, scenes, tmp_path):

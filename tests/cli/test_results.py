@@ -1,15 +1,20 @@
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
-from conftest import PHOTOS
+from conftest import PHOTOS, command
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ssd import files
+from ssd.cli import results
 from ssd.cli.results import FreeNames, _matched, ids_by_name, ids_of_file
 from ssd.errors import AnnotationError
 from ssd.evaluate import METRICS
@@ -98,6 +103,82 @@ def test_nothing_that_exists_is_overwritten(run, photos, tmp_path):
         "chelsea.txt",
         "coffee-3.txt",
     ]
+
+
+@pytest.mark.parametrize("format", ["json", "coco", "yolo"])
+def test_names_that_another_command_takes_meanwhile(run, photos, tmp_path, monkeypatch, format):
+    """Picture and labels of a source keep one stem; what is printed is what was taken."""
+    theirs = {"coffee.jpg", "labels/chelsea.txt", "detections.json", "detections-2.json"}
+    write_new, put = results.write_new, files.Draft.put
+
+    def after_another(contents):
+        for path in contents:
+            write_theirs(path)
+        write_new(contents)
+
+    def write_theirs(path):
+        name = path.relative_to(tmp_path / "out").as_posix()
+        if name in theirs and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"theirs")
+
+    def put_after_another(draft, *content):
+        if format != "yolo":
+            for name in theirs & {"detections.json", "detections-2.json"}:
+                write_theirs(tmp_path / "out" / name)
+        put(draft, *content)
+
+    monkeypatch.setattr(results, "write_new", after_another)
+    monkeypatch.setattr(files.Draft, "put", put_after_another)
+    status, out, err = run("detect", photos, "--output", tmp_path / "out", "--format", format)
+    assert (status, err) == (0, "")
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    mine = written - theirs
+    assert {(tmp_path / "out" / name).read_bytes() for name in theirs & written} == {b"theirs"}
+    pictures = {name[:-4] for name in mine if name.endswith(".jpg")}
+    if format == "yolo":
+        assert pictures == {"astronaut", "chelsea-2", "coffee-2"}
+        assert {name[7:-4] for name in mine if name.startswith("labels/")} == pictures
+    else:
+        assert pictures == {"astronaut", "chelsea", "coffee-2"}
+        assert f"results in {tmp_path / 'out' / 'detections-3.json'}" in out
+        assert len(json.loads((tmp_path / "out" / "detections-3.json").read_text())) > 0
+
+
+@pytest.mark.slow
+def test_four_commands_at_once_write_what_each_alone_would(photos, tmp_path, weights_file):
+    alone = command("detect", photos, "--weights", weights_file, "--score-threshold", 0.35, "--output")
+    processes = [
+        subprocess.Popen([*alone, "out"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    told = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    names = sorted(re.search(r"results in out/(\S+), pictures", out)[1] for out in told)
+    assert names == ["detections-2.json", "detections-3.json", "detections-4.json", "detections.json"]
+    assert len({(tmp_path / "out" / name).read_bytes() for name in names}) == 1
+    for name in PHOTOS:
+        found = [path.read_bytes() for path in (tmp_path / "out").glob(f"{name}*.jpg")]
+        assert (len(found), len(set(found))) == (4, 1)
+    assert len(os.listdir(tmp_path / "out")) == 16
+
+
+def test_what_does_not_fit_is_left_out_and_the_rest_is_whole(run, photos, tmp_path, monkeypatch):
+    """The disk is full for the second image's results, of which half is written."""
+    put = files.Draft.put
+
+    def half(draft, position, content):
+        if b"chelsea" in content:
+            put(draft, position, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(draft, position, content)
+
+    monkeypatch.setattr(files.Draft, "put", half)
+    status, out, err = run("detect", photos, "--output", "out")
+    assert status == 1
+    assert "2 images, " in out
+    assert "chelsea.jpg: [Errno 28] No space left on device for its results in detections.json" in err
+    listed = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [os.path.basename(each["source"]) for each in listed] == ["astronaut.jpg", "coffee.jpg"]
 
 
 def test_names_that_are_long_or_not_unicode(run, photos, tmp_path):

@@ -285,3 +285,24 @@ def test_a_toy_option_by_one_field(scenes, tmp_path):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3
     there("train", "--resume", "r", "--epochs", "2")
     assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "Expecting value"),
+        ("[]", "list indices"),
+        ('{"data": {}, "config": []}', "its data and config are not named values"),
+        ('{"data": {"data": 3}, "config": {}}', "its data is no path, but 3"),
+        ('{"data": {"data": "x"}, "config": {"epochs": "ten"}}', "config.json: "),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_run_whose_config_is_damaged_is_told(run, tmp_path, content, told):
+    (tmp_path / "config.json").write_text(content)
+    status, _, err = run("train", "--resume", tmp_path)
+    message = " ".join(err.replace("\u2502", " ").split())
+    assert status == 2
+    assert told in message
+    assert "config.json" in message
+    assert "Traceback" not in message

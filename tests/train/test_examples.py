@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -9,7 +10,8 @@ from training import ALONE, CPU
 
 from ssd.data import DetectionDataset, item_name, load
 from ssd.distributed import World
-from ssd.errors import AnnotationError, ImageError, LostContactError
+from ssd.errors import AnnotationError, ImageError, ImageMemoryError, LostContactError
+from ssd.train import examples
 from ssd.train.examples import EpochBatches, Examples, Loader, whole_steps
 
 
@@ -45,6 +47,25 @@ def test_the_order_changes_with_epoch_and_seed():
 
     assert order(0, 0) != order(1, 0) != order(0, 1)
     assert order(3, 4) == order(3, 4)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize("function", ["load_image", "augment"])
+def test_a_lack_of_memory_names_the_image_and_what_needs_less(monkeypatch, error, function):
+    def fails(*arguments, **options):
+        raise error if function == "augment" else ImageMemoryError("a.png: not enough") from error
+
+    class One:
+        def __getitem__(self, index):
+            return Image.new("RGB", (9, 9)), {"boxes": [[0, 0, 5, 5]], "labels": [1]}
+
+        def name(self, index):
+            return "a.png"
+
+    monkeypatch.setattr(examples, function, fails)
+    told = Examples(One(), 2, "ssd", 0, 300)[0, 0]
+    assert type(told) is ImageError
+    assert re.match(r"a\.png: .*not enough.*; fewer processes need less \(--workers 1", str(told))
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

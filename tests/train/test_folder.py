@@ -68,3 +68,14 @@ def test_a_run_is_not_overwritten(images, tmp_path):
     fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
     with pytest.raises(FileExistsError, match="holds a run already"):
         fit(images, None, SMALL, tmp_path, say=None)
+
+
+def test_what_a_killed_run_left_goes_when_it_goes_on(images, tmp_path):
+    fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
+    before = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "samples").mkdir()
+    for name in ("state.pt", "best.safetensors", "samples/epoch-001.jpg"):
+        (tmp_path / f"{name}.0123abcd.tmp").touch()
+    fit(images, None, replace(SMALL, epochs=2), tmp_path, say=None, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == before | {"samples"}
+    assert list((tmp_path / "samples").iterdir()) == []

@@ -1,11 +1,14 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fuzz import states
+from fuzz.engine import made
 from training import CPU, QUICK, SMALL, make_run
 
 from ssd import checkpoint
@@ -185,3 +188,91 @@ def test_a_state_from_before_layouts_is_of_the_published_one(tmp_path):
         checkpoint.CheckpointError, match="a run with layout 300, and goes on with it, not 512"
     ):
         restore(tmp_path / "state.pt", state, other)
+
+
+# --- Damaged ones ---
+
+
+def test_of_300_damaged_states_each_is_put_back_whole_or_changes_nothing(tmp_path):
+    outcomes = Counter()
+    for number in range(300):
+        case = made("states", seed=1, number=number)
+        (tmp_path / "state.pt").write_bytes(case["state.pt"])
+        outcomes[states.promise(case, tmp_path)] += 1
+    assert outcomes["refused"] > 100
+    assert outcomes["restored"] > 30
+
+
+def put(state, place, value):
+    *above, last = place.split("/")
+    for key in above:
+        state = state[int(key) if key.isdigit() else key]
+    state[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("config", 5, "its config is 5"),
+        ("config/precision", None, "its config/precision is None"),
+        ("config/layout", torch.zeros(2), "its config is "),
+        ("data/class_names", "ab", "its data/class_names is 'ab'"),
+        ("progress/epoch", "1", "its progress/epoch is '1'"),
+        ("progress/epoch", True, "its progress/epoch is True"),
+        ("progress/batch", -1, "its progress/batch is -1"),
+        ("progress/step", 10**300, r"its progress/step is 10+\.+0+"),
+        ("progress/best", float("nan"), "its progress/best is nan"),
+        ("progress/history", [{"epoch": "x"}], r"its progress/history is \[{'epoch': 'x'}\]"),
+        ("progress/sums", [0.0] * 3, r"its progress/sums is \[0\.0, 0\.0, 0\.0\]"),
+        ("progress/more", 1, "its progress is "),
+        ("progress/epoch", 1, "parts of its progress contradict each other"),
+        ("progress/batch", 1, "parts of its progress contradict each other"),
+        ("layout", {"size": 300}, "its network is of another layout, or other classes"),
+        ("model", None, "its model is None"),
+        ("average", {"a": 1}, "its average is {'a': 1}"),
+        ("optimizer/param_groups", [], r"its optimizer is of \[\] parameters"),
+        ("optimizer/param_groups", {}, "its optimizer/param_groups is {}"),
+        ("optimizer/state", {"a": 1}, "its optimizer/state is {'a': 1}"),
+        (
+            "optimizer/state/0/momentum_buffer",
+            torch.zeros(2),
+            r"\(momentum\) does not fit the network: .*is \[2\]",
+        ),
+        ("scaler/scale", 0.0, "its scaler is {"),
+        ("random", torch.zeros(5056, dtype=torch.uint8), r"its random is tensor\("),
+        ("random", torch.zeros(1, dtype=torch.uint8).expand(10**12), "its random is "),
+    ],
+)
+def test_what_is_damaged_is_told_by_its_place_and_nothing_has_changed(tmp_path, place, value, told):
+    path, run = tmp_path / "state.pt", states._run()
+    save_state(path, run)
+    state = read_state(path)
+    state["progress"] |= {"epoch": 0, "batch": 0, "history": [], "sums": [0.0] * 4}
+    put(state, place, value)
+    other = states._run(seed=1)
+    before, random_state = states._all_of(other), torch.get_rng_state()
+    with pytest.raises(checkpoint.CheckpointError, match=told) as caught:
+        restore(path, state, other)
+    assert str(caught.value).startswith(str(path))
+    assert states._same(states._all_of(other), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    instead = f"start a new run from the weights beside it: --weights {tmp_path / 'last.safetensors'}"
+    assert str(caught.value).endswith(instead)
+
+
+def test_a_state_of_more_batches_than_an_epoch_has_is_damaged(images, tmp_path):
+    fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["progress"] |= {"batch": 4, "sums": [1.0] * 4}
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged: 4 batches of an epoch of 3 are done"):
+        fit(images, None, SMALL, tmp_path, resume=True, say=None)
+
+
+def test_the_network_of_a_state_is_judged_before_memory_is_taken_for_it(images, tmp_path, monkeypatch):
+    fit(images, None, replace(SMALL, epochs=1), tmp_path, say=None)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["model"]["conf.0.weight"] = torch.zeros(6 * 10**5, 1, 1, 1)  # of 11 GB, were it whole
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit the network: .*conf\.0\.weight is"):
+        fit(images, None, SMALL, tmp_path, resume=True, say=None)

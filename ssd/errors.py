@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Sequence
 
 _MOST_SHOWN = 900  # characters of a line, of which a path may take many
+_MOST_SAID = 2000  # and of a line of a message, which may give long paths twice, and code to run
 # What ends a line, steers a terminal, turns the direction of what follows, or is in no encoding.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHORT = reprlib.Repr()
@@ -18,7 +19,7 @@ class UserError(Exception):
     """Something that the user can mend; its message says all, and is what a command ends in."""
 
     def __str__(self) -> str:
-        return "\n".join(map(as_line, super().__str__().split("\n")))
+        return "\n".join(as_line(line, _MOST_SAID) for line in super().__str__().split("\n"))
 
 
 def as_line(text: str, most: int = _MOST_SHOWN) -> str:

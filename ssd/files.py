@@ -1,7 +1,8 @@
 """Writing files: whole or not at all, under names that are free.
 
 What is being written lies beside its place, as ``NAME.<8 hex digits>.tmp``, a file or a folder, with a lock
-on it for as long as its process lives. The next one that writes NAME removes those without.
+on it for as long as its process lives. The next one that writes NAME removes those without. Where a file
+system has no hard links, a new name is first taken by an empty file.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -27,6 +29,8 @@ if sys.platform != "win32":  # where what is open cannot be removed
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYNCED_BY_ITSELF = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """What is said of folders on file systems that do not know fsync for them, or that may not be read."""
+
+_RECENT = 3600.0  # seconds
 
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems say that have no hard links."""
@@ -153,6 +157,12 @@ class Draft(io.FileIO):
             rest = rest[self.write(rest) :]
         self.truncate()
 
+    def unlock(self) -> None:
+        """Let go of the lock, which on SMB keeps others from reading; for writers that take turns anyway."""
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                fcntl.flock(super().fileno(), fcntl.LOCK_UN)
+
     def finish(self) -> None:
         """See that the content is on the disk."""
         with writing(self.target):
@@ -232,7 +242,8 @@ def _temporary(path: Path) -> Path:
 def clear_leftovers(folder: Path, names: str = ".*") -> None:
     """Remove what killed processes left half written in a folder; what is being written stays.
 
-    Where the file system has no locks, nothing is known of these, and all stay.
+    Where the file system has no locks, nothing is known of these, and all stay; on Windows files go that are
+    an hour old.
 
     Args:
         folder: to look in.
@@ -242,6 +253,8 @@ def clear_leftovers(folder: Path, names: str = ".*") -> None:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in [each for each in entries if pattern.fullmatch(each.name)]:
             with contextlib.suppress(OSError):
+                if sys.platform == "win32" and time.time() - entry.stat().st_mtime < _RECENT:
+                    continue  # it is closed before it is renamed
                 if entry.is_file(follow_symlinks=False):
                     _remove_unlocked(Path(entry.path), os.O_RDWR)  # NFS wants that for its locks
                 elif entry.is_dir(follow_symlinks=False) and sys.platform != "win32":
@@ -272,7 +285,8 @@ def _lock(descriptor: int, path: Path) -> bool | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+        # Some network file systems number a file otherwise each time that they are asked.
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path)) or None
     except (BlockingIOError, FileNotFoundError):
         return False
     except OSError:
@@ -417,9 +431,9 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileExistsError:
-        raise
     except OSError as error:
+        if error.errno is None or isinstance(error, FileExistsError):
+            raise
         raise _told(error, path) from error
 
 

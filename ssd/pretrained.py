@@ -14,8 +14,9 @@ import time
 import urllib.error
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -26,7 +27,7 @@ from ssd import web
 from ssd.choices import Backbone
 from ssd.containers import SUFFIXES, NotDamaged, read
 from ssd.errors import CheckpointError, DownloadError
-from ssd.files import atomic_file
+from ssd.files import Draft, atomic_file
 from ssd.labels import COCO_NAMES
 from ssd.terminal import is_watched
 
@@ -367,6 +368,7 @@ def _download_once(
     if sha256 and not digest.hexdigest().startswith(sha256):
         raise DownloadError(f"the file's SHA-256 is {digest.hexdigest()}, expected {sha256}")
     file.flush()
+    cast(Draft, cast(BufferedRandom, file).raw).unlock()  # the download has a lock of its own
     try:
         read(file.name)
     except CheckpointError as error:

@@ -199,7 +199,7 @@ def chunks(response: Response) -> Iterator[bytes]:
         received += len(chunk)
         left = min(left - (time.monotonic() - start) + len(chunk) / MIN_RATE, TIMEOUT)
         yield chunk
-    if announced is not None and received < announced:
+    if announced is not None and received != announced:
         raise ConnectionError(f"the connection ended early: got {received:,} of {announced:,} bytes")
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from ssd.data.builder import SPLITS, Builder
@@ -29,7 +30,7 @@ IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img", "data", "photos
 """Folders in which images lie, beside their annotation files."""
 
 _ASKED = 40  # images for which a folder is asked
-_DEEP, _MOST_FOLDERS = 4, 200  # in which images are looked for where a file names a folder outside
+_MOST_FILES = 10_000  # among which an image is looked for where a file names a folder outside
 
 
 def split_of(name: str) -> str | None:
@@ -128,23 +129,18 @@ def images_in(folder: Path) -> list[str]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there are images in a folder, or a few levels below it, as far as one looks."""
-    level = [folder]
-    for _ in range(_DEEP):
-        if any(map(images_in, level)):
-            return True
-        level = [below for each in level for below in subfolders(each).values()][:_MOST_FOLDERS]
-    return False
+    """Whether there are images among the first files in a folder and below it."""
+    return any(is_image_name(name) for name in islice(files_below(folder), _MOST_FILES))
 
 
-def holds_all(folder: str, dataset: str) -> bool:
+def holds_all(folder: str, *datasets: str) -> bool:
     """Whether a folder is that of the user, the disk's own, or one that a dataset is in: none of images.
 
     Args:
-        folder, dataset: absolute.
+        folder, datasets: absolute.
     """
     real = Path(os.path.realpath(folder))
-    own = (os.path.realpath(dataset), os.path.realpath(os.path.expanduser("~")))
+    own = map(os.path.realpath, (*datasets, os.path.expanduser("~")))
     return any(Path(each).is_relative_to(real) for each in own) or real.parent == real
 
 

@@ -167,7 +167,7 @@ def _list_roots(listing: Path, settings: Settings) -> list[Path]:
         starts = (Path(os.path.abspath(each)) for each in settings.starts)
         return [listing.parent, *(each for each in starts if each.is_relative_to(settings.own))]
     outside = [listing.parent, *(each for each in settings.starts if listing.is_relative_to(each))]
-    return [*(each for each in outside if not holds_all(str(each), str(settings.own))), settings.root]
+    return [*(each for each in outside if not holds_all(str(each))), settings.root]
 
 
 def _home(settings: Settings, listing: Path) -> Path:

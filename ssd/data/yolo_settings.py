@@ -161,7 +161,7 @@ def _require_images(path: Path, entry: str, settings: Settings) -> Path:
     if os.path.isdir(path):
         is_one = not holds_all(str(path), str(settings.own)) and holds_images(path)
     else:
-        is_one = path.suffix.lower() == ".txt" and _lists_images(path, every=True)
+        is_one = path.suffix.lower() == ".txt" and _lists_images(path, most=True)
     if not is_one:
         raise AnnotationError(
             f"{settings.file}: {as_line(entry, 200)} is outside of {settings.root}, and neither a folder of "
@@ -361,15 +361,15 @@ def _by_layout(root: Path, split: str) -> list[Path]:
     return [Path(os.path.abspath(images))]
 
 
-def _lists_images(file: Path, *, every: bool = False) -> bool:
-    """Whether the first line of a file, or every one of its beginning, is the name of an image."""
+def _lists_images(file: Path, *, most: bool = False) -> bool:
+    """Whether the first line of a file, or most of those of its beginning, are names of images."""
     try:
         begin = read_bytes(file, _BEGINNING)
     except AnnotationError:
         return False
     lines = decode(begin).splitlines()[: -1 if len(begin) == _BEGINNING else None]
     named = [is_image_name(written_parts(line)[-1]) for line in lines if line.strip()]
-    return bool(named) and (all(named) if every else named[0])
+    return bool(named) and (2 * sum(named) > len(named) if most else named[0])
 
 
 def _there(root: Path) -> str:

@@ -301,8 +301,8 @@ def test_a_toy_option_by_one_field(scenes, tmp_path):
 def test_a_run_whose_config_is_damaged_is_told(run, tmp_path, content, told):
     (tmp_path / "config.json").write_text(content)
     status, _, err = run("train", "--resume", tmp_path)
-    message = " ".join(err.replace("\u2502", " ").split())
+    message = "".join(err.replace("\u2502", "").split())  # wrapped anywhere
     assert status == 2
-    assert told in message
+    assert told.replace(" ", "") in message
     assert "config.json" in message
     assert "Traceback" not in message

@@ -273,3 +273,34 @@ def test_a_link_to_a_folder_above_is_not_walked(tmp_path):
     (root / "images/up").symlink_to(tmp_path)
     (root / "images/all").symlink_to("/")
     assert load(root).file_names.tolist() == ["a.jpg"]
+
+
+def write_yolo(root, settings, *, images, lists=()):
+    for name in images:
+        picture(root / name)
+        label = root / "labels" / f"{Path(name).stem}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.2 0.2\n")
+    for name, text in dict(lists).items():
+        (root / name).write_text(text)
+    file = root / "cfg" / "data.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"names: [cat]\n{settings}")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "image", "lists"),
+    [
+        ("path: ..\ntrain: train.txt\n", "images/a.jpg", {"train.txt": "./images/a.jpg\n"}),
+        ("path: ..\ntrain: images\n", "images/a.jpg", {}),
+        ("train: ../raw\n", "raw/2011/drive/image/data/a.jpg", {}),
+        ("train: ../train.txt\n", "images/a.jpg", {"train.txt": "images/a.jpg\n# nothing\nimages/a.jpg\n"}),
+    ],
+    ids=["list above", "folder above", "deep folders", "list with a comment"],
+)
+def test_settings_in_a_folder_of_their_own_find_their_images(tmp_path, settings, image, lists):
+    file = write_yolo(tmp_path / "ds", settings, images=[image], lists=lists)
+    annotations = load(file, "train")
+    assert [Path(name).name for name in annotations.file_names][0] == "a.jpg"
+    assert annotations.path(0).samefile(tmp_path / "ds" / image)

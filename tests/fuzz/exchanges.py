@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from fuzz.checkpoints import saved
 from fuzz.engine import Case, some_bytes
 from ssd import containers, images, pretrained, web
 from ssd.errors import DownloadError, ImageError
@@ -63,11 +64,9 @@ _LINES = (
 
 def _bodies() -> tuple[bytes, ...]:
     content = {"a": torch.arange(6.0)}
-    zipped, legacy, png = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    torch.save(content, zipped)
-    torch.save(content, legacy, _use_new_zipfile_serialization=False)
+    png = io.BytesIO()
     Image.linear_gradient("L").resize((20, 10)).save(png, "PNG")
-    return zipped.getvalue(), legacy.getvalue(), safetensors.torch.save(content), png.getvalue()
+    return saved(content), saved(content, zipped=False), safetensors.torch.save(content), png.getvalue()
 
 
 def seeds() -> list[Case]:

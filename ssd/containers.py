@@ -6,6 +6,7 @@ with ``weights_only=True``, and the few other kinds of plain data that training 
 tensors, as numpy's numbers, come in as stand-ins of this module.
 """
 
+import _compat_pickle
 import contextlib
 import errno
 import io
@@ -18,7 +19,8 @@ import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -99,7 +101,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+_LONGEST_HEADER = 8 << 20
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > _LONGEST_HEADER:
+            raise CheckpointError(f"{path}: not a whole safetensors file, or of more tensors than an SSD has")
     try:
         with safetensors.safe_open(path, "pt") as file:
             # Copies: the file is only mapped, and may change or vanish while the network is in use.
@@ -183,6 +191,8 @@ def _most_held(file: IO[bytes]) -> int:
 
 
 _MOST_NAMED = 10**8
+_MOST_STEPS = 4 * 10**6
+_MOST_LONG = 10**4  # numbers of more than 55 bits: as keys, thousands of them can share one hash
 _DEEPEST = 100
 _TO_MARK = -1
 _TAKES = {
@@ -195,7 +205,7 @@ _TAKES = {
 """How many of the values before it each instruction takes, of those that torch reads."""
 _INTO_LAST = {"APPEND", "SETITEM", "BUILD", "APPENDS", "SETITEMS"}  # the others make a value
 _UNCHECKED = {
-    f"torch._utils _rebuild_{kind}"
+    f"torch._utils._rebuild_{kind}"
     for kind in (
         *("nested_tensor", "sparse_tensor", "wrapper_subclass"),
         *("device_tensor_from_numpy", "device_tensor_from_cpu_tensor"),
@@ -215,12 +225,14 @@ def _weigh(file: IO[bytes]) -> None:
         _TooMuch: it has more parts than a file can have.
         _OtherKind: it has tensors of kinds that torch makes without a check.
     """
-    stack: list[list[int]] = []  # of parts and depth
-    below: list[list[list[int]]] = []
-    memo: dict[Any, list[int]] = {}
-    named = 0
+    stack: list[_Part] = []
+    below: list[list[_Part]] = []
+    memo: dict[Any, _Part] = {}
+    named = long = 0
     with contextlib.suppress(ValueError, LookupError, OverflowError, MemoryError, struct.error):
-        for code, value, _ in pickletools.genops(file):
+        for step, (code, value, _) in enumerate(pickletools.genops(file)):
+            if step > _MOST_STEPS:
+                raise _TooMuch("lists and dicts that are too many")
             if code.name == "MARK":
                 below.append(stack)
                 stack = []
@@ -228,32 +240,96 @@ def _weigh(file: IO[bytes]) -> None:
                 memo[value] = stack[-1]
             elif code.name.endswith("BINGET"):
                 stack.append(memo[value])
-                named += memo[value][0]
+                named += memo[value].size
             elif code.name in _TAKES:
-                stack = _taken(code.name, stack, below)
-                if named > _MOST_NAMED or stack[-1][1] > _DEEPEST:
+                long += isinstance(value, int) and value.bit_length() > 55
+                stack = _taken(code.name, value, stack, below)
+                if named > _MOST_NAMED or stack[-1].depth > _DEEPEST or long > _MOST_LONG:
                     raise _TooMuch("lists and dicts that are too many, or too deep in one another")
-                if value in _UNCHECKED:
-                    raise _OtherKind(value.partition("_rebuild_")[2].replace("_", " "))
             elif code.name != "PROTO":
                 return
 
 
-def _taken(name: str, stack: list[list[int]], below: list[list[list[int]]]) -> list[list[int]]:
+@dataclass(slots=True)
+class _Part:
+    """A value of a pickle: what is known of it without making it."""
+
+    kind: str
+    """The instruction that made it."""
+    value: Any = None
+    """Of a text, or the name of what is to be called."""
+    parts: Sequence["_Part"] = ()
+    """Of a tuple."""
+    size: int = 1
+    depth: int = 0
+
+
+_NUMBER = _Part("number")
+
+
+def _taken(name: str, value: Any, stack: list[_Part], below: list[list[_Part]]) -> list[_Part]:
     """The stack after an instruction that makes one value of some."""
+    parts: list[_Part] = []
     if _TAKES[name] == _TO_MARK:
         parts, stack = stack, below.pop()
+    elif _TAKES[name]:
+        if len(stack) < _TAKES[name]:
+            raise LookupError
+        parts = stack[-_TAKES[name] :]
+        del stack[-_TAKES[name] :]
+    if name in ("REDUCE", "NEWOBJ"):
+        _require_small(*parts)
+    if name == "BUILD" and parts[0].kind not in _PLAIN_KINDS:
+        raise _OtherKind("object with a state of another kind")
+    if name in _INTO_LAST:
+        if stack[-1] is _NUMBER:
+            raise LookupError
+    elif name == "GLOBAL":
+        stack.append(_Part(name, _path(value)))
+        if stack[-1].value in _UNCHECKED:
+            raise _OtherKind(stack[-1].value.partition("_rebuild_")[2].replace("_", " "))
+    elif parts or name.startswith(("EMPTY", "TUPLE")):
+        stack.append(_Part(name, None, parts if "TUPLE" in name else ()))
     else:
-        first = len(stack) - _TAKES[name]
-        parts = stack[first:]
-        del stack[first:]
-    if name not in _INTO_LAST:
-        stack.append([1, 0])
+        stack.append(_Part(name, value) if isinstance(value, str) else _NUMBER)
     whole = stack[-1]
-    for size, depth in parts:
-        whole[0] += size
-        whole[1] = max(whole[1], depth + 1)
+    for part in parts:
+        whole.size += part.size
+        whole.depth = max(whole.depth, part.depth + 1)
     return stack
+
+
+def _path(pair: str) -> str:
+    """The name that torch will look up for that of a pickle, which may be one of Python 2."""
+    module, _, name = pair.partition(" ")
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+_PLAIN_KINDS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"}
+_COLLECTIONS = {"builtins.set", "collections.Counter", "collections.OrderedDict", "torch.Size"}
+
+
+def _require_small(function: _Part, arguments: _Part) -> None:
+    """Require of a call that what it makes is no larger than what it is made of.
+
+    Raises:
+        _OtherKind: it is none that `torch.save` writes.
+    """
+    name, given = function.value, arguments.parts
+    right = arguments.kind in _PLAIN_KINDS and "TUPLE" in arguments.kind
+    if name == "torch._tensor._rebuild_from_type_v2":  # calls its first argument
+        right &= bool(given) and str(given[0].value).startswith("torch._utils._rebuild_")
+    elif name == "_codecs.encode" or (name == "builtins.bytearray" and len(given) > 1):
+        right &= len(given) == 2 and given[1].value in ("latin1", "latin-1")  # as bytes are written
+    elif name == "builtins.bytearray":
+        right &= all(each.kind == "REDUCE" for each in given)  # bytes
+    elif name in _COLLECTIONS:
+        right &= all(each.kind in _PLAIN_KINDS for each in given)
+    elif str(name).startswith("torch.") and str(name).endswith("Tensor"):
+        right &= not given
+    if not right:
+        raise _OtherKind(f"call of {as_line(str(name), 60)} that torch.save does not write")
 
 
 def _loaded(file: IO[bytes], most: int) -> object:

@@ -25,7 +25,7 @@ from ssd.backends.base import (
 )
 from ssd.boxes import decode
 from ssd.errors import ExportError
-from ssd.files import gone_if_unused, replace_together, sync_file, temporary_folder, writing
+from ssd.files import gone_if_unused, mode_of, replace_together, sync_file, temporary_folder, writing
 from ssd.images import load_image
 from ssd.model import SSD, load_model
 from ssd.shapes import draw_scene
@@ -118,6 +118,7 @@ def export(
             if names:
                 replace_together(made, path, names)
             else:
+                mode_of(path)  # nothing but a file is replaced
                 os.replace(made, path)
     return path
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -45,9 +46,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         OSError: it cannot be written; the message says why, and what became of it.
     """
-    path = Path(path)
-    clear_leftovers(path.parent, re.escape(path.name))
+    path = Path(os.path.realpath(path))  # a link stays, and so does what it leads to for others
+    mode = mode_of(path)
+    clear_leftovers(path.parent, re.escape(_short(path.name)))
     with draft(path) as new:
+        new.allow(mode)
         file = io.BufferedRandom(new)
         yield file
         file.flush()
@@ -114,7 +117,7 @@ def write_free(contents: Mapping[Path, "ReadableBuffer"]) -> list[Path]:
         OSError: one cannot be written; the message says which.
     """
     for path in contents:
-        clear_leftovers(path.parent, rf"{re.escape(path.stem)}.*")
+        clear_leftovers(path.parent, rf"{re.escape(_short(path.stem))}.*")
     for paths in zip(*map(numbered, contents), strict=True):
         if not any(map(os.path.lexists, paths)):
             with contextlib.suppress(FileExistsError):  # another process was faster
@@ -170,6 +173,12 @@ class Draft(io.FileIO):
         if sys.platform == "win32":  # where what is open cannot be renamed
             self.close()
 
+    def allow(self, mode: int | None) -> None:
+        """Give it the permissions of the file that it replaces, as far as that goes."""
+        if mode is not None and sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                os.fchmod(super().fileno(), mode)
+
     def take_free(self) -> Path:
         """Take the first number of the name that is free; returns the path."""
         for path in numbered(self.target):
@@ -214,7 +223,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    clear_leftovers(path.parent, re.escape(path.name or "new"))
+    clear_leftovers(path.parent, re.escape(_short(path.name) or "new"))
     descriptor = None
     with writing(path):
         while True:
@@ -236,7 +245,28 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.parent / f"{path.name or 'new'}.{secrets.token_hex(4)}.tmp"
+    return path.parent / f"{_short(path.name) or 'new'}.{secrets.token_hex(4)}.tmp"
+
+
+def _short(name: str) -> str:
+    """As much of a name as leaves room for what makes it that of a draft."""
+    return os.fsencode(name)[: 255 - len(".01234567.tmp")].decode(errors="ignore")
+
+
+def mode_of(path: Path) -> int | None:
+    """The permissions of a file; None if there is none.
+
+    Raises:
+        OSError: there is a device, a pipe or a socket.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        what = "a device or pipe, not a file to be replaced; nothing was written"
+        raise OSError(errno.EINVAL, what, str(path))
+    return stat.S_IMODE(status.st_mode)
 
 
 def clear_leftovers(folder: Path, names: str = ".*") -> None:

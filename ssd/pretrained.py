@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ssd import web
 from ssd.choices import Backbone
 from ssd.containers import SUFFIXES, NotDamaged, read
-from ssd.errors import CheckpointError, DownloadError
+from ssd.errors import CheckpointError, DownloadError, as_line
 from ssd.files import Draft, atomic_file
 from ssd.labels import COCO_NAMES
 from ssd.terminal import is_watched
@@ -109,7 +109,7 @@ def cached_path(weights: str, sha256: str | None = None) -> Path:
     if sha256 and f"-{sha256}." in name:  # torchvision's naming; its own downloads lie here too
         return cache_dir() / name
     # Different addresses often end in the same name ("model.pt"), so the name carries the address too.
-    address = hashlib.sha256(weights.encode()).hexdigest()[:8]
+    address = hashlib.sha256(weights.encode(errors="surrogatepass")).hexdigest()[:8]
     stem, suffix = os.path.splitext(re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:])
     return cache_dir() / f"{stem}-{address}{suffix}"
 
@@ -309,14 +309,15 @@ def _download_lock(path: Path, url: str) -> Iterator[None]:
 
 def _download(url: str, path: Path, sha256: str | None, size: int | None, progress: bool) -> None:
     if progress and not is_watched():
-        print(f"downloading {url}", file=sys.stderr)
+        print(f"downloading {as_line(url)}", file=sys.stderr)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
         try:
             with atomic_file(path) as file:
                 _download_once(url, file, path.name, sha256, size, progress)
-            _sidecar(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # then the digest tells at the first load
+                _sidecar(path).unlink(missing_ok=True)
             return
         except web.READ_ERRORS as error:
             problem = error

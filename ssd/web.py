@@ -156,7 +156,6 @@ def open_url(url: str) -> Iterator[Response]:
         raise urllib.error.URLError(f"{url} is not an http(s) URL")
     parts = urlsplit(url)
     plain = "%/:=&?~#+!$,;'@()*[]"  # reserved characters, and the escapes that a URL may have already
-    escaped = parts._replace(path=quote(parts.path, plain), query=quote(parts.query, plain), fragment="")
     # Built by hand: urllib's own opener would also read file:, ftp: and data:.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -168,6 +167,8 @@ def open_url(url: str) -> Iterator[Response]:
     ):
         opener.add_handler(handler())
     try:
+        path, query = (quote(part, plain, errors="surrogateescape") for part in (parts.path, parts.query))
+        escaped = parts._replace(path=path, query=query, fragment="")
         request = urllib.request.Request(urlunsplit(escaped), headers={"User-Agent": "ssd300"})
         response = opener.open(request)
         if response.status not in (200, 203):  # as 206, a part that was not asked for

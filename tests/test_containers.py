@@ -544,6 +544,10 @@ def with_pickle(path, pickled, **options):
 
 PAIRS = b")" + b"q\x05h\x05\x86" * 60  # a pair of a pair of ...
 NESTED = b")" + b"\x85" * 2_000_000
+HEXED = b"c_codecs\nencode\n" * 30 + text("ab") + (text("hex") + b"\x86R") * 30  # each twice as long
+TYPED = (
+    b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\nctorch\nTensor\nJ\xff\xff\xff\x7f\x85}tR"
+)
 CALLED = b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R"  # as many as that, of memory as it is found
 
 
@@ -553,13 +557,27 @@ CALLED = b"ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R"  # as many as that, of m
         (b"\x80\x02}" + PAIRS + b"K\x01s.", "announces lists and dicts that are too many"),
         (b"\x80\x02}" + NESTED + b"K\x01s.", "announces lists and dicts that are too many, or too deep"),
         (b"\x80\x02cbuiltins\nset\n](" + PAIRS + b"e\x85R.", "announces lists and dicts that are too many"),
-        (b"\x80\x02}" + text("a") + CALLED + b"s.", "announces tensors that are larger than the file"),
+        (b"\x80\x02}" + text("a") + CALLED + b"s.", "a call of torch.FloatTensor that torch.save does not"),
+        (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "a call of builtins.bytearray that"),
+        (b"\x80\x02" + HEXED + b".", "a call of _codecs.encode that torch.save does not write"),
+        (
+            b"\x80\x02ccollections\nCounter\n" + TYPED + b"\x85R.",
+            "a call of torch._tensor._rebuild_from_type_v2",
+        ),
+        (b"\x80\x02](" + b"N" * 4_100_000 + b"e.", "announces lists and dicts that are too many"),
+        (
+            b"\x80\x02}" + text("a") + b"ctorch\n_utils._rebuild_sparse_tensor\n)Rs.",
+            "holds a sparse tensor, a kind",
+        ),
         (
             b"\x80\x02}" + text("a") + b"ctorch._utils\n_rebuild_nested_tensor\n)Rs.",
             "holds a nested tensor, a kind",
         ),
     ],
-    ids=["pairs as a key", "nested as a key", "pairs in a set", "made by the pickle", "nested tensor"],
+    ids=[
+        *("pairs as a key", "nested as a key", "pairs in a set", "made by the pickle", "bytearray", "hex"),
+        *("bytearray by a detour", "very many values", "sparse by another spelling", "nested tensor"),
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_few_bytes_take_neither_time_nor_memory_nor_the_process(tmp_path, pickled, told, zipped):

@@ -314,3 +314,33 @@ def test_a_draft_that_was_taken_for_a_dead_ones_is_made_again(tmp_path, monkeypa
     write_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert len(removed) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files here")
+def test_only_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device or pipe, not a file to be replaced; nothing was written"):
+        write_file(tmp_path / "pipe", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are others here")
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_permissions_and_links_stay(tmp_path, mode):
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    real.write_bytes(b"old")
+    real.chmod(mode)
+    link.symlink_to(real)
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert (real.read_bytes(), real.stat().st_mode & 0o777) == (b"new", mode)
+    assert len(list(real.parent.iterdir())) == 1
+
+
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("x" * 255, "\u00e9" * 127):
+        write_file(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+        (tmp_path / name).unlink()
+    assert write_free({tmp_path / ("y" * 251 + ".jpg"): b"new"}) == [tmp_path / ("y" * 251 + ".jpg")]

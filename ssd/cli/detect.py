@@ -29,6 +29,7 @@ from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_
 from ssd.detections import Detections
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
+from ssd.errors import as_line
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
@@ -101,7 +102,7 @@ def detect(
             "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
         )
         failures.append(name)
-        tqdm.write(f"ssd: left out {name}: {reason}", file=sys.stderr)
+        tqdm.write(as_line(f"ssd: left out {name}: {reason}"), file=sys.stderr)
 
     with join(chosen_device(device)) as world, results_folder(output, "detect", world) as folder:
         detector = load_detector(weights, world, device, precision, compile=compile)
@@ -185,7 +186,7 @@ def _write(
                     report(found.source, error)
                 else:
                     counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
-                tqdm.write(f"{found.source}: {found.summary()}", file=sys.stdout)
+                tqdm.write(as_line(f"{found.source}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))
                 bar.update(counts.done + len(counts.failures) - bar.n)

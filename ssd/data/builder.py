@@ -315,13 +315,23 @@ def number(text: str | None) -> float:
         return float("nan")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int | None = None) -> str:
     """The text of a file; see `decode`.
 
+    Args:
+        path: the file.
+        most: the bytes that it may have, where there is a limit.
+
     Raises:
-        AnnotationError: see `read_bytes`.
+        AnnotationError: see `read_bytes`; or it has more.
     """
-    return decode(read_bytes(path))
+    content = read_bytes(path, -1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise AnnotationError(f"{path}: has more than {most:,} bytes")
+    try:
+        return decode(content)
+    except MemoryError:
+        raise AnnotationError(f"{path}: cannot be read (it is too large for the memory)") from None
 
 
 def read_bytes(path: Path, most: int = -1) -> bytes:

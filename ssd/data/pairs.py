@@ -46,7 +46,7 @@ def pair(
     root: str,
     split: str,
     extra: Sequence[str] = (),
-    searched: Sequence[str] = (),
+    searched: Sequence[str] | None = None,
 ) -> Pairs:
     """Find the label file of each image.
 
@@ -77,7 +77,8 @@ def pair(
     if not free and None not in labels:
         return Pairs(images, labels, {}, {})
     given = set(images)
-    below = [os.path.join(each, name) for each in searched or [root] for name in files_below(Path(each))]
+    places = [root] if searched is None else searched
+    below = [os.path.join(each, name) for each in places for name in files_below(Path(each))]
     elsewhere = [path for path in below if path not in given and is_image_name(path)]
     theirs = known.of(elsewhere)
     claimed.update(theirs)

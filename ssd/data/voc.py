@@ -528,7 +528,7 @@ def _object(entry: ET.Element) -> _Object:
 
 def _rotation(entry: ET.Element) -> float:
     """By how many degrees CVAT has turned the box of an object."""
-    attributes = entry.iter("attribute")
+    attributes = [*entry.findall("attribute"), *entry.findall("attributes/attribute")]
     values = [number(_text(each, "value")) for each in attributes if _text(each, "name") == "rotation"]
     return next((value for value in values if math.isfinite(value)), 0.0)
 
@@ -540,8 +540,10 @@ def _around(entry: ET.Element) -> Box | None:
         if finite_numbers([x, y, width, height], 4):
             upright = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             return turned(upright, math.degrees(angle)) if math.isfinite(angle) else upright
+        # Not all that is below: objects may be nested in objects.
+        near = [shape, *(each for child in shape for each in (child, *child))]
         points = [
-            [number(each.text) for each in shape.iter() if re.fullmatch(rf"{axis}(\d+|_\w+)?", each.tag)]
+            [number(each.text) for each in near if re.fullmatch(rf"{axis}(\d+|_\w+)?", each.tag)]
             for axis in "xy"
         ]
         if len(points[0]) == len(points[1]):

@@ -166,8 +166,9 @@ def _list_roots(listing: Path, settings: Settings) -> list[Path]:
     if listing.is_relative_to(settings.own):
         starts = (Path(os.path.abspath(each)) for each in settings.starts)
         return [listing.parent, *(each for each in starts if each.is_relative_to(settings.own))]
-    outside = [listing.parent, *(each for each in settings.starts if listing.is_relative_to(each))]
-    return [*(each for each in outside if not holds_all(str(each))), settings.root]
+    named = (Path(os.path.abspath(each)) for each in settings.starts)
+    roots = [listing.parent, *(each for each in named if listing.is_relative_to(each))]
+    return [*(each for each in roots if not holds_all(str(each))), settings.root]
 
 
 def _home(settings: Settings, listing: Path) -> Path:
@@ -179,7 +180,8 @@ def _home(settings: Settings, listing: Path) -> Path:
     folder = listing if os.path.isdir(listing) else listing.parent
     above = [each.parent for each in (folder, *folder.parents) if each.name.lower() == "images"]
     beside = [folder.parent] if set(LABEL_FOLDERS) & subfolders(folder.parent).keys() else []
-    return next((each for each in [*above, *beside] if not holds_all(str(each), str(settings.own))), folder)
+    # Of these only the folders for labels are looked into (see `_searched`): they may hold the dataset.
+    return next((each for each in [*above, *beside] if each.parent != each), folder)
 
 
 def _searched(home: Path, folders: Sequence[str], settings: Settings, images: Path | None) -> list[str]:

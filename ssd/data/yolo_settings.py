@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -31,6 +32,7 @@ _NOTHING = ("", "~", "null", "none", "[]")  # how YAML says so, which is read as
 _MOST_TOLD = 10
 _BEGINNING = 1 << 16  # bytes of a list of images, by which it is known
 _LONGEST = 1000  # characters of a folder's path, as far as it is looked for
+_MOST_OF_SETTINGS = 1 << 22  # bytes of a YAML file: 100,000 names have 2 MB
 MOST_PARTS = 50  # of a path, beyond which nobody looks
 
 
@@ -119,11 +121,11 @@ def find_listings(settings: Settings, split: str, images: Path | None = None) ->
         return found
     entries = entries_of(settings, split)
     if not entries:
-        has = ", ".join(key for key in settings.splits if split_of(key))
+        has = _told([key for key in settings.splits if split_of(key)])
         raise AnnotationError(
             f"{settings.file}: there is no {split} split; " + (f"it has {has}" if has else "it has none")
         )
-    return [_located(entry, settings, split, images) for entry in entries]
+    return list(dict.fromkeys(_located(entry, settings, split, images) for entry in entries))
 
 
 def entries_of(settings: Settings, split: str) -> list[str]:
@@ -204,7 +206,11 @@ class _AsWritten(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a file, by their keys in lower case."""
-    text = read_text(file)
+    return _parsed_yaml(file, read_text(file, _MOST_OF_SETTINGS))
+
+
+@lru_cache(maxsize=2)  # it is asked for each split, by each format
+def _parsed_yaml(file: Path, text: str) -> dict[str, Any]:
     try:
         # The loader makes text, lists and dicts only, each of them once, however many aliases it has: whoever
         # makes text of them has to mind that.
@@ -214,7 +220,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise AnnotationError(f"{file}: not a YAML file ({told})") from error
     if not isinstance(config, dict):
         raise AnnotationError(f"{file}: holds no settings")
-    return {str(key).lower(): value for key, value in config.items()}
+    lower = [key.lower() for key in config]
+    if twice := next((key for key, count in Counter(lower).items() if count > 1), None):
+        raise AnnotationError(f"{file}: {shown(twice)} is there twice, in capital and in small letters")
+    return dict(zip(lower, config.values(), strict=True))
 
 
 def _has_classes_and_splits(file: Path) -> bool:
@@ -229,21 +238,30 @@ def _has_classes_and_splits(file: Path) -> bool:
 def _of_yaml(file: Path) -> Settings:
     config = _read_yaml(file)
     splits: dict[str, list[str]] = {}
+    made: dict[int, list[str]] = {}  # by identity: aliases are one value each, however often they are written
     for key, value in config.items():
-        entries = value if isinstance(value, list) else [value]
-        entries = [entry for entry in entries if isinstance(entry, str) and entry.lower() not in _NOTHING]
-        if entries and key not in ("names", "path", "nc", "download"):
-            splits[key] = entries
+        if key in ("names", "path", "nc", "download"):
+            continue
+        if id(value) not in made:
+            some = {id(each): each for each in (value if isinstance(value, list) else [value])}.values()
+            entries = [each for each in some if isinstance(each, str) and not _is_nothing(each)]
+            made[id(value)] = list(dict.fromkeys(entries))
+        if made[id(value)]:
+            splits[key] = made[id(value)]
     base = config.get("path")
     return Settings(
         file=file,
         root=file.parent,
         names=_names_of(file, config),
         splits=splits if any(split_of(key) for key in splits) else {},
-        base=base if isinstance(base, str) and base.lower() not in _NOTHING else "",
+        base=base if isinstance(base, str) and not _is_nothing(base) else "",
         has_keypoints="kpt_shape" in config,
         class_count=int(count) if _is_number(count := config.get("nc")) else None,
     )
+
+
+def _is_nothing(text: str) -> bool:
+    return len(text) < 8 and text.lower() in _NOTHING
 
 
 def _is_number(value: object) -> TypeGuard[str]:
@@ -253,7 +271,7 @@ def _is_number(value: object) -> TypeGuard[str]:
 def _names_of(file: Path, config: dict[str, Any]) -> list[str]:
     """The names of the classes, as they stand in the file, in the order of their numbers."""
     names = config.get("names")
-    if isinstance(names, str) and names.lower() not in _NOTHING:
+    if isinstance(names, str) and not _is_nothing(names):
         other = in_any_case(file.parent, within(written_parts(names)) or [""])
         if other is None or not os.path.isfile(other):
             raise AnnotationError(

@@ -30,6 +30,7 @@ from ssd.data.judge import notes_of
 from ssd.devices import choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError, CheckpointError
+from ssd.images import lacks_memory
 from ssd.loss import LOSSES, Losses
 from ssd.model import SSD, build, transfer
 from ssd.train.config import TrainConfig
@@ -296,7 +297,14 @@ def new_network(config: TrainConfig, class_names: tuple[str, ...]) -> tuple[SSD,
             )
         return model, line
     backbone = config.backbone or "resnet50"
-    model = SSD(len(class_names) + 1, backbone, config.head_norm, config.backbone_weights, layout)
+    try:
+        model = SSD(len(class_names) + 1, backbone, config.head_norm, config.backbone_weights, layout)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise AnnotationError(
+            f"there is not enough memory for a network of {len(class_names):,} classes; join some of them"
+        ) from error
     origin = f"trunk from {config.backbone_weights}, the rest" if config.backbone_weights else "all weights"
     return model, f"SSD{layout.size} {backbone}, {len(class_names)} classes; {origin} from random values"
 

@@ -304,3 +304,27 @@ def test_settings_in_a_folder_of_their_own_find_their_images(tmp_path, settings,
     annotations = load(file, "train")
     assert [Path(name).name for name in annotations.file_names][0] == "a.jpg"
     assert annotations.path(0).samefile(tmp_path / "ds" / image)
+
+
+def test_labels_are_looked_for_in_folders_of_labels_alone(tmp_path):
+    """Beside a list outside of the dataset lie others' files of the same names."""
+    for name in ("ds/images/0.png", "ds/images/1.png"):
+        picture(tmp_path / name)
+    for name in ("private/0.txt", "deep/er/1.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "train.txt").write_text(f"{tmp_path}/ds/images/0.png\n{tmp_path}/ds/images/1.png\n")
+    (tmp_path / "ds" / "data.yaml").write_text("names: [a]\ntrain: ../train.txt\n")
+    assert len(load(tmp_path / "ds", "train").boxes) == 0
+
+
+def test_labels_beside_the_images_of_settings_in_a_folder_of_their_own(tmp_path):
+    file = write_yolo(tmp_path / "ds", "path: ..\ntrain: images\n", images=["images/a.jpg"])
+    assert len(load(file, "train").boxes) == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="there is no such folder here")
+def test_the_systems_own_folders_hold_no_dataset(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: [a]\ntrain: /proc\n")
+    with pytest.raises(AnnotationError, match="neither a folder of images nor a list of them"):
+        load(tmp_path, "train")

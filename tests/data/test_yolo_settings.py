@@ -5,6 +5,7 @@ import pytest
 from made_data import BOX, picture
 
 from ssd.data import AnnotationError, find_split, load
+from ssd.data.yolo_settings import find_listings, find_settings
 
 LINE = "1 0.25 0.5 0.3 0.5\n"  # BOX, of class cat
 
@@ -296,3 +297,18 @@ def test_tags_of_yaml_run_nothing(tmp_path, monkeypatch):
     write(tmp_path, "data.yaml: train: images\nnames: !!python/tuple [a, b]\n")
     assert load(tmp_path).class_names == ("a", "b")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_split_that_is_named_again_and_again_is_read_once(tmp_path):
+    aliases = ", ".join(["*a"] * 20_000)
+    (tmp_path / "data.yaml").write_text(f"names: [cat]\nx: &a images\ntrain: [{aliases}]\n")
+    (tmp_path / "images").mkdir()
+    settings = find_settings(tmp_path)
+    assert settings.splits["train"] == ["images"]
+    assert find_listings(settings, "train") == [tmp_path / "images"]
+
+
+def test_a_key_in_capital_and_small_letters_is_told(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: [cat]\nNames: [dog]\ntrain: images\n")
+    with pytest.raises(AnnotationError, match="'names' is there twice, in capital and in small letters"):
+        find_settings(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +25,7 @@ from ssd.fused import Conv, can_pack
 from ssd.images import ImageSource, load_image, source_name
 from ssd.model import SSD
 from ssd.shapes import draw_scene
+from ssd.tiles import cut
 from ssd.transforms import resize
 
 STAGES = ("read", "transform", "forward", "postprocess")
@@ -144,16 +146,21 @@ def _one_batch(detector: Detector, sources: Sequence[ImageSource]) -> dict[str, 
     mark()
     with torch.inference_mode():
         batch = [
-            Input(source_name(source), image, image.size, resize(image, detector.layout.size))
+            _as_input(source, image, detector.layout.size)
             for source, image in zip(sources, images, strict=True)
         ]
         pixels = detector.pixels(batch)
         mark()
         outputs = detector.backend.forward(pixels)
         mark()
-        detector.results(batch, detector.backend.finish(outputs, options))
+        detector.results(batch, detector.backend.finish(outputs, options).cpu().per_image(), options)
         mark()
     return dict(zip(STAGES, np.diff(marks).tolist(), strict=True))
+
+
+def _as_input(source: ImageSource, image: Image.Image, size: int) -> Input:
+    windows = tuple(cut(*image.size, None))
+    return Input(source_name(source), image, image.size, resize(image, size)[None], windows)
 
 
 def flops(num_classes: int, backbone: Backbone, layout: Layout = PUBLISHED_LAYOUT) -> float:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
@@ -30,8 +31,8 @@ from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
 from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, source_path
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
-from ssd.postprocess import PaddedDetections
 from ssd.sources import Named, find_images
+from ssd.tiles import Found, Window, cut, gather, view
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
@@ -40,6 +41,8 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
+_MOST_VIEWS = 64  # images and tiles that go through the network together
+_LEAST_SIDE = 32  # of tiles, in pixels; smaller ones are many
 _PATIENCE = 3.0  # seconds that Python's exit waits for them
 
 
@@ -68,8 +71,10 @@ class Input:
     """Upright, RGB; or where to read it again; None if it was not read at full size."""
     size: tuple[int, int]
     """Width and height, at full size."""
-    resized: Tensor
-    """uint8 ``[S, S, 3]``, of the network's size S."""
+    views: Tensor
+    """uint8 ``[V, S, S, 3]``, of the network's size S: the whole image first, then its tiles."""
+    windows: tuple[Window, ...]
+    """What of the image each view shows."""
     number: int | None = None
     """Among the images of its list or stream, counted from 0; None by itself."""
 
@@ -81,6 +86,8 @@ class Reading(NamedTuple):
     """See `ssd.load_image`."""
     least: int | None = None
     """See `ssd.images.load_scaled`."""
+    tiles: int | None = None
+    """See `ssd.tiles.cut`; None for no tiles."""
 
 
 class Detector:
@@ -171,6 +178,7 @@ class Detector:
         classes: Sequence[str | int] | None = ...,
         batch_size: int = ...,
         max_pixels: int = ...,
+        tiles: int | None = ...,
     ) -> list[Detections]: ...
     @overload
     def __call__(
@@ -183,6 +191,7 @@ class Detector:
         classes: Sequence[str | int] | None = ...,
         batch_size: int = ...,
         max_pixels: int = ...,
+        tiles: int | None = ...,
     ) -> Detections: ...
     def __call__(
         self,
@@ -194,6 +203,7 @@ class Detector:
         classes: Sequence[str | int] | None = None,
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
+        tiles: int | None = None,
     ) -> Detections | list[Detections]:
         """Detect objects in one image, or in each of a list.
 
@@ -205,6 +215,8 @@ class Detector:
             classes: names or 0-based ids to look for, or one name; None for all.
             batch_size: how many images of a list go through the network at a time.
             max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
+            tiles: for objects that are small in large images: look at the whole image and at overlapping
+                tiles of so many pixels a side; see `ssd.tiles`.
 
         Returns:
             `Detections` for one image, a list of them for a list.
@@ -216,9 +228,10 @@ class Detector:
             ValueError: an option is out of range or a class unknown.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
+        reading = Reading(max_pixels, tiles=_checked_side(tiles))
         if isinstance(images, list | tuple) and not isinstance(images, Named):
-            return list(self._stream(images, _positive(batch_size), options, None, Reading(max_pixels)))
-        return self._detect([self._read(images, how=Reading(max_pixels))], options)[0]
+            return list(self._stream(images, _positive(batch_size), options, None, reading))
+        return self._detect([self._read(images, how=reading)], options)[0]
 
     def stream(
         self,
@@ -232,6 +245,7 @@ class Detector:
         on_error: OnError | None = None,
         scaled_decoding: bool = False,
         max_pixels: int = MAX_PIXELS,
+        tiles: int | None = None,
     ) -> Iterator[Detections]:
         """Detect objects in any number of images, one result at a time and in order.
 
@@ -250,6 +264,7 @@ class Detector:
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
             max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
+            tiles: as for calling the detector; not with `scaled_decoding`.
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
@@ -258,7 +273,10 @@ class Detector:
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
             )
-        reading = Reading(max_pixels, self.layout.size if scaled_decoding else None)
+        if scaled_decoding and tiles is not None:
+            raise ValueError("tiles need the whole image; leave scaled_decoding out")
+        least = self.layout.size if scaled_decoding else None
+        reading = Reading(max_pixels, least, _checked_side(tiles))
         return self._stream(sources, _positive(batch_size), options, on_error, reading)
 
     def _options(
@@ -314,7 +332,8 @@ class Detector:
 
         finished = False
         try:
-            for read in self._read_ahead(sources, 2 * batch_size, reading):
+            ahead = 2 * batch_size if reading.tiles is None else 2  # tiles take up to twice their image
+            for read in self._read_ahead(sources, ahead, reading):
                 if read is None:  # nobody should wait for images who could have results
                     yield from results()
                     continue
@@ -327,7 +346,7 @@ class Detector:
                     start()
                     yield from results()
                     raise _marked(outcome, name, number)
-                if len(batch) == batch_size:
+                if len(batch) == batch_size or sum(len(each.views) for each in batch) >= _MOST_VIEWS:
                     start()
                     yield from results(left=1)
             start()
@@ -359,14 +378,18 @@ class Detector:
         return found
 
     def _detect(self, batch: list[Input], options: Options) -> list[Detections]:
+        image_of = [i for i, each in enumerate(batch) for _ in each.windows]
+        found: list[Found] = []
         with torch.inference_mode():
-            pixels = self.pixels(batch)
-            try:
-                found = self.backend.finish(self.backend.forward(pixels), options)
-            except NonFiniteError as error:
-                names = ", ".join(batch[i].name or "image" for i in error.images)
-                raise NonFiniteError(f"{names}: {error}", error.images) from error
-        return self.results(batch, found)
+            for pixels in self.pixels(batch).split(max(_MOST_VIEWS, len(batch))):
+                try:
+                    some = self.backend.finish(self.backend.forward(pixels), options)
+                except NonFiniteError as error:
+                    images = sorted({image_of[len(found) + i] for i in error.images})
+                    names = ", ".join(batch[i].name or "image" for i in images)
+                    raise NonFiniteError(f"{names}: {error}", images) from error
+                found += some.cpu().per_image()
+        return self.results(batch, found, options)
 
     def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
         name, image = _named(source, number)
@@ -407,12 +430,13 @@ class Detector:
                 source, how.least, name=called, max_pixels=how.max_pixels, on_open=on_open
             )
             with enough_memory(called, size):
-                resized = resize(whole, self.layout.size)
+                windows = cut(*whole.size, how.tiles)
+                views = torch.stack([resize(view(whole, each), self.layout.size) for each in windows])
             kept: Image.Image | Original | None = whole if whole.size == size else None
             if kept is not None and where:
                 kept = Original(*where[0], called, size, how.max_pixels, opened_path(image))
             del whole  # before others get its room
-        return Input(name, kept, size, resized, number)
+        return Input(name, kept, size, views, tuple(windows), number)
 
     def _read_ahead(
         self, sources: Iterable[AnySource], ahead: int, reading: Reading
@@ -453,25 +477,29 @@ class Detector:
             pool.shutdown(wait=finished)
 
     def pixels(self, batch: Sequence[Input]) -> Tensor:
-        """What `Backend.forward` takes: uint8 ``[N, S, S, 3]`` on the detector's device."""
-        pixels = torch.stack([each.resized for each in batch])
+        """What `Backend.forward` takes, of all views: uint8 ``[N, S, S, 3]`` on the detector's device."""
+        pixels = torch.cat([each.views for each in batch])
         on_gpu = self.device.type == "cuda"
         return (pixels.pin_memory() if on_gpu else pixels).to(self.device, non_blocking=on_gpu)
 
-    def results(self, batch: Sequence[Input], found: PaddedDetections) -> list[Detections]:
-        """Detections in the pixels of each image, from those of the batch."""
-        parts = found.cpu().per_image()
-        return [self._result(each, *part) for each, part in zip(batch, parts, strict=True)]
+    def results(self, batch: Sequence[Input], found: Sequence[Found], options: Options) -> list[Detections]:
+        """Detections in the pixels of each image, from those of all views of the batch."""
+        rest = iter(found)
+        return [self._result(each, list(islice(rest, len(each.windows))), options) for each in batch]
 
-    def _result(self, of: Input, boxes: Tensor, scores: Tensor, class_ids: Tensor) -> Detections:
+    def _result(self, of: Input, found: list[Found], options: Options) -> Detections:
+        boxes, scores, class_ids = gather(
+            found,
+            of.windows,
+            of.size,
+            iou_threshold=options.iou_threshold,
+            max_detections=options.max_detections,
+        )
         width, height = of.size
-        size = boxes.new_tensor([width, height, width, height])
-        boxes = (boxes * size).clamp(min=torch.zeros_like(size), max=size)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # what lies beyond the border has no area left
         return Detections(
-            boxes=boxes[inside].numpy(),
-            scores=scores[inside].numpy(),
-            class_ids=class_ids[inside].numpy(),
+            boxes=boxes.numpy(),
+            scores=scores.numpy(),
+            class_ids=class_ids.numpy(),
             class_names=self.class_names,
             image_size=(height, width),
             source=of.name,
@@ -593,6 +621,12 @@ def _marked(error: E, name: str, number: int | None) -> E:
     """The error with the `source` and the `number` that the result would have had."""
     vars(error).update(source=name, number=number)
     return error
+
+
+def _checked_side(tiles: int | None) -> int | None:
+    if tiles is not None and tiles < _LEAST_SIDE:
+        raise ValueError(f"tiles are at least {_LEAST_SIDE} pixels wide; got {tiles}")
+    return tiles
 
 
 def _positive(batch_size: int) -> int:

@@ -94,6 +94,7 @@ def detect_all(
     batch_size: int = 8,
     score_threshold: float = SCORE_THRESHOLD,
     iou_threshold: float = IOU_THRESHOLD,
+    tiles: int | None = None,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[Annotations, dict[int, Detections]]:
     """Detect on every image of a dataset; each process does its share, without overlap, and all get all.
@@ -104,6 +105,7 @@ def detect_all(
         world: this process among those of the run.
         batch_size: images in the network at a time.
         score_threshold, iou_threshold: of the detections, as published for validation.
+        tiles: see `Detector.__call__`.
         on_done: called after each image of this process.
 
     Returns:
@@ -141,6 +143,7 @@ def detect_all(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         max_detections=MOST_KEPT,
+        tiles=tiles,
     )
     for i, each in zip(mine, results, strict=True):
         if isinstance(dataset, Annotations):
@@ -161,13 +164,14 @@ def evaluate_detector(
     world: World | None = None,
     *,
     batch_size: int = 8,
+    tiles: int | None = None,
 ) -> Evaluation:
     """Detect on every image of a dataset and measure with the official COCO code; see `detect_all`.
 
     All images count, with and without boxes.
     """
     world = world or alone(detector.device)
-    truth, found = detect_all(detector, dataset, world, batch_size=batch_size)
+    truth, found = detect_all(detector, dataset, world, batch_size=batch_size, tiles=tiles)
     measured = world.gather(measure(truth, found) if world.is_main else None)[0]
     assert measured is not None
     return measured

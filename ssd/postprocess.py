@@ -205,7 +205,7 @@ def _greedy_nms(
             rivals = class_id[:, :, None] == kept.class_ids[:, None, :most]
             alive &= ~(rivals & overlap(boxes, kept.boxes[:, :most], iou_threshold)).any(2)
         better &= overlap(boxes, boxes, iou_threshold)
-        keep = _survivors(better, alive)
+        keep = survivors(better, alive)
 
         slot = kept.counts[:, None] + keep.cumsum(1) - 1
         row, column = (keep & (slot < max_detections)).nonzero(as_tuple=True)
@@ -218,7 +218,7 @@ def _greedy_nms(
     return kept._replace(class_ids=kept.class_ids.clamp(min=0))
 
 
-def _survivors(better: Tensor, alive: Tensor) -> Tensor:
+def survivors(better: Tensor, alive: Tensor) -> Tensor:
     """What greedy NMS keeps: alive, and suppressed by nothing that is kept itself.
 
     Repeating the rule settles the boxes in order of score, so the result is the greedy one exactly; it takes

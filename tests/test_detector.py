@@ -27,7 +27,9 @@ from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
 from ssd.images import load_image
 from ssd.pixels import DECODED, Room
 from ssd.postprocess import postprocess
+from ssd.shapes import draw_scene
 from ssd.sources import Named
+from ssd.tiles import cut
 from ssd.transforms import evaluation_transform, normalize, resize
 
 LOW = {"score_threshold": 0.3}
@@ -793,3 +795,73 @@ def test_a_stream_takes_an_array_of_paths_and_no_single_image(tmp_path):
         for one in (file, bytearray(path.read_bytes()), np.zeros((30, 40, 3), np.uint8)):
             with pytest.raises(TypeError, match="for one, call the detector"):
                 detector.stream(one)
+
+
+def test_tiles_of_an_image_that_is_no_larger_change_nothing(detector, photo):
+    assert same(detector(photo, tiles=451, **LOW), detector(photo, **LOW))
+
+
+def test_each_tile_is_seen_as_an_image_of_its_own(detector, photo):
+    image = load_image(photo)
+    windows = cut(*image.size, 200)
+    found = detector([image.crop(each) for each in windows], iou_threshold=1, **LOW)
+    expected = sum(len(each) for each in found)
+    tiled = detector(image, tiles=200, iou_threshold=1, **LOW)
+    assert 0 < len(tiled) <= expected
+    for box, score in zip(tiled.boxes, tiled.scores, strict=True):
+        assert any(
+            np.isclose(each.scores, score, atol=1e-4).any() and (box >= (*window[:2], *window[:2])).all()
+            for each, window in zip(found, windows, strict=True)
+        )
+
+
+def test_tiles_in_streams_and_lists_are_those_of_single_images(detector, photos):
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    expected = [detector(path, tiles=200, **LOW) for path in paths]
+    for results in (
+        detector(paths, tiles=200, **LOW),
+        list(detector.stream(photos, tiles=200, batch_size=2, **LOW)),
+    ):
+        assert [each.source for each in results] == [each.source for each in expected]
+        assert all(close(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_small_objects_of_a_large_image_are_found_in_tiles():
+    """Nine scenes in one picture, each as large as what the network was trained on."""
+    rng = np.random.default_rng(0)
+    whole, count = Image.new("RGB", (900, 900)), 0
+    for i in range(9):
+        scene, boxes, _ = draw_scene(rng)
+        whole.paste(scene.resize((300, 300)), (300 * (i % 3), 300 * (i // 3)))
+        count += len(boxes)
+    own = Detector.load("shapes", "cpu", "fp32")
+    assert len(own(whole)) < 0.5 * count
+    assert 0.8 * count < len(own(whole, tiles=300)) < 1.2 * count
+
+
+def test_what_tiles_cannot_be(detector, photo):
+    with pytest.raises(ValueError, match="tiles are at least 32 pixels wide; got 8"):
+        detector(photo, tiles=8)
+    with pytest.raises(ValueError, match="tiles need the whole image; leave scaled_decoding out"):
+        detector.stream([photo], tiles=300, scaled_decoding=True)
+
+
+def test_an_image_with_a_tile_that_gives_no_numbers_is_named(detector, photo):
+    forward = detector.backend.forward
+
+    def poisoned(pixels):
+        loc, conf = forward(pixels)
+        conf = conf.clone()
+        conf[3:4] = float("nan")  # a tile of the second image
+        return loc, conf
+
+    own = copy.copy(detector)
+    own.backend = replace(detector.backend, forward=poisoned, rebuild=None)
+    small = load_image(photo).resize((64, 64))
+    images = [Named("a", small), Named("b", load_image(photo))]
+    errors = []
+    found = list(
+        own.stream(images, tiles=300, on_error=lambda name, error: errors.append((name, error.number)))
+    )
+    assert errors == [("b", 1)]
+    assert [each.source for each in found] == ["a"]

@@ -20,7 +20,7 @@ ORDER = [
     *("devices", "distributed", "boxes"),
     *("images", "sources", "pixels", "drawing", "detections", "transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *("data", "backends", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
+    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {

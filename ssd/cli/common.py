@@ -31,6 +31,10 @@ Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")
 ]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images in the network at a time.")]
+Tiles: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=32, help="For small objects: look at tiles of so many pixels a side, too."),
+]
 DATA_HELP = f"A dataset: {', '.join(title for each in FORMATS.values() for title in each.titles)}."
 Data: TypeAlias = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Images: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")]

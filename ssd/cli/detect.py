@@ -18,6 +18,7 @@ from ssd.cli.common import (
     BatchSize,
     Device,
     Precision,
+    Tiles,
     Weights,
     chosen_device,
     load_detector,
@@ -57,6 +58,7 @@ def detect(
     ] = Options.max_detections,
     classes: Annotated[str | None, typer.Option(help="Only these, as in person,dog.")] = None,
     batch_size: BatchSize = 8,
+    tiles: Tiles = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Where to write; by default a new folder runs/detect-N.", file_okay=False),
@@ -89,6 +91,8 @@ def detect(
         raise typer.BadParameter(
             "pictures need the whole image: add --no-images", param_hint="--scaled-decoding"
         )
+    if scaled_decoding and tiles is not None:
+        raise typer.BadParameter("tiles need the whole image", param_hint="--scaled-decoding")
     if annotations is not None and format != "coco":
         raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
     wanted = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
@@ -117,6 +121,7 @@ def detect(
                 on_error=report,
                 scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,
+                tiles=tiles,
             )
         listed = [] if total is None else [each.name for each in found_images]
         coco_ids = _coco_ids(annotations, listed, detector.class_names)

@@ -18,6 +18,7 @@ from ssd.cli.common import (
     Images,
     Json,
     Precision,
+    Tiles,
     Weights,
     chosen_device,
     load_detector,
@@ -43,6 +44,7 @@ def evaluate(
     device: Device = None,
     precision: Precision = AUTO,
     batch_size: BatchSize = 8,
+    tiles: Tiles = None,
     output: Annotated[
         Path | None, typer.Option(help="Where to write; by default a new folder runs/evaluate-N.")
     ] = None,
@@ -71,7 +73,9 @@ def evaluate(
         share = len(world.share(len(annotations), batch_size))
         hidden = True if not world.is_main or as_json else None
         with tqdm(total=share, unit="image", disable=hidden) as bar:
-            truth, found = detect_all(detector, annotations, world, batch_size=batch_size, on_done=bar.update)
+            truth, found = detect_all(
+                detector, annotations, world, batch_size=batch_size, tiles=tiles, on_done=bar.update
+            )
         if not world.is_main:
             return
         result = measure(truth, found)

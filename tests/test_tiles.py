@@ -1,0 +1,127 @@
+"""Objects of a made-up detector, which sees those that lie in a window as far as they do."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssd.postprocess import overlap
+from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, merge, view
+
+
+@pytest.mark.parametrize("side", [100, 137, 300])
+@pytest.mark.parametrize("size", [(100, 80), (101, 300), (1000, 333), (640, 640)])
+def test_tiles_cover_the_image_and_overlap(size, side):
+    whole, *tiles = cut(*size, side)
+    assert whole == (0, 0, *size)
+    if max(size) <= side:
+        assert tiles == []
+        return
+    covered = np.zeros(size[::-1], int)
+    for left, top, right, bottom in tiles:
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
+        assert (right - left, bottom - top) == (min(side, size[0]), min(side, size[1]))
+        covered[top:bottom, left:right] += 1
+    assert covered.min() >= 1
+    for length, axis in zip(size, (0, 1), strict=True):
+        starts = sorted({tile[axis] for tile in tiles})
+        assert starts[-1] == max(0, length - side)
+        assert all(b - a <= side * (1 - OVERLAP) for a, b in pairwise(starts))
+
+
+def test_without_tiles_there_is_the_image():
+    assert cut(4000, 3000, None) == [(0, 0, 4000, 3000)]
+    image = Image.new("RGB", (40, 30))
+    assert view(image, Window(0, 0, 40, 30)) is image
+    assert view(image, Window(5, 0, 40, 30)).size == (35, 30)
+
+
+def seen(objects, window, least=0.2):
+    """What a perfect detector finds in a window: of each object, what lies within, in parts of the window."""
+    left, top, right, bottom = window
+    corner, sides = torch.tensor([left, top] * 2), torch.tensor([right - left, bottom - top] * 2)
+    inside = torch.stack(
+        [objects[:, 0::2].clamp(left, right), objects[:, 1::2].clamp(top, bottom)], 2
+    ).flatten(1)
+    part = (inside[:, 2:] - inside[:, :2]).prod(1) / (objects[:, 2:] - objects[:, :2]).prod(1)
+    found = part > least
+    order = part[found].sort(descending=True, stable=True).indices
+    scores = (0.5 + part[found] / 2)[order]
+    return (inside[found][order] - corner) / sides, scores, torch.zeros(len(order), dtype=torch.int64)
+
+
+def found_in(objects, size, side, max_detections=100):
+    windows = cut(*size, side)
+    parts = [seen(objects, window) for window in windows[1:]]
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    return gather([nothing, *parts], windows, size, iou_threshold=0.5, max_detections=max_detections)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (40, 10), (12, 48), (49, 49)])
+def test_an_object_is_found_once_wherever_it_lies(shape):
+    """It walks over the borders of tiles, pixel by pixel, and is as large as the overlap at most."""
+    for x in range(0, 420 - shape[0], 1):
+        y = (7 * x) % (330 - shape[1])
+        objects = torch.tensor([[x, y, x + shape[0], y + shape[1]]], dtype=torch.float32)
+        boxes, scores, _ = found_in(objects, (420, 330), 200)
+        torch.testing.assert_close(boxes, objects, atol=1e-3, rtol=0)
+        assert scores.tolist() == [1]
+
+
+def test_an_object_that_no_tile_holds_is_found_once():
+    for x in range(0, 200):
+        objects = torch.tensor([[x, 20, x + 110, 60]], dtype=torch.float32)
+        boxes, _, _ = found_in(objects, (420, 100), 200)
+        assert len(boxes) == 1
+
+
+def test_neighbours_at_a_border_stay_apart():
+    objects = torch.tensor([[140, 20, 160, 40], [161, 20, 181, 40], [150, 41, 170, 61]], dtype=torch.float32)
+    boxes, _, _ = found_in(objects, (420, 330), 200)
+    assert {tuple(box) for box in boxes.round().tolist()} == {tuple(box) for box in objects.tolist()}
+
+
+def test_what_ends_at_a_border_within_the_image_is_cut():
+    boxes = torch.tensor([[100.0, 50, 120, 70], [150, 50, 199, 70], [150, 0, 170, 20], [150, 180, 170, 200]])
+    window = Window(100, 0, 200, 200)
+    assert are_cut(boxes, window, (400, 200)).tolist() == [True, True, False, False]
+    assert are_cut(boxes, Window(0, 0, 400, 200), (400, 200)).tolist() == [False] * 4
+
+
+def slow_nms(boxes, scores, class_ids, iou_threshold):
+    kept = []
+    for i in scores.sort(descending=True, stable=True).indices.tolist():
+        rivals = [j for j in kept if class_ids[j] == class_ids[i]]
+        if not any(overlap(boxes[None, [i]], boxes[None, [j]], iou_threshold).item() for j in rivals):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whole_boxes_go_through_plain_nms(seed):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(60, 2, generator=generator) * 50
+    boxes = torch.cat([corners, corners + 1 + torch.rand(60, 2, generator=generator) * 40], 1)
+    scores = torch.rand(60, generator=generator).mul(20).round().div(20)
+    class_ids = torch.randint(3, (60,), generator=generator)
+    kept = merge(boxes, scores, class_ids, torch.zeros(60, dtype=torch.bool), 0.4)
+    assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
+    assert sorted(kept.tolist()) == sorted(slow_nms(boxes, scores, class_ids, 0.4))
+
+
+def test_a_cut_box_gives_way_to_a_whole_one_of_a_lower_score():
+    boxes = torch.tensor([[0.0, 0, 10, 20], [0, 0, 20, 20], [0, 0, 10, 20]])
+    scores, class_ids = torch.tensor([0.9, 0.4, 0.8]), torch.tensor([0, 0, 1])
+    ends = torch.tensor([True, False, True])
+    assert merge(boxes, scores, class_ids, ends, 0.5).tolist() == [2, 1]
+    assert merge(boxes, scores, class_ids, ~ends, 0.5).tolist() == [0, 2]  # now the whole one is the smaller
+    assert merge(boxes[:0], scores[:0], class_ids[:0], ends[:0], 0.5).tolist() == []
+
+
+def test_the_most_detections_are_of_the_whole_image():
+    objects = torch.tensor([[x, 20.0, x + 10, 40] for x in range(0, 400, 20)])
+    assert len(found_in(objects, (420, 330), 200)[0]) == 20
+    assert len(found_in(objects, (420, 330), 200, max_detections=7)[0]) == 7

@@ -55,6 +55,10 @@ class Layout:
     """Of each map, the ratios of width to height of the other default boxes; each is also used upright."""
 
     def __post_init__(self) -> None:
+        rows: list[object] = [self.maps, self.steps, self.scales, self.aspect_ratios]
+        rows += self.aspect_ratios if isinstance(self.aspect_ratios, list | tuple) else []
+        if not all(isinstance(row, list | tuple) for row in rows):
+            raise TypeError("a layout's maps, steps, scales and rows of aspect ratios are lists of numbers")
         for name in ("maps", "steps", "scales"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "aspect_ratios", tuple(tuple(ratios) for ratios in self.aspect_ratios))

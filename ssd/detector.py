@@ -32,7 +32,7 @@ from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, sour
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
 from ssd.sources import Named, find_images
-from ssd.tiles import Found, Window, cut, gather, view
+from ssd.tiles import Found, Window, cut, gather
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
@@ -430,8 +430,9 @@ class Detector:
                 source, how.least, name=called, max_pixels=how.max_pixels, on_open=on_open
             )
             with enough_memory(called, size):
-                windows = cut(*whole.size, how.tiles)
-                views = torch.stack([resize(view(whole, each), self.layout.size) for each in windows])
+                windows = cut(*size, how.tiles)
+                seen = (whole, *map(whole.crop, windows[1:]))
+                views = torch.stack([resize(each, self.layout.size) for each in seen])
             kept: Image.Image | Original | None = whole if whole.size == size else None
             if kept is not None and where:
                 kept = Original(*where[0], called, size, how.max_pixels, opened_path(image))

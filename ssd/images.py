@@ -678,7 +678,7 @@ def _tiff_layout(tags: Any) -> str:
     """What pixels are, as in "3 channels of 32 bits (floats)"."""
     bits = tags[_BITS_PER_SAMPLE]
     numbers = {2: " (signed integers)", 3: " (floats)"}.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "")
-    depths = "/".join(map(str, sorted(set(bits))))
+    depths = as_line("/".join(map(str, sorted(set(bits))[:10])), 80)
     return f"{len(bits)} channel{'s'[: len(bits) != 1]} of {depths} bits{numbers}"
 
 

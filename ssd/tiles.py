@@ -5,7 +5,6 @@ from itertools import product
 from typing import NamedTuple, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ssd.postprocess import overlap, survivors
@@ -54,11 +53,6 @@ def _starts(length: int, side: int) -> list[int]:
         return [0]
     steps = -(-(length - side) // max(1, int(side * (1 - OVERLAP))))
     return [round(i * (length - side) / steps) for i in range(steps + 1)]
-
-
-def view(image: Image.Image, window: Window) -> Image.Image:
-    """What a window shows of an image; the image itself if that is all of it."""
-    return image if window == (0, 0, *image.size) else image.crop(window)
 
 
 def gather(

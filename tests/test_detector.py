@@ -20,7 +20,7 @@ from PIL import Image
 
 from ssd import detector as detector_module
 from ssd.backends import of_model
-from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.boxes import PUBLISHED_LAYOUT, box_iou
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
@@ -829,14 +829,27 @@ def test_tiles_in_streams_and_lists_are_those_of_single_images(detector, photos)
 def test_small_objects_of_a_large_image_are_found_in_tiles():
     """Nine scenes in one picture, each as large as what the network was trained on."""
     rng = np.random.default_rng(0)
-    whole, count = Image.new("RGB", (900, 900)), 0
+    whole, truth = Image.new("RGB", (900, 900)), []
     for i in range(9):
-        scene, boxes, _ = draw_scene(rng)
-        whole.paste(scene.resize((300, 300)), (300 * (i % 3), 300 * (i // 3)))
-        count += len(boxes)
+        scene, boxes, labels = draw_scene(rng)
+        corner = np.array([300 * (i % 3), 300 * (i // 3)] * 2)
+        whole.paste(scene.resize((300, 300)), tuple(corner[:2].tolist()))
+        scale = 300 / np.array([*scene.size] * 2)
+        truth += [(box * scale + corner, label - 1) for box, label in zip(boxes, labels, strict=True)]
     own = Detector.load("shapes", "cpu", "fp32")
-    assert len(own(whole)) < 0.5 * count
-    assert 0.8 * count < len(own(whole, tiles=300)) < 1.2 * count
+
+    def count(**options):
+        found = own(whole, **options)
+        overlaps = box_iou(
+            torch.tensor(np.array([box for box, _ in truth])).float(), torch.tensor(found.boxes)
+        )
+        return sum(
+            bool((each[torch.tensor(found.class_ids == class_id)] > 0.5).any())
+            for each, (_, class_id) in zip(overlaps, truth, strict=True)
+        )
+
+    assert count() < 0.4 * len(truth)
+    assert count(tiles=300) > 0.7 * len(truth)
 
 
 def test_what_tiles_cannot_be(detector, photo):

@@ -5,10 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ssd.postprocess import overlap
-from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, merge, view
+from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, merge
 
 
 @pytest.mark.parametrize("side", [100, 137, 300])
@@ -34,9 +33,6 @@ def test_tiles_cover_the_image_and_overlap(size, side):
 
 def test_without_tiles_there_is_the_image():
     assert cut(4000, 3000, None) == [(0, 0, 4000, 3000)]
-    image = Image.new("RGB", (40, 30))
-    assert view(image, Window(0, 0, 40, 30)) is image
-    assert view(image, Window(5, 0, 40, 30)).size == (35, 30)
 
 
 def seen(objects, window, least=0.2):

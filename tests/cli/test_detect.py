@@ -307,3 +307,14 @@ def test_classes_that_name_none_are_a_mistake(run, photos):
     status, _, err = run("detect", photos / "coffee.jpg", "--classes", ",")
     assert status == 2
     assert "names no class" in err
+
+
+def test_tiles_are_those_of_the_detector(run, photos, weights_file, tmp_path):
+    status, _, _ = run("detect", photos, "--no-images", "--output", tmp_path / "out", "--tiles", 200)
+    assert status == 0
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    expected = Detector.load(weights_file).stream(photos, tiles=200, score_threshold=0.35)
+    assert [len(each["detections"]) for each in found] == [len(each) for each in expected]
+    status, _, err = run("detect", photos, "--no-images", "--tiles", 200, "--scaled-decoding")
+    assert status == 2
+    assert "tiles need the whole image" in err

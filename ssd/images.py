@@ -273,6 +273,8 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
     while at + 8 <= end:
         file.seek(at)
         header = file.read(8)
+        if not re.fullmatch(rb"\w{4}", header[4:]):  # where Pillow reads no further
+            return
         start, length = at + 8, int.from_bytes(header[:4], "big")
 
         def content(start: int = start, length: int = min(length, end - start)) -> bytes:

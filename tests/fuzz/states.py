@@ -94,7 +94,9 @@ def promise(case: Case, folder: Path) -> str:
         assert torch.equal(torch.get_rng_state(), random_state)
         return "refused"
     assert _same(dict(run.model.state_dict()), dict(state["model"]))
-    assert torch.equal(torch.get_rng_state(), torch.Generator().set_state(state["random"]).get_state())
+    assert torch.equal(
+        torch.get_rng_state(), torch.Generator().set_state(state["random"].contiguous()).get_state()
+    )
     _go_on(run)
     save_state(path, run)
     return "restored"

@@ -28,9 +28,14 @@ def as_line(text: str, most: int = _MOST_SHOWN) -> str:
     >>> as_line("cat\\n\\x1b[31m"), as_line("0123456789" * 100, 20)
     ('cat\\\\n\\\\x1b[31m', '0123456789 ... 56789')
     """
-    if len(text) > most:
-        text = f"{text[: most // 2]} ... {text[len(text) - most // 4 :]}"
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    escaped = _UNPRINTABLE.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), _shortened(text, most)
+    )
+    return _shortened(escaped, most)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[len(text) - most // 4 :]}"
 
 
 def shown(value: object, most: int = 100) -> str:

@@ -254,6 +254,10 @@ def _is_between(least: float, most: float) -> Callable[[object], bool]:
     return lambda value: _is_number(value) and least <= cast("float", value) <= most
 
 
+def _is_whole_between(least: int, most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
 def _is_dict(is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
 
@@ -298,8 +302,8 @@ _SCALER = {
     "scale": _is_between(1e-45, 3e38),
     "growth_factor": _is_between(1, 1e6),
     "backoff_factor": _is_between(1e-6, 1),
-    "growth_interval": _is_between(1, 2**31 - 1),
-    "_growth_tracker": _is_between(0, 2**31 - 1),
+    "growth_interval": _is_whole_between(1, 2**31 - 1),
+    "_growth_tracker": _is_whole_between(0, 2**31 - 1),
 }
 _is_choices = _is_dict(_is_text, _is_plain)
 _is_weights = _is_dict(_is_text, _is_tensor)

@@ -346,7 +346,8 @@ class Detector:
                     start()
                     yield from results()
                     raise _marked(outcome, name, number)
-                if len(batch) == batch_size or sum(len(each.views) for each in batch) >= _MOST_VIEWS:
+                views = sum(len(each.views) for each in batch)
+                if len(batch) == batch_size or views >= max(batch_size, _MOST_VIEWS):
                     start()
                     yield from results(left=1)
             start()

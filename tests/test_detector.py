@@ -878,3 +878,18 @@ def test_an_image_with_a_tile_that_gives_no_numbers_is_named(detector, photo):
     )
     assert errors == [("b", 1)]
     assert [each.source for each in found] == ["a"]
+
+
+def test_a_batch_is_as_large_as_one_asks(detector):
+    """More than the views of tiled images that go together."""
+    sizes = []
+
+    def recorded(pixels):
+        sizes.append(len(pixels))
+        return detector.backend.forward(pixels)
+
+    own = copy.copy(detector)
+    own.backend = replace(detector.backend, forward=recorded, rebuild=None)
+    images = [Image.new("RGB", (40, 30))] * 70
+    assert len(own(images, batch_size=66, score_threshold=0.9)) == 70
+    assert sizes == [66, 4]

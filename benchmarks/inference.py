@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssd import backends, checkpoint
 from ssd.benchmark import draw_images, peak_flops
-from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.devices import DTYPES
 from ssd.export import calibration_images, export
 from ssd.model import SSD
@@ -28,15 +28,15 @@ SIZE = PUBLISHED_LAYOUT.size
 NAMES = tuple(f"class {number}" for number in range(80))
 
 
-def random_model() -> SSD:
+def random_model(backbone: str = "resnet50", layout: Layout = PUBLISHED_LAYOUT) -> SSD:
     torch.manual_seed(0)
-    model = SSD(81, head_norm=False).eval().requires_grad_(False)
+    model = SSD(81, backbone, head_norm=False, layout=layout).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     with torch.inference_mode():  # outputs as small as a trained network's, or int8 would only be noise
-        outputs = model(torch.randn(1, 3, SIZE, SIZE))
+        outputs = model(torch.randn(1, 3, layout.size, layout.size))
     for heads, values in zip((model.loc, model.conf), outputs, strict=True):
         for head in heads:
             head.weight.div_(values.std())

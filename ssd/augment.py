@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ssd.choices import Recipe
+from ssd.tiles import cut
 from ssd.transforms import MEAN
 
 Floats = npt.NDArray[np.float32]
@@ -44,6 +45,33 @@ Augmentation = Callable[[Sample, Rng], Sample]
 CROP_ATTEMPTS = 50
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
 _YIQ = np.array([LUMA, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # as in NVIDIA DALI's hue
+
+
+def take_tile(sample: Sample, rng: Rng, *, side: int) -> Sample:
+    """Show a tile of the image, as detection in tiles sees it: anywhere, with the centre of some box in it.
+
+    The whole image, which detection looks at besides, is as likely as any one of the tiles. Boxes stay if
+    their centre is in the tile.
+
+    Args:
+        sample: fresh, its window the whole image.
+        rng: decides.
+        side: of the tile in pixels; images that are no larger stay whole.
+    """
+    height, width = sample.image.shape[:2]
+    if rng.integers(len(cut(width, height, side))) == 0:
+        return sample
+    free = np.maximum((width - side, height - side), 0)
+    low, high = np.zeros(2, np.int64), free
+    centers = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2
+    if len(centers):
+        center = centers[rng.integers(len(centers))]
+        low = np.clip(np.floor(center).astype(np.int64) + 1 - side, 0, free)
+        high = np.clip(np.ceil(center).astype(np.int64) - 1, low, free)
+    left, top = rng.integers(low, high + 1).tolist()
+    part = (left, top, left + min(side, width), top + min(side, height))
+    inside = _inside(centers, part)
+    return replace(sample, window=part, boxes=sample.boxes[inside], labels=sample.labels[inside])
 
 
 def zoom_out(sample: Sample, rng: Rng, *, probability: float = 0.5, most: float = 4.0) -> Sample:
@@ -242,6 +270,7 @@ def augment(
     recipe: Recipe,
     rng: Rng,
     size: int,
+    tiles: int | None = None,
 ) -> tuple[Tensor, Floats, npt.NDArray[np.int64]]:
     """A training example of an image.
 
@@ -252,11 +281,14 @@ def augment(
         recipe: a name in `STEPS`.
         rng: decides; the same one gives the same example.
         size: width and height of the network's input.
+        tiles: side of the tiles of the image that are shown instead of all of it; see `take_tile`.
 
     Returns:
         uint8 ``[size, size, 3]``; boxes, float32 xyxy, normalised, ``[K, 4]``; their labels ``[K]``.
     """
     sample = Sample(torch.from_numpy(np.array(image)), boxes, labels, size, (0, 0, *image.size))
+    if tiles is not None:
+        sample = take_tile(sample, rng, side=tiles)
     for step in STEPS[recipe]:
         sample = step(sample, rng)
     return sample.image, sample.boxes / np.float32(size), sample.labels

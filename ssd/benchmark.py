@@ -36,6 +36,8 @@ class Report:
     """What `run_benchmark` measured; times in milliseconds."""
 
     detector: str
+    size: int
+    """Width and height of the network's input."""
     batch_size: int
     threads: int
     images_per_second: float
@@ -57,7 +59,8 @@ class Report:
 
     def __str__(self) -> str:
         total = sum(self.stages.values())
-        lines = [f"{self.detector}, batches of {self.batch_size}, {self.threads} threads", ""]
+        size = f"{self.size}x{self.size}"
+        lines = [f"{self.detector}, {size}, batches of {self.batch_size}, {self.threads} threads", ""]
         lines += [f"{'images/s':14}{self.images_per_second:9.1f}"]
         lines += [f"{'latency ' + name:14}{value:9.1f} ms" for name, value in self.latency.items()]
         lines += [
@@ -121,6 +124,7 @@ def run_benchmark(
         peak = peak_flops(backend.device, DTYPES[backend.precision]) / 1e9
     return Report(
         detector=repr(detector),
+        size=detector.layout.size,
         batch_size=batch_size,
         threads=torch.get_num_threads(),
         images_per_second=len(many) / seconds,

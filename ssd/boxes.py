@@ -5,8 +5,8 @@ size (``cxcywh``) or as corners (``xyxy``).
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,12 @@ _MAX_MAPS = 16
 _MAX_RATIOS = 16
 _MAX_NUMBER = 1e6
 _MAX_BOXES = 4_000_000
+
+# A fitted number stays within this factor of the one it began with: what a map sees of the image, and how
+# closely its cells lie, is made for boxes of about that size.
+_MOST_FITTED = 2.0
+_FITTED_BY = (1.5, 1.2, 1.1, 1.05)  # factors of the search, from coarse to fine
+_FITTED_BOXES = 2000  # that are looked at; more tell nothing new
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,19 @@ class Layout:
         """How many default boxes there are on all maps."""
         return sum(self.boxes_per_map)
 
+    def shapes(self) -> list[list[tuple[float, float]]]:
+        """Of each map, the width and height of its default boxes, in parts of the image."""
+        shapes = []
+        for scale, next_scale, ratios in zip(self.scales, self.scales[1:], self.aspect_ratios, strict=False):
+            small = scale / self.size
+            between = math.sqrt(small * (next_scale / self.size))
+            of_map = [(small, small), (between, between)]
+            for ratio in ratios:
+                wide = (small * math.sqrt(ratio), small / math.sqrt(ratio))
+                of_map += [wide, wide[::-1]]
+            shapes.append(of_map)
+        return shapes
+
     def default_boxes(self) -> Tensor:
         """The default boxes, clamped to the image.
 
@@ -118,15 +137,7 @@ class Layout:
         tensor([0.0133, 0.0133, 0.0700, 0.0700])
         """
         levels = []
-        for cells, step, scale, next_scale, ratios in zip(
-            self.maps, self.steps, self.scales, self.scales[1:], self.aspect_ratios, strict=False
-        ):
-            small = scale / self.size
-            between = math.sqrt(small * (next_scale / self.size))
-            shapes = [(small, small), (between, between)]
-            for ratio in ratios:
-                wide = (small * math.sqrt(ratio), small / math.sqrt(ratio))
-                shapes += [wide, wide[::-1]]
+        for cells, step, shapes in zip(self.maps, self.steps, self.shapes(), strict=True):
             # As published, a cell is step/size wide (37.5 cells for step 8), although the map has 38 of them.
             centers = (torch.arange(cells, dtype=torch.float64, device="cpu") + 0.5) / (self.size / step)
             cy, cx = torch.meshgrid(centers, centers, indexing="ij")
@@ -135,6 +146,65 @@ class Layout:
             sides = sides.expand(-1, grid.shape[1], -1)
             levels.append(torch.cat([grid, sides], dim=-1).reshape(-1, 4))
         return torch.cat(levels).float().clamp(0, 1)
+
+    def best_overlaps(self, boxes: Tensor) -> Tensor:
+        """The IoU of each box with the default box that fits it best.
+
+        Args:
+            boxes: float32 xyxy, normalised, within the image, ``[M, 4]`` on the CPU.
+
+        Returns:
+            float32 ``[M]``.
+
+        >>> LAYOUTS["300"].best_overlaps(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+        tensor([0.9135])
+        """
+        center, side = to_centers(boxes.double()).split(2, dim=1)
+        best = boxes.new_zeros(len(boxes), dtype=torch.float64)
+        for cells, step, shapes in zip(self.maps, self.steps, self.shapes(), strict=True):
+            # Of default boxes of one shape, the nearest overlaps most: what is shared falls with the distance
+            # across, and with that down.
+            cell = self.size / step
+            nearest = (((center * cell).floor().clamp(0, cells - 1) + 0.5) / cell).clamp(max=1)
+            sides = torch.tensor(shapes, dtype=torch.float64).clamp(max=1)[:, None]  # [S, 1, 2]
+            reach = (side + sides) / 2 - (center - nearest).abs()
+            shared = torch.minimum(reach.clamp(min=0), torch.minimum(side, sides)).prod(-1)
+            best = torch.maximum(best, (shared / (side.prod(-1) + sides.prod(-1) - shared)).amax(0))
+        return best.float()
+
+    def fitted(self, boxes: Tensor) -> "Layout":
+        """This layout with scales and aspect ratios by which more of some boxes can be matched.
+
+        They are searched one by one, from coarse to fine, for the largest part of the boxes that a default
+        box overlaps by more than 0.5, and the highest overlap. Maps, steps and the number of shapes stay, so
+        that a network for it has tensors of the same shapes; each number stays within half and twice of what
+        it was.
+
+        Args:
+            boxes: float32 xyxy, normalised, within the image, with an area, ``[M, 4]`` on the CPU; of very
+                many, some are looked at.
+
+        Raises:
+            ValueError: there are no boxes.
+        """
+        if not len(boxes):
+            raise ValueError("a layout cannot be fitted to no boxes")
+        some = boxes[torch.linspace(0, len(boxes) - 1, min(len(boxes), _FITTED_BOXES)).long()]
+
+        def fit(layout: Layout) -> float:
+            best = layout.best_overlaps(some)
+            return float((best > 0.5).double().mean() + best.double().mean())
+
+        layout, reached = self, fit(self)
+        for factor in _FITTED_BY:
+            improved = True
+            while improved:
+                improved = False
+                for other in _neighbours(layout, self, factor):
+                    if (score := fit(other)) > reached + 1e-4:
+                        layout, reached, improved = other, score, True
+                        break
+        return layout
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as files hold it."""
@@ -151,6 +221,28 @@ class Layout:
         if not isinstance(values, Mapping) or set(values) != names:
             raise ValueError(f"a layout has {', '.join(sorted(names))}")
         return cls(**values)
+
+
+def _neighbours(layout: Layout, origin: Layout, factor: float) -> Iterator[Layout]:
+    """Layouts with one number of `layout` changed by a factor, not too far from that of `origin`."""
+
+    def changed(value: float, first: float) -> Iterator[float]:
+        for new in (round(value * factor, 2), round(value / factor, 2)):
+            if first / _MOST_FITTED <= new <= first * _MOST_FITTED:
+                yield new
+
+    for k, scale in enumerate(layout.scales):
+        for new in changed(scale, origin.scales[k]):
+            scales = (*layout.scales[:k], new, *layout.scales[k + 1 :])
+            if sorted(scales) == list(scales):
+                yield replace(layout, scales=scales)
+    for k, row in enumerate(layout.aspect_ratios):
+        for j, ratio in enumerate(row):
+            for new in changed(ratio, origin.aspect_ratios[k][j]):
+                if new > 1:
+                    rows = list(layout.aspect_ratios)
+                    rows[k] = (*row[:j], new, *row[j + 1 :])
+                    yield replace(layout, aspect_ratios=tuple(rows))
 
 
 LAYOUTS = {
@@ -175,6 +267,9 @@ LAYOUTS = {
 """Layouts by name. What says nothing of its layout is of the published one."""
 
 PUBLISHED_LAYOUT = LAYOUTS["300"]
+
+FITTED = {"fitted": "300", "fitted-512": "512"}
+"""Layouts that are fitted to the boxes of a dataset, by name: what each begins with."""
 
 
 def to_corners(boxes: Tensor) -> Tensor:

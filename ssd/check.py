@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from ssd.boxes import PUBLISHED_LAYOUT, Layout, box_iou, to_corners
+from ssd.boxes import FITTED, LAYOUTS, PUBLISHED_LAYOUT, Layout
 from ssd.data.annotations import Annotations, Problem
 from ssd.data.builder import read_bytes
 from ssd.data.formats import SPLITS, find_split, load
@@ -26,9 +27,12 @@ from ssd.data.judge import Purpose, is_without_images, judge_image, judge_split,
 from ssd.errors import AnnotationError, ImageError, as_line
 from ssd.images import load_image
 from ssd.pixels import DECODED
+from ssd.tiles import cut
 
-_SAMPLE = 5000  # boxes that are compared with the default boxes; more tell nothing new
 _SHOWN = 5
+_ENOUGH = 0.02  # a costlier layout has to match more by this part of the boxes
+_TILED = 0.9  # with less of the boxes matched by any layout, tiles are looked at
+_TILES = (1280, 960, 640, 480, 320)  # sides in pixels
 _CHUNK = 1024  # images that are read ahead, of any number
 
 
@@ -55,6 +59,24 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A layout to train, and what it could do with the boxes to train on."""
+
+    layout: str
+    """By its name; see `ssd.boxes.LAYOUTS` and `ssd.boxes.FITTED`."""
+    tiles: int | None
+    """Side of the tiles in pixels, where images are cut into such."""
+    matched: float
+    """The part of the boxes that overlaps a default box by more than 0.5."""
+    time: float
+    """Of detection in an image, by the pixels that the network sees; that of layout 300 is 1."""
+
+    def options(self) -> str:
+        """Of `ssd train`."""
+        return f"--layout {self.layout}" + (f" --tiles {self.tiles}" if self.tiles else "")
+
+
+@dataclass(frozen=True)
 class Report:
     """A dataset, split by split."""
 
@@ -63,6 +85,14 @@ class Report:
     """Width and height of the network's input in pixels, at which boxes are told apart by size."""
     unread: dict[str, str] = field(default_factory=dict)
     """Splits that cannot be read at all, and why."""
+    choices: list[Choice] = field(default_factory=list)
+    """What could be trained, the quickest first; empty without a split to train on, or without boxes."""
+
+    @property
+    def recommended(self) -> Choice | None:
+        """The quickest choice of those that match about as many boxes as any."""
+        most = max((choice.matched for choice in self.choices), default=0.0)
+        return next((choice for choice in self.choices if choice.matched >= most - _ENOUGH), None)
 
     @property
     def fatal(self) -> int:
@@ -71,7 +101,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; with all problems."""
-        return asdict(self) | {"fatal": self.fatal}
+        recommended = self.recommended
+        return asdict(self) | {
+            "fatal": self.fatal,
+            "recommended": None if recommended is None else asdict(recommended),
+        }
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for split in self.splits for name in split.boxes))
@@ -95,10 +129,21 @@ class Report:
             cells = [split.sizes[k] for split in self.splits]
             row(f"  {title}", [f"{count:,} {part:4.0%}" if count else "-" for _, count, part in cells])
         row("  all", [f"{split.matched:.0%}" for split in self.splits])
+        lines += self._choice_lines()
         for split in self.splits:
             lines += _problem_lines(split)
         lines += [f"{name}: cannot be read: {why}" for name, why in self.unread.items()]
         return "\n".join(lines)
+
+    def _choice_lines(self) -> list[str]:
+        recommended = self.recommended
+        if recommended is None:
+            return []
+        lines = ["what could be trained, the part that it can match, and its time for an image"]
+        for choice in self.choices:
+            mark = "   recommended" if choice == recommended else ""
+            lines.append(f"  {choice.options():30}{choice.matched:6.0%}{choice.time:7.1f}x{mark}")
+        return lines
 
 
 def _problem_lines(split: SplitReport) -> list[str]:
@@ -194,7 +239,43 @@ def check_dataset(
                     message = f"is the same image as {twin} of {split}"
                     problems.append(Problem(kind, file, "", message, fatal=False))
         reports.append(_report(name, replace(annotations, problems=tuple(problems)), layout))
-    return Report(reports, layout.size, dict(unread or {}))
+    choices = _choices(splits["train"]) if "train" in splits else []
+    return Report(reports, layout.size, dict(unread or {}), choices)
+
+
+def _choices(annotations: Annotations) -> list[Choice]:
+    boxes = torch.from_numpy(annotations.normalised_boxes())
+    if not len(boxes):
+        return []
+
+    def overlaps(name: str) -> Tensor:
+        layout = LAYOUTS[FITTED[name]].fitted(boxes) if name in FITTED else LAYOUTS[name]
+        return layout.best_overlaps(boxes)
+
+    def share(overlaps: Tensor) -> float:
+        return float((overlaps > 0.5).float().mean())
+
+    choices = [
+        Choice(name, None, share(overlaps(name)), (LAYOUTS[FITTED.get(name, name)].size / 300) ** 2)
+        for name in (*LAYOUTS, *FITTED)
+    ]
+    if max(choice.matched for choice in choices) < _TILED:
+        whole = overlaps("300")
+        for side in (side for side in _TILES if side < annotations.sizes.max()):
+            in_tiles = LAYOUTS["300"].best_overlaps(torch.from_numpy(_in_tiles(annotations, side)))
+            sizes = Counter((width, height) for width, height in annotations.sizes.tolist())
+            views = sum(n * len(cut(*size, side)) for size, n in sizes.items()) / len(annotations)
+            choices.append(Choice("300", side, share(torch.maximum(whole, in_tiles)), views))
+    return sorted(choices, key=lambda choice: choice.time)
+
+
+def _in_tiles(annotations: Annotations, side: int) -> npt.NDArray[np.float32]:
+    """Each box in parts of a tile that it is in, as `Annotations.normalised_boxes` of the whole image."""
+    shapes = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
+    corners = annotations.boxes[:, :2] % np.maximum(side - shapes, 1)
+    sides = np.where(annotations.sizes > 0, side, 0)
+    moved = replace(annotations, boxes=np.concatenate([corners, corners + shapes], 1), sizes=sides)
+    return moved.normalised_boxes()
 
 
 def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | None]]:
@@ -221,9 +302,10 @@ def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | No
 
 def _report(name: str, annotations: Annotations, layout: Layout) -> SplitReport:
     purpose: Purpose = "training" if name == "train" else "evaluation"
-    real = annotations.usable & ~annotations.crowd
     per_image = np.diff(annotations.starts)
-    sizes, matched = _matches(annotations, real, layout)
+    boxes = torch.from_numpy(annotations.normalised_boxes())
+    matched = (layout.best_overlaps(boxes) > 0.5).numpy()
+    sizes = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().numpy() * layout.size
     limits = size_limits(layout.size)
     size_rows = []
     for low, high in pairwise(limits):
@@ -261,30 +343,5 @@ def size_limits(size: int) -> list[int]:
     return [*limits, size]
 
 
-def _share(matched: npt.NDArray[np.float64]) -> float:
-    """Part of those that were compared (the others are NaN) that matched."""
-    known = matched[~np.isnan(matched)]
-    return float(known.mean()) if len(known) else 0.0
-
-
-def _matches(
-    annotations: Annotations, real: npt.NDArray[np.bool_], layout: Layout
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Size of each box at the network's input, and 1 or 0 for whether a default box overlaps it enough.
-
-    Of very many boxes only some, evenly spread, are compared; the others get NaN.
-    """
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    side = annotations.sizes[image].astype(np.float64)
-    known = real & (side > 0).all(1)
-    boxes = annotations.boxes[known] / np.tile(side[known], 2)
-    boxes = boxes.clip(0, 1)
-    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * layout.size
-    matched = np.full(len(boxes), np.nan)
-    chosen = np.unique(np.linspace(0, len(boxes) - 1, min(len(boxes), _SAMPLE)).astype(int))
-    corners = to_corners(layout.default_boxes())
-    for some in np.array_split(chosen, max(len(chosen) // 500, 1)):
-        if len(some):
-            best = box_iou(torch.from_numpy(boxes[some]).float(), corners).amax(1)
-            matched[some] = (best > 0.5).numpy()
-    return sizes, matched
+def _share(matched: npt.NDArray[np.bool_]) -> float:
+    return float(matched.mean()) if len(matched) else 0.0

@@ -48,12 +48,14 @@ class Checkpoint:
     """How it was trained, where the file says so."""
     layout: Layout = PUBLISHED_LAYOUT
     """The published one, where the file does not say."""
+    score_thresholds: tuple[float, ...] = ()
+    """Of each class but the background, where the file has them; see `ssd.evaluate.best_thresholds`."""
 
 
 # --- Reading ----------------------------------------------------------------------------------------------
 
 
-_NOTES = ("category_ids", "config", "layout")
+_NOTES = ("category_ids", "config", "layout", "score_thresholds")
 _NAMES = (
     *("label_map", "class_names", "classes", "CLASSES", "names", "categories"),
     *("class_to_idx", "idx_to_class", "id2label", "label2id", "labels", "label_names"),
@@ -252,6 +254,7 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
         category_ids=_category_ids(notes.get("category_ids"), num_classes),
         config=notes["config"] if isinstance(notes.get("config"), dict) else {},
         layout=layout,
+        score_thresholds=_score_thresholds(path, notes.get("score_thresholds"), num_classes),
     )
 
 
@@ -320,11 +323,24 @@ def _with_names(path: Path) -> str:
         return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
             f"{kept} | {{'class_names': json.dumps([{names}])}})"
         )
-    kept = "{k: a[k] for a in n.around for k in ('category_ids', 'layout') if k in a}"
+    kept = "{k: a[k] for a in n.around for k in ('category_ids', 'layout', 'score_thresholds') if k in a}"
     return (
         f"import torch; {code}n = containers.find_network({str(path)!r}, c); torch.save({kept} | "
         f"{{'model': n.tensors | n.beside, 'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
     )
+
+
+def _score_thresholds(path: Path, noted: object, num_classes: int) -> tuple[float, ...]:
+    if noted is None:
+        return ()
+    thresholds = noted if isinstance(noted, list) else []
+    fine = all(type(each) in (int, float) and 0 <= each <= 1 for each in thresholds)
+    if not fine or len(thresholds) != num_classes - 1:
+        raise CheckpointError(
+            f'{path}: its "score_thresholds" give {shown(noted)}, not a number from 0 to 1 for each of '
+            f"{num_classes - 1} classes. Save it without them, or with the right ones"
+        )
+    return tuple(map(float, thresholds))
 
 
 def _category_ids(ids: object, num_classes: int) -> tuple[int, ...]:
@@ -344,6 +360,7 @@ def save(
     category_ids: Sequence[int] | None = None,
     config: Mapping[str, Any] | None = None,
     layout: Layout = PUBLISHED_LAYOUT,
+    score_thresholds: Sequence[float] = (),
 ) -> None:
     """Save weights and class names as safetensors, or, for another suffix, as NVIDIA's code loads them.
 
@@ -356,9 +373,10 @@ def save(
         category_ids: the dataset's own id of each class, for COCO output.
         config: how the weights were trained, plain data.
         layout: of the network.
+        score_thresholds: one for each class but the background, in [0, 1], for ``"calibrated"`` detection.
 
     Raises:
-        ValueError: the state dict is of another number of classes.
+        ValueError: the state dict, or the thresholds, are of another number of classes.
     """
     path = Path(path)
     classes = len(state_dict["conf.0.weight"]) // layout.boxes_per_cell[0] - 1
@@ -367,10 +385,13 @@ def save(
         raise ValueError(
             f"the network has {classes} classes and the background; got {len(class_names)} names{drop}"
         )
+    if len(score_thresholds) not in (0, classes):
+        raise ValueError(f"{classes} classes need as many score_thresholds; got {len(score_thresholds)}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     notes: dict[str, Any] = {"category_ids": list(category_ids)} if category_ids else {}
     notes |= {"config": dict(config)} if config else {}
     notes |= {"layout": layout.to_dict()}
+    notes |= {"score_thresholds": list(score_thresholds)} if score_thresholds else {}
     with atomic_file(path) as file:
         if path.suffix == ".safetensors":
             metadata = {key: json.dumps(value) for key, value in notes.items()}

@@ -10,3 +10,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Recipe = Literal["default", "published", "none"]
 """Of augmentation; see `ssd.augment.STEPS`."""
+
+LEAST_TILE = 32
+"""Least side of tiles, in pixels; smaller ones are many."""

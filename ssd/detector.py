@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssd import backends
 from ssd.backends import Backend, Options
-from ssd.choices import Precision
+from ssd.choices import LEAST_TILE, Precision
 from ssd.detections import Detections
 from ssd.devices import choose_precision, usable_device
 from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
@@ -36,13 +36,13 @@ from ssd.tiles import Found, Window, cut, gather
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
+ScoreThreshold: TypeAlias = float | Literal["calibrated"]
 AnySource: TypeAlias = ImageSource | Named
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
 _MOST_VIEWS = 64  # images and tiles that go through the network together
-_LEAST_SIDE = 32  # of tiles, in pixels; smaller ones are many
 _PATIENCE = 3.0  # seconds that Python's exit waits for them
 
 
@@ -103,6 +103,7 @@ class Detector:
         model: on the device and in the precision that detection is to use; or a `ssd.backends.Backend`.
         class_names: one for each class but the background.
         category_ids: the id of each class in COCO files; see `Detections.category_ids`.
+        score_thresholds: one for each class but the background, in [0, 1], as training finds them; or none.
 
     >>> detector = Detector(SSD(num_classes=3, backbone="resnet18"), ["cat", "dog"])
     >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
@@ -110,13 +111,22 @@ class Detector:
     """
 
     def __init__(
-        self, model: SSD | Backend, class_names: Sequence[str], category_ids: Sequence[int] = ()
+        self,
+        model: SSD | Backend,
+        class_names: Sequence[str],
+        category_ids: Sequence[int] = (),
+        score_thresholds: Sequence[float] = (),
     ) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
                 f"a model of {model.num_classes} classes, one of which is the background, needs "
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
+        if len(score_thresholds) not in (0, len(class_names)):
+            raise ValueError(
+                f"{len(class_names)} classes need as many score_thresholds; got {len(score_thresholds)}"
+            )
+        self.score_thresholds = tuple(score_thresholds)
         self.backend = model if isinstance(model, Backend) else backends.of_model(model)
         self.device, self.precision = self.backend.device, self.backend.precision
         self.layout = self.backend.layout
@@ -160,19 +170,19 @@ class Detector:
                 raise ValueError(f"{weights} is compiled already, in a way; leave compile out")
             target = None if device is None else usable_device(device)
             backend, metadata = backends.load(weights, target, precision)
-            return cls(backend, metadata.class_names, metadata.category_ids)
+            return cls(backend, metadata.class_names, metadata.category_ids, metadata.score_thresholds)
         target = usable_device(device)
         precision = choose_precision(precision, target)
         model, found = load_model(weights, progress=progress)
         backend = backends.of_model(model.to(target), precision, compile=compile)
-        return cls(backend, found.class_names, found.category_ids)
+        return cls(backend, found.class_names, found.category_ids, found.score_thresholds)
 
     @overload
     def __call__(
         self,
         images: list[AnySource] | tuple[AnySource, ...],
         *,
-        score_threshold: float = ...,
+        score_threshold: ScoreThreshold = ...,
         iou_threshold: float = ...,
         max_detections: int = ...,
         classes: Sequence[str | int] | None = ...,
@@ -185,7 +195,7 @@ class Detector:
         self,
         images: ImageSource,
         *,
-        score_threshold: float = ...,
+        score_threshold: ScoreThreshold = ...,
         iou_threshold: float = ...,
         max_detections: int = ...,
         classes: Sequence[str | int] | None = ...,
@@ -197,7 +207,7 @@ class Detector:
         self,
         images: ImageSource | list[AnySource] | tuple[AnySource, ...],
         *,
-        score_threshold: float = Options.score_threshold,
+        score_threshold: ScoreThreshold = Options.score_threshold,
         iou_threshold: float = Options.iou_threshold,
         max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
@@ -209,7 +219,8 @@ class Detector:
 
         Args:
             images: anything that `ssd.load_image` takes, or a list of such.
-            score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page.
+            score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page. Or
+                "calibrated": that of its class among the detector's `score_thresholds`.
             iou_threshold: of two overlapping boxes of a class, the lower score goes at this IoU.
             max_detections: most objects of an image.
             classes: names or 0-based ids to look for, or one name; None for all.
@@ -238,7 +249,7 @@ class Detector:
         sources: str | os.PathLike[str] | Iterable[AnySource],
         *,
         batch_size: int = 8,
-        score_threshold: float = Options.score_threshold,
+        score_threshold: ScoreThreshold = Options.score_threshold,
         iou_threshold: float = Options.iou_threshold,
         max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
@@ -281,20 +292,33 @@ class Detector:
 
     def _options(
         self,
-        score_threshold: float,
+        score_threshold: ScoreThreshold,
         iou_threshold: float,
         max_detections: int,
         classes: Sequence[str | int] | None,
     ) -> Options:
-        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        of_classes = self._calibrated(score_threshold) if isinstance(score_threshold, str) else ()
+        least = min(of_classes) if isinstance(score_threshold, str) else score_threshold
+        for name, value in (("score_threshold", least), ("iou_threshold", iou_threshold)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {value}")
         if isinstance(classes, str):
             classes = [classes]
         wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
-        options = Options(score_threshold, iou_threshold, max_detections, wanted)
+        options = Options(least, iou_threshold, max_detections, wanted, of_classes)
         self.backend.require(options)
         return options
+
+    def _calibrated(self, asked: str) -> tuple[float, ...]:
+        """The threshold of each class."""
+        if asked != "calibrated":
+            raise ValueError(f'score_threshold is a number from 0 to 1, or "calibrated"; got {asked!r}')
+        if not self.score_thresholds:
+            raise ValueError(
+                'score_threshold "calibrated" needs a threshold for each class, and these weights have none: '
+                "training saves them with weights that it evaluates; give a number"
+            )
+        return self.score_thresholds
 
     def _class_id(self, wanted: str | int) -> int:
         if isinstance(wanted, str) and wanted in self.class_names:
@@ -626,8 +650,8 @@ def _marked(error: E, name: str, number: int | None) -> E:
 
 
 def _checked_side(tiles: int | None) -> int | None:
-    if tiles is not None and tiles < _LEAST_SIDE:
-        raise ValueError(f"tiles are at least {_LEAST_SIDE} pixels wide; got {tiles}")
+    if tiles is not None and tiles < LEAST_TILE:
+        raise ValueError(f"tiles are at least {LEAST_TILE} pixels wide; got {tiles}")
     return tiles
 
 

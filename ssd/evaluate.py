@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from ssd.backends import Options
 from ssd.data.annotations import Annotations
 from ssd.data.dataset import annotations_of, as_array, as_targets, item_name, require_items
 from ssd.data.judge import MISSHAPEN, listed, require_size
@@ -25,6 +26,8 @@ from ssd.sources import Named
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The twelve numbers of COCOeval.summarize, in its order; -1 where there is nothing to measure."""
+
+_FOUND_AT = 0.5  # IoU
 
 MEANINGS = {
     "AP": "IoU 0.50:0.95, all sizes",
@@ -55,12 +58,14 @@ class Evaluation:
     detections: int
     left_out: dict[str, int] = field(default_factory=dict)
     """Images and annotations that could not be used and do not count, by what is wrong with them."""
+    score_thresholds: tuple[float, ...] = ()
+    """Of each class; see `best_thresholds`."""
     sizes_by_box: int = field(default=0, compare=False)
     """Boxes that are small, medium or large by their own area: no other, or an impossible one, is given."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON; without the thresholds, which are the weights' own."""
+        return {key: value for key, value in asdict(self).items() if key != "score_thresholds"}
 
     def __str__(self) -> str:
         wide = max(len("class"), *(len(as_line(name)) for name in self.per_class))
@@ -260,6 +265,7 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
         images=len(annotations),
         boxes=len(real),
         detections=detections,
+        score_thresholds=best_thresholds(annotations, found),
         left_out={kind: n for kind, n in annotations.left_out.items() if kind not in MISSHAPEN},
         sizes_by_box=_sizes_by_box(annotations),
     )
@@ -350,6 +356,72 @@ def _results(found: Mapping[int, Detections]) -> list[dict[str, Any]]:
 def _mean(precision: Any) -> float:
     known = precision[precision > -1]
     return float(known.mean()) if known.size else -1.0
+
+
+def best_thresholds(annotations: Annotations, found: Mapping[int, Detections]) -> tuple[float, ...]:
+    """The score of each class above which its detections have the highest F1 at an IoU of 0.5.
+
+    F1 is twice the detections that find a box, divided by all detections and all boxes. Boxes are found as
+    COCO's metrics have it: by the detections of an image, best first, each the free box of its class that it
+    overlaps most; crowd boxes, and what finds them, do not count.
+
+    Args:
+        annotations, found: as for `measure`.
+
+    Returns:
+        Each half-way between the lowest score that is to be kept and the next one, in [0, 1]; of equal F1
+        the highest. A class in which nothing is found has the default, `Options.score_threshold`.
+    """
+    hits = np.concatenate(
+        [np.zeros(0, np.int64), *(_hits(annotations, i, each) for i, each in found.items())]
+    )
+    scores, class_ids = (
+        np.concatenate([np.zeros(0, np.float32), *(getattr(each, name) for each in found.values())])
+        for name in ("scores", "class_ids")
+    )
+    boxes = np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.class_names) + 1)
+    thresholds = []
+    for class_id, count in enumerate(boxes[1:].tolist()):
+        mine = (class_ids == class_id) & (hits >= 0)
+        thresholds.append(_best_threshold(scores[mine].astype(np.float32), hits[mine], count))
+    return tuple(thresholds)
+
+
+def _hits(annotations: Annotations, i: int, found: Detections) -> npt.NDArray[np.int64]:
+    """Of each detection of an image 1 if it finds a box of its class, else 0; -1 if it finds a crowd."""
+    from pycocotools import mask  # noqa: PLC0415
+
+    part, hits = annotations.of_image(i), np.zeros(len(found), np.int64)
+    crowd, labels = annotations.crowd[part], annotations.labels[part] - 1
+    if not len(labels) or not len(found):
+        return hits
+    corners = (found.boxes.astype(np.float64), annotations.boxes[part].astype(np.float64))
+    boxes, truth = (np.hstack([each[:, :2], each[:, 2:] - each[:, :2]]) for each in corners)
+    # Of crowd boxes it gives the part of the detection that they cover.
+    overlaps = np.where(found.class_ids[:, None] == labels, mask.iou(boxes, truth, crowd), 0)
+    free = ~crowd
+    for k in np.flatnonzero(overlaps.max(1) >= _FOUND_AT):  # best first
+        best = int(np.where(free, overlaps[k], -1).argmax())
+        if free[best] and overlaps[k, best] >= _FOUND_AT:
+            free[best], hits[k] = False, 1
+        elif (overlaps[k, crowd] >= _FOUND_AT).any():
+            hits[k] = -1
+    return hits
+
+
+def _best_threshold(scores: npt.NDArray[np.float32], hits: npt.NDArray[np.int64], boxes: int) -> float:
+    """That of a class, from the scores of all its detections and what they find."""
+    if not hits.any():
+        return Options.score_threshold
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    lowest = np.float32(SCORE_THRESHOLD)  # nothing below was looked at
+    lowest = lowest if lowest < scores[-1] else scores[-1] / 2
+    following = np.append(scores[1:], lowest)
+    f1 = 2 * hits[order].cumsum() / (np.arange(1, len(scores) + 1) + boxes)
+    best = int(np.where(scores > following, f1, -1).argmax())  # equal scores stay or go together
+    middle = (scores[best] + following[best]) / np.float32(2)
+    return float(middle if middle < scores[best] else following[best])
 
 
 def coco_results(annotations: Annotations, found: Mapping[int, Detections]) -> list[dict[str, Any]]:

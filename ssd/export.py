@@ -100,6 +100,7 @@ def export(
         batch=batch,
         nms=NMS(max_detections=most) if nms else None,
         layout=model.layout,
+        score_thresholds=found.score_thresholds,
     )
     pictures = calibration_images(calibrate, model.layout.size) if calibrate is not None else None
     with gone_if_unused(path.parent):

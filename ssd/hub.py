@@ -14,7 +14,7 @@ from torch import Tensor
 from ssd import images
 from ssd.boxes import PUBLISHED_LAYOUT
 from ssd.choices import Precision
-from ssd.errors import ImageError
+from ssd.errors import CheckpointError, ImageError
 from ssd.labels import COCO_NAMES
 from ssd.model import SSD, load_model, set_precision
 from ssd.postprocess import postprocess
@@ -49,13 +49,18 @@ def nvidia_ssd(
 
     Raises:
         DownloadError: the weights are not in the cache and cannot be downloaded.
-        CheckpointError: the file is damaged, or of another network.
+        CheckpointError: the file is damaged, or of another network or layout.
     """
     if not pretrained and weights is None:
         model = SSD()
         set_precision(model, model_math)
         return model
     model, _ = load_model(weights or "coco", precision=model_math, force=force_reload, progress=progress)
+    if model.layout != PUBLISHED_LAYOUT:
+        raise CheckpointError(
+            f"{weights} is of another layout than the published one, which is all that the hub's functions "
+            "know: their boxes would be wrong; load it by ssd.Detector.load, or ssd.load_model"
+        )
     return model
 
 

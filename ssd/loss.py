@@ -33,13 +33,17 @@ class MultiBoxLoss(nn.Module):
 
     Args:
         default_boxes: float32 cxcywh, normalised, ``[P, 4]``.
+        class_weights: of the cross-entropy of each class's positives, float32 ``[C]``, with 1 for the
+            background; None for 1 everywhere.
     """
 
     default_boxes: Tensor
+    class_weights: Tensor | None
 
-    def __init__(self, default_boxes: Tensor) -> None:
+    def __init__(self, default_boxes: Tensor, class_weights: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("default_boxes", default_boxes, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor) -> Losses:
         """Loss terms of each image of a batch.
@@ -53,7 +57,7 @@ class MultiBoxLoss(nn.Module):
         positive = labels > 0
         positives = positive.sum(1)
         zero = loc.new_zeros((), dtype=torch.float32)
-        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes)
+        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes, self.class_weights)
         hardest = cross_entropy.where(~positive, zero).sort(dim=1, descending=True).values
         rank = torch.arange(labels.shape[1], device=labels.device)
         mined = hardest.where(rank < NEGATIVES_PER_POSITIVE * positives[:, None], zero)
@@ -77,7 +81,7 @@ class BatchMultiBoxLoss(MultiBoxLoss):
         positive = labels > 0
         positives = positive.sum()
         zero = loc.new_zeros((), dtype=torch.float32)
-        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes)
+        distance, cross_entropy = _errors(loc, conf, boxes, labels, self.default_boxes, self.class_weights)
         hardness = cross_entropy.detach().where(~positive, -1)
         mined = _mined(hardness, NEGATIVES_PER_POSITIVE * positives) & ~positive
         count = (positives / len(labels)).clamp(min=LEAST_NEGATIVES / NEGATIVES_PER_POSITIVE)
@@ -96,12 +100,17 @@ def _mined(hardness: Tensor, count: Tensor) -> Tensor:
 
 
 def _errors(
-    loc: Tensor, conf: Tensor, boxes: Tensor, labels: Tensor, default_boxes: Tensor
+    loc: Tensor,
+    conf: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    default_boxes: Tensor,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of each default box, in float32 ``[N, P]``: smooth L1 summed over its offsets, and cross-entropy."""
     distance = F.smooth_l1_loss(loc.float().transpose(1, 2), encode(boxes, default_boxes), reduction="none")
-    return distance.sum(2), F.cross_entropy(conf.float(), labels, reduction="none")
+    return distance.sum(2), F.cross_entropy(conf.float(), labels, class_weights, reduction="none")
 
 
-LOSSES: dict[str, Callable[[Tensor], nn.Module]] = {"batch": BatchMultiBoxLoss, "multibox": MultiBoxLoss}
-"""Losses by name: each is made of the default boxes, and called as `MultiBoxLoss`."""
+LOSSES: dict[str, Callable[..., nn.Module]] = {"batch": BatchMultiBoxLoss, "multibox": MultiBoxLoss}
+"""Losses by name: each is made and called as `MultiBoxLoss`; with `class_weights` where those are chosen."""

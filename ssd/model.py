@@ -1,7 +1,7 @@
 """SSD: a ResNet trunk, additional blocks, and a pair of heads for each feature map."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -229,20 +229,27 @@ def load_model(
 
 
 def transfer(
-    weights: str | os.PathLike[str], class_names: Sequence[str], *, backbone: Backbone | None = None
+    weights: str | os.PathLike[str],
+    class_names: Sequence[str],
+    *,
+    backbone: Backbone | None = None,
+    layout: Layout | None = None,
 ) -> tuple[SSD, str]:
-    """A network for new classes that starts from a checkpoint.
+    """A network that starts from a checkpoint, which may be of other classes and of another layout.
 
-    Trunk, additional blocks and the box heads are the checkpoint's; so are the class heads if the classes
-    are, and they are new otherwise. The heads have BatchNorm if the checkpoint's have.
+    The trunk, each additional block and each head are the checkpoint's where their tensors have the same
+    names and shapes, class heads only where the classes are the same, too; the rest is new. A head is a start
+    for default boxes of other scales and ratios as well, since what it gives is relative to them. The heads
+    have BatchNorm if the checkpoint's have.
 
     Args:
         weights: a path, an http(s) URL, or the name of published weights ("coco").
-        class_names: the new classes, without the background.
+        class_names: the network's classes, without the background.
         backbone: that of the checkpoint, or None.
+        layout: the network's; None for that of the checkpoint.
 
     Returns:
-        The model in fp32 on the CPU, and a line that says what was loaded, what is new, and what was skipped.
+        The model in fp32 on the CPU, and a line that says which parts were loaded and which are new.
 
     Raises:
         ValueError: the checkpoint has another backbone.
@@ -251,21 +258,55 @@ def transfer(
     source, found = load_model(weights)
     if backbone not in (None, source.backbone):
         raise ValueError(f"{weights} has the backbone {source.backbone}, not {backbone}")
-    name = f"SSD{source.layout.size} {source.backbone}"
-    if found.class_names == tuple(class_names):
-        return (
-            source,
-            f"{name} from {weights}: everything loaded, the classes are the same",
-        )
-    model = SSD(len(class_names) + 1, source.backbone, source.head_norm, layout=source.layout)
-    kept = {key: value for key, value in source.state_dict().items() if not key.startswith("conf")}
-    new = [key for key in model.state_dict() if key not in kept]
+    model = SSD(len(class_names) + 1, source.backbone, source.head_norm, layout=layout or source.layout)
+    same_classes = found.class_names == tuple(class_names)
+    theirs, parts = source.state_dict(), _parts(model)
+    loaded = {
+        (kind, number): tensors
+        for (kind, number), tensors in parts.items()
+        if (same_classes or kind != "conf")
+        and all(key in theirs and theirs[key].shape == value.shape for key, value in tensors.items())
+    }
+    kept = {key: theirs[key] for tensors in loaded.values() for key in tensors}
     model.load_state_dict(kept, strict=False)
-    return model, (
-        f"{name} from {weights}: loaded {len(kept)} tensors (trunk, additional blocks, "
-        f"loc); skipped the class heads of its {len(found.class_names)} classes; {len(new)} tensors for "
-        f"{len(class_names)} classes are new ({new[0]} to {new[-1]})"
-    )
+
+    line = f"SSD{model.layout.size} {model.backbone} from {weights}"
+    if model.layout.size != source.layout.size:
+        line += f" (SSD{source.layout.size})"
+    elif model.layout != source.layout:
+        line += " (another layout)"
+    new = _listed([part for part in parts if part not in loaded], parts) or "nothing"
+    if not same_classes:  # and then class heads are what ends the list
+        new += f" (other classes than its {len(found.class_names)})"
+    return model, f"{line}: loaded {len(kept)} tensors ({_listed(loaded, parts)}); new: {new}"
+
+
+_Part = tuple[str, str]
+"""What a part of a network is, and its number; a head is a part with its norm."""
+
+
+def _parts(model: SSD) -> dict[_Part, dict[str, Tensor]]:
+    """The tensors of each part."""
+    parts: dict[_Part, dict[str, Tensor]] = {}
+    for key, value in model.state_dict().items():
+        module, number, _ = key.split(".", 2)
+        part = "trunk" if module == "feature_extractor" else module.removesuffix("_norm").replace("_", " ")
+        parts.setdefault((part, "" if part == "trunk" else number), {})[key] = value
+    return parts
+
+
+def _listed(some: Collection[_Part], parts: Collection[_Part]) -> str:
+    """Some of all parts, in words; numbers only where not all of a kind are meant.
+
+    >>> _listed([("loc", "0"), ("conf", "1")], [("loc", "0"), ("conf", "0"), ("conf", "1")])
+    'loc; conf 1'
+    """
+    texts = []
+    for kind in dict.fromkeys(kind for kind, _ in some):
+        numbers = [number for each, number in some if each == kind]
+        whole = len(numbers) == sum(each == kind for each, _ in parts)
+        texts.append(kind if whole else f"{kind} {', '.join(numbers)}")
+    return "; ".join(texts)
 
 
 def _load_backbone(trunk: nn.Sequential, backbone: Backbone, weights: str | os.PathLike[str]) -> None:

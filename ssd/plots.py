@@ -1,8 +1,11 @@
-"""Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes."""
+"""Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes.
+
+And of a run: its losses, learning rate and AP.
+"""
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +29,14 @@ if TYPE_CHECKING:
 SCORE_THRESHOLD = Options.score_threshold  # of what counts as detected in the matrix and on the images
 IOU_THRESHOLD = 0.5
 _WORST = 8
+_MOST_MARKERS = 40  # on a curve
+_CURVES = {
+    "loss": {"loss": "sum", "conf_loss": "conf", "loc_loss": "loc"},
+    "learning rate at the epoch's end": {"lr": "rate"},
+    "AP on val": {"AP50": "AP50", "AP": "AP"},
+}
+"""Of a run: by the title of a picture, columns and what they are called there."""
+
 _MOST_CLASSES = 30  # that can be told apart in one picture
 
 
@@ -50,14 +61,10 @@ def draw_plots(annotations: Annotations, found: Mapping[int, Detections]) -> dic
     """
     require_matplotlib()
     mistakes = {i: compare(annotations, i, each) for i, each in found.items()}
-    contents = {}
-    for name, figure in (
-        ("precision_recall", _curves(annotations, found)),
-        ("confusion", _matrix(annotations, list(mistakes.values()))),
-    ):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=120, bbox_inches="tight")
-        contents[f"{name}.png"] = drawn.getbuffer()
+    contents = {
+        "precision_recall.png": _png(_curves(annotations, found)),
+        "confusion.png": _png(_matrix(annotations, list(mistakes.values()))),
+    }
     worst = sorted(mistakes, key=lambda i: -mistakes[i].number())[:_WORST]
     for rank, i in enumerate(worst, start=1):
         if mistakes[i].number():
@@ -77,6 +84,52 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: PLC0415, F401
     except ImportError as error:
         raise MissingExtra("plots") from error
+
+
+def draw_curves(history: Sequence[Mapping[str, float]]) -> memoryview:
+    """The content of ``curves.png``: losses, learning rate and AP over the epochs of a run.
+
+    Args:
+        history: a row for each epoch, from the first on, by the names of the columns of ``metrics.csv``.
+
+    Raises:
+        MissingExtra: matplotlib is not installed; the message names the command.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    all_axes = figure.subplots(1, 3)
+    for axes, (title, lines) in zip(all_axes, _CURVES.items(), strict=True):
+        for name, label in lines.items():
+            # An AP is not in all rows, and -1 where there was nothing to measure.
+            known = [
+                (epoch, row[name]) for epoch, row in enumerate(history, start=1) if row.get(name, -1) >= 0
+            ]
+            if known:
+                marker = "o" if len(known) <= _MOST_MARKERS else None
+                axes.plot(*zip(*known, strict=True), label=label, marker=marker, markersize=4, linewidth=1.8)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0, len(history) + 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.08)
+        axes.update_datalim([(0, 0)])  # with nothing cut off above
+        axes.autoscale_view(scalex=False)
+        axes.set_ylim(bottom=0)
+        if len(axes.lines) > 1:
+            axes.legend()
+        elif not axes.lines:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+    return _png(figure)
+
+
+def _png(figure: "Figure") -> memoryview:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, bbox_inches="tight")
+    return drawn.getbuffer()
 
 
 def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:

@@ -58,7 +58,7 @@ def postprocess(
     conf: Tensor,
     default_boxes: Tensor,
     *,
-    score_threshold: float = SCORE_THRESHOLD,
+    score_threshold: float | Sequence[float] = SCORE_THRESHOLD,
     iou_threshold: float = IOU_THRESHOLD,
     max_detections: int = MOST_KEPT,
     max_per_class: int = MOST_PER_CLASS,
@@ -73,7 +73,8 @@ def postprocess(
         loc: offsets ``[N, 4, B]``, any float dtype. Neither input is changed.
         conf: logits ``[N, C, B]``, background first, any float dtype.
         default_boxes: float32 cxcywh, normalised, ``[B, 4]``, on the same device.
-        score_threshold: a candidate's probability must exceed this; in [0, 1].
+        score_threshold: a candidate's probability must exceed this; in [0, 1]; or one for each class but the
+            background.
         iou_threshold: in [0, 1].
         max_detections: most detections of an image, over all classes.
         max_per_class: most candidates of a class that take part in NMS.
@@ -125,12 +126,13 @@ def _require_finite(loc: Tensor, conf: Tensor) -> None:
 
 
 def _candidates(
-    conf: Tensor, score_threshold: float, classes: Sequence[int] | None
+    conf: Tensor, score_threshold: float | Sequence[float], classes: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image, class, default box and score of all that pass the threshold, sorted in this order."""
     # p_c > t implies exp(l_c) > t / (1 - t) * exp(l_background), so most boxes, which are background, are
     # left out before any exponential. The slack covers rounding; the softmax below decides.
-    odds = score_threshold / (1 - score_threshold) if score_threshold < 1 else math.inf
+    lowest = score_threshold if isinstance(score_threshold, float | int) else min(score_threshold)
+    odds = lowest / (1 - lowest) if lowest < 1 else math.inf
     margin = math.log(odds) - 1e-3 if odds > 0 else -math.inf
     likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
     image, box = likely.nonzero(as_tuple=True)
@@ -144,7 +146,8 @@ def _candidates(
         wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device="cpu")
         wanted[list(classes)] = True
         scores = scores.where(wanted.to(scores.device)[:, None], 0)
-    image, class_id, column = (scores > score_threshold).nonzero(as_tuple=True)
+    limits = lowest if lowest is score_threshold else scores.new_tensor(score_threshold)[:, None]
+    image, class_id, column = (scores > limits).nonzero(as_tuple=True)
     real = column < counts[image]
     image, class_id, column = image[real], class_id[real], column[real]
     return image, class_id, boxes[image, column], scores[image, class_id, column]

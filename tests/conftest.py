@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fake_cuda import FakeCuda
 from PIL import Image
 
 from ssd import checkpoint, pretrained
-from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.boxes import LAYOUTS, PUBLISHED_LAYOUT, Layout
 from ssd.detector import Detector
 from ssd.export import export
 from ssd.model import SSD
@@ -96,6 +97,17 @@ SMALL_LAYOUT = Layout(
     aspect_ratios=((2,), (2, 3), (2,), ()),
 )
 """Another layout than the published one: other maps, other numbers of shapes."""
+
+OTHER_LAYOUTS = {
+    "small": SMALL_LAYOUT,
+    "512": LAYOUTS["512"],
+    "300 with other boxes": replace(
+        PUBLISHED_LAYOUT,
+        scales=(15, 30, 70, 120, 180, 240, 300),
+        aspect_ratios=((1.5,), (2, 4), (1.5, 3), (2.5, 3), (2.5,), (3,)),
+    ),
+}
+"""Layouts that are not the published one; the last has tensors of the same shapes."""
 
 
 @pytest.fixture(scope="session")

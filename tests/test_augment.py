@@ -7,8 +7,9 @@ from PIL import Image, ImageFilter
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-from ssd.augment import STEPS, Sample, augment, color_jitter, iou_crop, render, zoom_out
+from ssd.augment import STEPS, Sample, augment, color_jitter, iou_crop, render, take_tile, zoom_out
 from ssd.images import load_image
+from ssd.tiles import cut
 from ssd.transforms import MEAN, resize
 
 
@@ -205,3 +206,68 @@ def test_the_size_is_the_callers(recipe):
     assert (found <= 1).all()
     if recipe == "none":
         np.testing.assert_array_equal(found, [[0, 0, 1, 1]])
+
+
+def tiles_of(boxes, size, side, count=300):
+    image, boxes, labels = marked_sample(boxes, size)
+    sample = Sample(torch.from_numpy(np.array(image)), boxes, labels, 300, (0, 0, *size))
+    rng = np.random.default_rng(3)
+    return [take_tile(sample, rng, side=side) for _ in range(count)]
+
+
+def test_tiles_lie_within_the_image_and_hold_the_centres_that_they_keep():
+    seen = tiles_of(DISJOINT, (640, 480), 320)
+    windows = [sample.window for sample in seen]
+    whole = windows.count((0, 0, 640, 480))
+    assert 300 / len(cut(640, 480, 320)) == pytest.approx(whole, abs=25)
+    for sample in seen:
+        left, top, right, bottom = sample.window
+        if sample.window == (0, 0, 640, 480):
+            assert len(sample.boxes) == 4
+            continue
+        assert (right - left, bottom - top) == (320, 320)
+        assert left >= 0
+        assert right <= 640
+        assert top >= 0
+        assert bottom <= 480
+        x, y = ((sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2).T
+        assert len(sample.boxes) > 0
+        assert ((left < x) & (x < right) & (top < y) & (y < bottom)).all()
+        kept = {
+            k
+            for k, (a, b, c, d) in enumerate(DISJOINT, start=1)
+            if left < (a + c) / 2 < right and top < (b + d) / 2 < bottom
+        }
+        assert set(sample.labels.tolist()) == kept
+    assert {label for sample in seen for label in sample.labels.tolist()} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("size", [(900, 200), (200, 900)])
+def test_tiles_of_long_images_are_as_low_as_these(size):
+    box = (size[0] - 9, size[1] - 9, size[0], size[1])
+    tiles = [sample for sample in tiles_of([box], size, 300) if sample.window != (0, 0, *size)]
+    for sample in tiles:
+        left, top, right, bottom = sample.window
+        assert (right - left, bottom - top) == (min(size[0], 300), min(size[1], 300))
+        assert len(sample.boxes) == 1
+
+
+def test_tiles_of_images_without_boxes_are_anywhere():
+    windows = {sample.window for sample in tiles_of([], (900, 300), 300)}
+    assert len(windows) > 100
+    assert (0, 0, 900, 300) in windows
+
+
+def test_small_images_have_no_tiles():
+    assert {sample.window for sample in tiles_of(DISJOINT, (640, 480), 640, count=20)} == {(0, 0, 640, 480)}
+
+
+def test_examples_of_tiles_show_small_objects_larger():
+    image, boxes, labels = marked_sample([(500, 300, 520, 320)])
+    rng = np.random.default_rng(0)
+    widths = []
+    for _ in range(40):
+        pixels, found, _ = augment(image, boxes, labels, "none", rng, 300, 160)
+        assert pixels.shape == (300, 300, 3)
+        widths += (found[:, 2] - found[:, 0]).tolist()
+    assert max(widths) == pytest.approx(20 / 160)

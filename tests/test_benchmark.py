@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL_LAYOUT
+from conftest import SMALL_LAYOUT, made_model
 
 from ssd.benchmark import STAGES, draw_images, flops, peak_flops, run_benchmark
+from ssd.boxes import LAYOUTS
 from ssd.detector import Detector
 
 
@@ -20,7 +21,15 @@ def test_report(detector, tmp_path):
     assert report.peak_memory > 100
     assert json.loads(json.dumps(report.to_dict()))["batch_size"] == 2
     text = str(report)
-    for word in ("Detector(3 classes", "images/s", "p99", "postprocess", "MB", "GFLOP/s"):
+    for word in (
+        "Detector(3 classes",
+        ", 300x300, batches of 2",
+        "images/s",
+        "p99",
+        "postprocess",
+        "MB",
+        "GFLOP/s",
+    ):
         assert word in text
     with pytest.raises(ValueError, match="at least one source"):
         run_benchmark(detector, [])
@@ -36,11 +45,13 @@ def test_flops_are_those_of_the_layers():
     assert classes == pytest.approx(expected)
 
 
-def test_another_layout(tiny_model, tmp_path):
-    tiny = Detector(tiny_model, ("cat", "cup", "person"))
-    report = run_benchmark(tiny, draw_images(tmp_path, 1), rounds=2)
-    operations = flops(4, "resnet18", SMALL_LAYOUT)
-    assert operations < flops(4, "resnet18") / 8
+@pytest.mark.parametrize("layout", [SMALL_LAYOUT, LAYOUTS["512"]], ids=["small", "512"])
+def test_another_layout(layout, tmp_path):
+    detector = Detector(made_model(layout=layout), ("cat", "cup", "person"))
+    report = run_benchmark(detector, draw_images(tmp_path, 1), rounds=2)
+    assert report.size == layout.size
+    operations = flops(4, "resnet18", layout)
+    assert operations / flops(4, "resnet18") == pytest.approx((layout.size / 300) ** 2, rel=0.2)
     assert report.gflops == pytest.approx(operations / report.stages["forward"] / 1e6)
 
 

@@ -52,6 +52,53 @@ def test_layouts_go_through_plain_data():
         assert sum(layout.boxes_per_map) == layout.num_default_boxes
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), SMALL_LAYOUT], ids=lambda layout: str(layout.size))
+def test_best_overlaps_are_those_with_all_default_boxes(layout):
+    """Of boxes anywhere in the image, up to the whole of it, and on its border."""
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((300, 2, 2)) ** 2, axis=1).reshape(300, 4).astype(np.float32)
+    boxes = torch.from_numpy(np.concatenate([corners, [[0, 0, 1, 1], [0.98, 0, 1, 0.03]]]).astype(np.float32))
+    slow = ops.box_iou(boxes, box_convert(layout.default_boxes(), "cxcywh", "xyxy")).amax(1)
+    np.testing.assert_allclose(layout.best_overlaps(boxes), slow, atol=2e-6)
+
+
+def boxes_of_sides(*sides, count=400):
+    """Boxes anywhere in the image, of widths and heights that are given in pixels of 300."""
+    rng = np.random.default_rng(1)
+    shape = np.array(sides)[rng.integers(len(sides), size=count)] / 300 * rng.uniform(0.9, 1.1, (count, 2))
+    corner = rng.random((count, 2)) * (1 - shape)
+    return torch.from_numpy(np.concatenate([corner, corner + shape], 1).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize("sides", [[(14, 14)], [(20, 60), (60, 20)], [(200, 230), (13, 18)]], ids=str)
+def test_a_fitted_layout_matches_more_and_keeps_what_the_network_is_made_of(name, sides):
+    boxes, origin = boxes_of_sides(*sides), LAYOUTS[name]
+    fitted = origin.fitted(boxes)
+    assert (fitted.size, fitted.maps, fitted.steps) == (origin.size, origin.maps, origin.steps)
+    assert fitted.boxes_per_cell == origin.boxes_per_cell
+    assert list(fitted.scales) == sorted(fitted.scales)
+    numbers = (*fitted.scales, *(ratio for row in fitted.aspect_ratios for ratio in row))
+    before = (*origin.scales, *(ratio for row in origin.aspect_ratios for ratio in row))
+    assert all(first / 2 <= new <= 2 * first for new, first in zip(numbers, before, strict=True))
+    reached = ops.box_iou(boxes, box_convert(fitted.default_boxes(), "cxcywh", "xyxy")).amax(1)
+    old = ops.box_iou(boxes, box_convert(origin.default_boxes(), "cxcywh", "xyxy")).amax(1)
+    assert (reached > 0.5).sum() >= (old > 0.5).sum()
+    assert reached.mean() > old.mean() + 0.03
+    assert Layout.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+
+
+def test_small_boxes_that_hardly_match_do_so_once_fitted():
+    boxes = boxes_of_sides((14, 14))
+    assert (LAYOUTS["300"].best_overlaps(boxes) > 0.5).float().mean() < 0.05
+    assert (LAYOUTS["300"].fitted(boxes).best_overlaps(boxes) > 0.5).float().mean() > 0.75
+
+
+def test_a_layout_is_not_fitted_to_nothing():
+    with pytest.raises(ValueError, match="fitted to no boxes"):
+        PUBLISHED_LAYOUT.fitted(torch.zeros(0, 4))
+
+
 def test_another_layout_by_hand():
     assert SMALL_LAYOUT.boxes_per_cell == (4, 6, 4, 2)
     assert SMALL_LAYOUT.boxes_per_map == (4 * 144, 6 * 36, 4 * 9, 2)

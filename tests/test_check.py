@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from made_data import annotation, coco, picture, plain
@@ -10,6 +11,7 @@ from ssd import shapes
 from ssd.boxes import Layout
 from ssd.check import check_dataset, load_beside, size_limits
 from ssd.data import load
+from ssd.tiles import cut
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_a_clean_dataset(scenes):
     assert train.matched > 0.9
     text = str(found)
     assert "train: nothing wrong" in text
-    table = text[: text.index("train: ")].splitlines()
+    table = text[: text.index("what could be")].splitlines()
     assert len({len(line) for line in table if not line.startswith("boxes")}) == 1
     json.dumps(found.to_dict())
 
@@ -118,6 +120,58 @@ def test_sizes_and_matches_are_those_of_the_layout(tmp_path):
     assert "boxes by size at 64x64, and" in str(found)
     assert found.to_dict()["size"] == 64
     assert "boxes by size at 300x300, and" in str(check_dataset({"train": load(tmp_path / "x.json")}))
+
+
+def boxes_in_images(folder, size, side, count=6, step=61):
+    """Images of a size with boxes of `side` pixels in rows, `step` apart."""
+    images, boxes = [], []
+    for i in range(2):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
+        boxes += [
+            annotation(
+                id=10_000 * i + k,
+                image_id=i,
+                bbox=[across * step + 5 * k % 11, down * step + 3 * k % 7, side, side],
+                area=side**2,
+            )
+            for k, (down, across) in enumerate(product(range(count), repeat=2))
+        ]
+    (folder / "x.json").write_text(json.dumps(coco(images, boxes)))
+    return check_dataset({"train": load(folder / "x.json")})
+
+
+def test_what_could_be_trained_and_what_is_recommended(tmp_path):
+    """Boxes of 15 pixels of 320: too small for the published layout, and not for one that is fitted."""
+    found = boxes_in_images(tmp_path, (320, 320), 15, step=49)
+    matched = {(choice.layout, choice.tiles): choice.matched for choice in found.choices}
+    assert set(matched) == {("300", None), ("fitted", None), ("512", None), ("fitted-512", None)}
+    assert matched["300", None] < 0.2
+    assert matched["512", None] > 0.9
+    assert [round(choice.time, 2) for choice in found.choices] == [1, 1, 2.91, 2.91]
+    most = max(matched.values())
+    first = next(choice for choice in found.choices if choice.matched >= most - 0.02)
+    assert found.recommended == first
+    (line,) = [line for line in str(found).splitlines() if line.endswith("recommended")]
+    assert f"--layout {first.layout} " in line
+    assert found.to_dict()["recommended"]["layout"] == first.layout
+
+
+def test_large_boxes_need_no_other_layout(tmp_path):
+    found = boxes_in_images(tmp_path, (320, 320), 60, count=3, step=90)
+    assert found.recommended == found.choices[0]
+    assert (found.recommended.layout, found.recommended.matched) == ("300", 1)
+
+
+def test_small_boxes_of_large_images_need_tiles(tmp_path):
+    """24 pixels of 2,000 are 3.6 of 300, and 6.1 of 512; in tiles of 320 pixels they are 22.5."""
+    found = boxes_in_images(tmp_path, (2000, 1500), 24)
+    assert all(choice.matched < 0.5 for choice in found.choices if choice.tiles is None)
+    best = found.recommended
+    assert best.tiles in (320, 480)
+    assert best.matched > 0.9
+    assert best.time == len(cut(2000, 1500, best.tiles))
+    assert f"--layout 300 --tiles {best.tiles}" in str(found)
 
 
 @pytest.mark.parametrize(

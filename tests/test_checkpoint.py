@@ -464,14 +464,44 @@ def test_names_must_fit_the_network(tmp_path, small_model):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "noted", [[0.5, 0.5], [0.5, 0.5, 1.5], [0.5, 0.5, float("nan")], [0.5, True, 0], 0.5]
+)
+def test_thresholds_that_are_none_are_told(tmp_path, tiny_model, suffix, noted):
+    path = tmp_path / f"w{suffix}"
+    checkpoint.save(path, tiny_model.state_dict(), NAMES, layout=SMALL_LAYOUT)
+    assert checkpoint.read(path).score_thresholds == ()
+    tensors = {key: value.contiguous() for key, value in tiny_model.state_dict().items()}
+    if suffix == ".pt":
+        content = {"model": tensors, "score_thresholds": noted, "layout": SMALL_LAYOUT.to_dict()}
+        torch.save(content, path)
+    else:
+        notes = {"score_thresholds": noted, "layout": SMALL_LAYOUT.to_dict()}
+        safetensors.torch.save_file(tensors, path, {key: json.dumps(each) for key, each in notes.items()})
+    with pytest.raises(checkpoint.CheckpointError, match=r'"score_thresholds" give .*for each of 3 classes'):
+        checkpoint.read(path)
+
+
+def test_thresholds_must_fit_the_classes(tmp_path, tiny_model):
+    with pytest.raises(ValueError, match="3 classes need as many score_thresholds; got 2"):
+        checkpoint.save(
+            tmp_path / "w.pt",
+            tiny_model.state_dict(),
+            NAMES,
+            layout=SMALL_LAYOUT,
+            score_thresholds=(0.5, 0.5),
+        )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_all_that_is_saved_is_read(tmp_path, suffix):
     model = made_model(layout=SMALL_LAYOUT)
     path, config = tmp_path / f"w{suffix}", {"epochs": 3, "milestones": [0.5]}
     names = ("cat", "cup", "person")
-    checkpoint.save(
-        path, model.state_dict(), names, category_ids=[7, 9, 1], config=config, layout=SMALL_LAYOUT
-    )
+    notes = {"category_ids": [7, 9, 1], "config": config, "score_thresholds": (0.25, 0.5, 1)}
+    checkpoint.save(path, model.state_dict(), names, layout=SMALL_LAYOUT, **notes)
     found = checkpoint.read(path)
+    assert found.score_thresholds == (0.25, 0.5, 1)
     assert (found.class_names, found.category_ids, found.config) == (names, (7, 9, 1), config)
     assert (found.num_classes, found.layout) == (4, SMALL_LAYOUT)
     loaded, _ = load_model(path)

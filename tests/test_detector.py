@@ -15,9 +15,10 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import HAS_GPU, PHOTOS, made_model
+from conftest import HAS_GPU, PHOTOS, SMALL_LAYOUT, made_model
 from PIL import Image
 
+from ssd import checkpoint
 from ssd import detector as detector_module
 from ssd.backends import of_model
 from ssd.boxes import PUBLISHED_LAYOUT, box_iou
@@ -152,6 +153,33 @@ def test_wrong_options_are_named(detector, photo, options, message):
         detector(photo, **options)
     with pytest.raises(ValueError, match=message):
         detector.stream([photo], **options)
+
+
+def test_calibrated_is_the_threshold_of_each_class(tiny_model, photo, tmp_path):
+    names = ("cat", "cup", "person")
+    every = Detector(tiny_model, names)(photo, score_threshold=0.01, max_detections=500)
+    limits = tuple(float(np.median(every.scores[every.class_ids == k])) for k in range(3))
+    detector = Detector(tiny_model, names, (), limits)
+    found = detector(photo, score_threshold="calibrated", max_detections=500)
+    kept = every[[score > limits[class_id] for _, score, class_id, _ in every]]
+    assert same(found, kept)
+    assert len(set(limits)) == len(set(found.class_ids.tolist())) == 3
+    assert same(next(detector.stream([photo], score_threshold="calibrated", max_detections=500)), kept)
+    path = tmp_path / "w.safetensors"
+    checkpoint.save(path, tiny_model.state_dict(), names, layout=SMALL_LAYOUT, score_thresholds=limits)
+    loaded = Detector.load(path, "cpu", "fp32")
+    assert loaded.score_thresholds == pickle.loads(pickle.dumps(loaded)).score_thresholds == limits
+    assert same(loaded(photo, score_threshold="calibrated", max_detections=500), kept)
+
+
+def test_calibrated_without_thresholds_and_other_words_are_told(detector, small_model, photo):
+    told = 'score_threshold "calibrated" needs a threshold for each class, and these weights have none'
+    with pytest.raises(ValueError, match=told):
+        detector(photo, score_threshold="calibrated")
+    with pytest.raises(ValueError, match="""a number from 0 to 1, or "calibrated"; got 'best'"""):
+        detector.stream([photo], score_threshold="best")
+    with pytest.raises(ValueError, match="3 classes need as many score_thresholds; got 1"):
+        Detector(small_model, ("a", "b", "c"), score_thresholds=[0.5])
 
 
 def test_wrong_batch_size_is_named(detector):

@@ -149,3 +149,18 @@ def test_fonts_of_fontconfig(tmp_path, monkeypatch, script, found):
         fake_program(tmp_path, script)
     monkeypatch.setattr(drawing.shutil, "which", lambda name: script and str(tmp_path / name))
     assert list(drawing._fontconfigs()) == found
+
+
+def test_pictures_of_a_sheet_stand_side_by_side_whole_and_under_their_headings():
+    rows = [[Image.new("RGB", size, color) for color in ("red", "blue")] for size in ((960, 360), (100, 300))]
+    sheet = np.asarray(drawing.side_by_side(rows, ("left", "right")))
+    for color, channel in (("red", 0), ("blue", 2)):
+        mine = (sheet == np.eye(3)[channel] * 255).all(-1)
+        rows_of, columns = np.nonzero(mine)
+        assert (columns >= 488).all() == (color == "blue")
+        assert (columns < 480).all() == (color == "red")
+        assert mine.sum() == 480 * 180 + 120 * 360  # as large as their cells
+        assert rows_of.min() == 32
+    heading = (sheet[:32] < 128).any((0, 2))
+    assert heading[:480].any()
+    assert heading[488:].any()

@@ -355,3 +355,71 @@ def test_shipped_weights_keep_their_ap_in_every_precision(tmp_path):
     for other in (Detector.load("shapes", "cpu", "bf16"), Detector.load(path)):
         found = evaluate_detector(other, val, ALONE).metrics
         assert abs(found["AP"] - expected["AP"]) <= 0.005, other
+
+
+# --- Thresholds ---
+
+
+def f1_by_coco(annotations, found, class_id, least):
+    """F1 of the detections of a class whose score is above `least`, counted in what pycocotools matched."""
+    kept = {
+        i: each[((each.class_ids == class_id) & (each.scores > least)).tolist()] for i, each in found.items()
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, results = COCO(), COCO()
+        truth.dataset = evaluation._truth(annotations)
+        results.dataset = truth.dataset | {"annotations": evaluation._results(kept)}
+        truth.createIndex(), results.createIndex()
+        official = COCOeval(truth, results, "bbox")
+        official.params.iouThrs, official.params.areaRng = np.array([0.5]), [[0, 1e10]]
+        official.params.areaRngLbl, official.params.catIds = ["all"], [class_id + 1]
+        official.evaluate()
+    images = [each for each in official.evalImgs if each is not None]
+    hits = sum(((each["dtMatches"][0] > 0) & ~each["dtIgnore"][0].astype(bool)).sum() for each in images)
+    boxes = sum((np.array(each["gtIgnore"]) == 0).sum() for each in images)
+    detections = sum((~each["dtIgnore"][0].astype(bool)).sum() for each in images)
+    return 2 * hits / max(boxes + detections, 1)
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_no_threshold_has_a_higher_f1_than_the_best(scenes, crowd):
+    annotations = load(scenes, "val")
+    annotations = replace(annotations, crowd=(np.arange(len(annotations.labels)) % 4 == 0) & crowd)
+    found = blurred(annotations)
+    found[3] = replace(found[3], scores=found[4].scores[:1].repeat(len(found[3])))  # equal scores
+    thresholds = evaluation.best_thresholds(annotations, found)
+    assert measure(annotations, found).score_thresholds == thresholds
+    assert len(set(thresholds)) > 3
+    for class_id, threshold in enumerate(thresholds):
+        scores = sorted(
+            {s for each in found.values() for s in each.scores[each.class_ids == class_id].tolist()} | {0.05}
+        )
+        f1 = {least: f1_by_coco(annotations, found, class_id, least) for least in scores}
+        best = max(least for least in scores if f1[least] == max(f1.values()))
+        above = min(score for score in scores if score > best)
+        assert threshold == pytest.approx((best + above) / 2)
+        assert np.float32(threshold) == threshold
+
+
+def test_thresholds_by_hand(scenes):
+    """Of the first class: found, found, the first again, wrong, found, wrong; another box is missed."""
+    one = load(scenes, "val").select([0])
+    boxes = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10], [0, 20, 10, 30.0]])
+    truth = replace(
+        one,
+        starts=np.array([0, 5]),
+        boxes=boxes,
+        labels=np.array([1, 1, 1, 1, 2]),
+        crowd=np.zeros(5, bool),
+        areas=np.full(5, 100.0),
+        areas_given=np.ones(5, bool),
+        usable=np.ones(5, bool),
+    )
+    wrong = np.array([[100, 100, 110, 110.0]])
+    places = np.concatenate([boxes[:2], boxes[:1], wrong, boxes[2:3], wrong])
+    found = Detections(places, [0.9, 0.8, 0.7, 0.6, 0.3, 0.2], [0] * 6, one.class_names, (480, 480))
+    # F1 is 2/5, 4/6, 4/7, 4/8, 6/9, 6/10: of the two best the higher, half-way from 0.8 to 0.7.
+    assert evaluation.best_thresholds(truth, {0: found})[:2] == (pytest.approx(0.75), 0.4)
+    assert evaluation.best_thresholds(truth, {}) == (0.4,) * 6
+    few = evaluation.best_thresholds(truth, {0: found[:1]})
+    assert few[0] == pytest.approx((0.9 + 0.05) / 2)

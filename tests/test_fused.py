@@ -3,11 +3,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import SMALL_LAYOUT, made_model, made_weights
+from conftest import OTHER_LAYOUTS, SMALL_LAYOUT, made_model, made_weights
 from torch import nn
 
 from ssd import devices, fused
-from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.boxes import LAYOUTS, PUBLISHED_LAYOUT
 from ssd.fused import Conv, _convs, _input_shapes, can_pack, fuse, pack_weights
 from ssd.model import SSD, SSD300, set_precision
 from ssd.transforms import normalize
@@ -168,14 +168,15 @@ def test_conv_folds_adds_and_clips(relu, channels):
             torch.testing.assert_close(packed(x, residual.clone()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_another_layout():
-    model = made_model(head_norm=True, layout=SMALL_LAYOUT)
-    small = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
+def test_another_layout(layout):
+    model = made_model(head_norm=True, layout=layout)
+    images = torch.randn(2, 3, layout.size, layout.size, generator=torch.Generator().manual_seed(1))
     for pack in (True, False):
         fast = fuse(model, pack=pack)
-        assert fast.layout == SMALL_LAYOUT
+        assert fast.layout == layout
         with torch.inference_mode():
-            for ours, theirs in zip(fast(small), model(small), strict=True):
+            for ours, theirs in zip(fast(images), model(images), strict=True):
                 assert ours.shape == theirs.shape
                 torch.testing.assert_close(in_published_order(fast, ours), theirs, atol=1e-4, rtol=1e-4)
 
@@ -194,7 +195,7 @@ def test_a_copy_has_the_weights_that_were_packed(tiny_model, dtype):
                 assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("layout", [PUBLISHED_LAYOUT, SMALL_LAYOUT], ids=["300", "small"])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), SMALL_LAYOUT], ids=[*LAYOUTS, "small"])
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_weights_are_packed_for_what_each_convolution_takes(backbone, layout):
     fast = fuse(SSD(3, backbone, layout=layout), pack=False)

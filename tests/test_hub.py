@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import made_weights
+from conftest import OTHER_LAYOUTS, made_weights
 from PIL import Image
 
+from ssd import checkpoint
 from ssd.errors import ImageError, NonFiniteError
 from ssd.hub import Processing, nvidia_ssd, nvidia_ssd_processing_utils
 from ssd.model import SSD
@@ -176,6 +177,14 @@ def test_nvidia_ssd_without_weights_has_head_norms_and_needs_no_network():
     model = nvidia_ssd(pretrained=False)
     assert isinstance(model, SSD)
     assert model.head_norm
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
+def test_weights_whose_boxes_the_functions_would_place_wrongly_are_refused(layout, tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save(path, SSD(3, "resnet18", layout=layout).state_dict(), ("a", "b"), layout=layout)
+    with pytest.raises(checkpoint.CheckpointError, match=r"w\.safetensors is of another layout than the pub"):
+        nvidia_ssd(weights=path)
 
 
 @pytest.mark.parametrize(("math", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -18,9 +18,21 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "pixels", "drawing", "detections", "transforms", "augment"),
+    *("images", "sources", "pixels", "drawing", "detections", "transforms"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
+    *(
+        "data",
+        "backends",
+        "tiles",
+        "augment",
+        "detector",
+        "hub",
+        "shapes",
+        "check",
+        "evaluate",
+        "plots",
+        "benchmark",
+    ),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {

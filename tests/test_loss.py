@@ -195,3 +195,22 @@ def test_losses_by_name_are_made_of_default_boxes(figures):
     named, plain = LOSSES["multibox"](DEFAULT_BOXES)(*inputs), MultiBoxLoss(DEFAULT_BOXES)(*inputs)
     assert torch.equal(named.loc, plain.loc)
     assert torch.equal(named.conf, plain.conf)
+
+
+@pytest.mark.parametrize("kind", LOSSES.values())
+def test_class_weights_scale_the_cross_entropy_of_the_positives_alone(kind):
+    torch.manual_seed(0)
+    defaults = DEFAULT_BOXES[:200]
+    loc, conf, boxes = torch.randn(2, 4, 200), torch.randn(2, 3, 200), torch.rand(2, 200, 4) + 0.1
+    labels = (torch.rand(2, 200) < 0.1).long() * torch.randint(1, 3, (2, 200))
+    plain = kind(defaults)(loc, conf, boxes, labels)
+    same = kind(defaults, class_weights=torch.ones(3))(loc, conf, boxes, labels)
+    assert torch.equal(plain.conf, same.conf)
+    weighted = kind(defaults, class_weights=torch.tensor([1.0, 1.0, 4.0]))(loc, conf, boxes, labels)
+    assert torch.equal(weighted.loc, plain.loc)
+    second = torch.zeros(2)  # cross-entropy of the second class, by hand
+    for n, p in (labels == 2).nonzero().tolist():
+        second[n] -= conf[n, :, p].log_softmax(0)[2]
+    positives = (labels > 0).sum(1)
+    count = positives if kind is MultiBoxLoss else positives.sum() / 2
+    torch.testing.assert_close(weighted.conf - plain.conf, 3 * second / count)

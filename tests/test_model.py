@@ -1,17 +1,20 @@
 import copy
 import hashlib
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import made_model, made_weights
+from conftest import SMALL_LAYOUT, made_model, made_weights
 from torch._subclasses import FakeTensorMode
+from training import assert_equal
 
 from ssd import checkpoint, pretrained
+from ssd.boxes import LAYOUTS
 from ssd.devices import native_precisions
 from ssd.errors import CheckpointError, DownloadError
-from ssd.model import SSD, load_model, set_precision
+from ssd.model import SSD, load_model, set_precision, transfer
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -276,6 +279,109 @@ def test_load_model_names_what_does_not_fit(tmp_path, small_model, fault):
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match=r"bad\.pt does not fit .*loc\.[56]\.bias"):
         load_model(tmp_path / "bad.pt")
+
+
+# --- Another start ---
+
+
+NAMES = ("cat", "cup", "person")
+ALL = "trunk; additional blocks; loc; conf"
+
+
+def assert_loaded(model, old, is_loaded):
+    """That the parts of a model are a state dict's, or not, as a function of the key says."""
+    parameters = {key: value for key, value in model.state_dict().items() if key.endswith("weight")}
+    for key, value in parameters.items():
+        assert (key in old and torch.equal(value, old[key])) == is_loaded(key), key
+
+
+def test_other_classes_keep_all_but_the_class_heads(weights_file, small_model):
+    model, line = transfer(weights_file, ("a", "b"))
+    old = small_model.state_dict()
+    assert (model.num_classes, model.head_norm) == (3, False)  # plain heads, as the checkpoint's
+    assert_loaded(model, old, lambda key: not key.startswith("conf"))
+    kept = sum(not key.startswith("conf") for key in old)
+    assert line == (
+        f"SSD300 resnet18 from {weights_file}: loaded {kept} tensors (trunk; additional blocks; loc); "
+        "new: conf (other classes than its 3)"
+    )
+
+
+def test_other_names_of_as_many_classes_are_other_classes(weights_file, small_model):
+    model, _ = transfer(weights_file, ("cat", "person", "cup"))
+    assert_loaded(model, small_model.state_dict(), lambda key: not key.startswith("conf"))
+
+
+def test_the_same_classes_keep_everything(weights_file, small_model):
+    model, line = transfer(weights_file, NAMES)
+    assert_equal(model.state_dict(), small_model.state_dict())
+    assert line.endswith(f"loaded {len(model.state_dict())} tensors ({ALL}); new: nothing")
+
+
+def test_another_backbone_than_the_checkpoints(weights_file):
+    with pytest.raises(ValueError, match="has the backbone resnet18, not resnet50"):
+        transfer(weights_file, ("a",), backbone="resnet50")
+
+
+@pytest.mark.parametrize("same_classes", [True, False])
+def test_weights_of_300_pixels_start_a_network_of_512(tmp_path, same_classes):
+    """Heads 4 have 4 boxes a cell at 300 and 6 at 512, and only 512 has a seventh map."""
+    old = made_model(head_norm=True)
+    checkpoint.save(tmp_path / "w.pt", old.state_dict(), NAMES)
+    model, line = transfer(tmp_path / "w.pt", NAMES if same_classes else ("a",), layout=LAYOUTS["512"])
+    assert (model.layout, model.head_norm) == (LAYOUTS["512"], True)
+
+    def is_loaded(key):
+        module, number = key.split(".")[:2]
+        if module == "feature_extractor":
+            return True
+        if module == "additional_blocks":
+            return number != "5"
+        return number in "01235" and (same_classes or module.startswith("loc"))
+
+    assert_loaded(model, old.state_dict(), is_loaded)
+    for norm in (model.loc_norm[4], model.loc_norm[6], model.conf_norm[6]):  # as new
+        assert (norm.weight == 1).all()
+        assert (norm.running_mean == 0).all()
+    kept = sum(is_loaded(key) for key in model.state_dict())
+    conf, new_conf = ("; conf 0, 1, 2, 3, 5", "4, 6") if same_classes else ("", "(other classes than its 3)")
+    assert line == (
+        f"SSD512 resnet18 from {tmp_path / 'w.pt'} (SSD300): loaded {kept} tensors "
+        f"(trunk; additional blocks 0, 1, 2, 3, 4; loc 0, 1, 2, 3, 5{conf}); "
+        f"new: additional blocks 5; loc 4, 6; conf {new_conf}"
+    )
+
+
+def test_weights_of_512_pixels_start_a_network_of_300(tmp_path):
+    old = made_model(layout=LAYOUTS["512"])
+    checkpoint.save(tmp_path / "w.pt", old.state_dict(), NAMES, layout=LAYOUTS["512"])
+    assert transfer(tmp_path / "w.pt", ("a",))[0].layout == LAYOUTS["512"]
+    model, line = transfer(tmp_path / "w.pt", NAMES, layout=LAYOUTS["300"])
+    assert_loaded(model, old.state_dict(), lambda key: key not in ("loc.4.weight", "conf.4.weight"))
+    assert line.endswith("new: loc 4; conf 4")
+
+
+@torch.no_grad()
+def test_other_scales_and_ratios_keep_everything(tmp_path, tiny_model):
+    checkpoint.save(tmp_path / "w.pt", tiny_model.state_dict(), NAMES, layout=SMALL_LAYOUT)
+    layout = replace(SMALL_LAYOUT, scales=(9, 20, 40, 60, 90), aspect_ratios=((3,), (1.5, 2), (4,), ()))
+    model, line = transfer(tmp_path / "w.pt", NAMES, layout=layout)
+    assert f" (another layout): loaded {len(model.state_dict())} tensors ({ALL}); new: nothing" in line
+    assert model.layout == layout
+    images = torch.rand(1, 3, 96, 96)
+    for ours, theirs in zip(model.eval()(images), tiny_model(images), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_published_checkpoints_are_what_training_starts_from(tmp_path, images):
+    """The published function: plain heads, and the same outputs in eval mode."""
+    model = made_model(num_classes=5)
+    checkpoint.save(tmp_path / "published.pt", model.state_dict(), ("a", "b", "c", "d"))
+    started, _ = transfer(tmp_path / "published.pt", ("a", "b", "c", "d"))
+    with torch.no_grad():
+        for ours, theirs in zip(started.eval()(images), model(images), strict=True):
+            assert torch.equal(ours, theirs)
+    assert load_model(tmp_path / "published.pt")[1].num_classes == 5
 
 
 # --- Backbone weights ---

@@ -7,10 +7,10 @@ import pytest
 from made_data import blurred, perfect
 from PIL import Image
 
-from ssd import shapes
+from ssd import plots, shapes
 from ssd.data import load
 from ssd.detections import Detections
-from ssd.plots import compare, draw_plots
+from ssd.plots import compare, draw_curves, draw_plots
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,31 @@ def test_without_matplotlib_the_command_is_named(scenes, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'ssd300\[plots\]'"):
         draw_plots(scenes, {})
+
+
+def test_curves_show_each_column_and_leave_out_what_was_not_measured(monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    seen = []
+    real = plots._png
+    monkeypatch.setattr(plots, "_png", lambda figure: seen.append(figure) or real(figure))
+    losses = {"loss": 3.0, "loc_loss": 1.0, "conf_loss": 2.0, "lr": 0.01}
+    history = [losses, losses | {"AP": 0.2, "AP50": 0.4}, losses | {"AP": -1.0, "AP50": -1.0}, losses]
+    with Image.open(io.BytesIO(draw_curves(history))) as picture:
+        assert min(picture.size) >= 300
+    (figure,) = seen
+    shown = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes]
+    whole = {name: [[epoch, value] for epoch in (1, 2, 3, 4)] for name, value in losses.items()}
+    assert shown == [
+        {"sum": whole["loss"], "conf": whole["conf_loss"], "loc": whole["loc_loss"]},
+        {"rate": whole["lr"]},
+        {"AP50": [[2, 0.4]], "AP": [[2, 0.2]]},
+    ]
+    for axes in figure.axes:
+        highest = max(line.get_ydata().max() for line in axes.lines)
+        assert axes.get_ylim()[0] == 0 < highest < axes.get_ylim()[1]
+    assert "not measured" in [text.get_text() for text in _axes_of([losses], seen)[2].texts]
+
+
+def _axes_of(history, seen):
+    draw_curves(history)
+    return seen[-1].axes

@@ -252,3 +252,26 @@ def test_a_real_gpu_gives_what_the_cpu_gives(regime):
         torch.testing.assert_close(scores.cpu(), their_scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(boxes.cpu(), their_boxes, atol=1e-5, rtol=0)
         assert torch.equal(class_ids.cpu(), their_ids)
+
+
+def test_each_class_may_have_a_threshold_of_its_own():
+    """As if each class were looked for alone, with its threshold."""
+    loc, conf = regime_outputs("dense", images=2)
+    loc, conf, defaults = loc[..., :400], conf[:, :4, :400], PUBLISHED_LAYOUT.default_boxes()[:400]
+    limits = (0.6, 0.3, 0.4)
+    together = postprocess(loc, conf, defaults, score_threshold=limits, max_detections=60).per_image()
+    alone = [
+        postprocess(loc, conf, defaults, score_threshold=limit, max_detections=400, classes=[k]).per_image()
+        for k, limit in enumerate(limits)
+    ]
+    for image, (boxes, scores, class_ids) in enumerate(together):
+        expected = sorted(
+            (
+                (-s, k, b)
+                for each in alone
+                for b, s, k in zip(*map(torch.Tensor.tolist, each[image]), strict=True)
+            ),
+        )[:60]
+        ours = zip((-scores).tolist(), class_ids.tolist(), boxes.tolist(), strict=True)
+        assert sorted(ours) == sorted(expected)
+        assert set(class_ids.tolist()) == {0, 1, 2}

@@ -81,10 +81,18 @@ def test_neighbours_at_a_border_stay_apart():
 
 
 def test_what_ends_at_a_border_within_the_image_is_cut():
-    boxes = torch.tensor([[100.0, 50, 120, 70], [150, 50, 199, 70], [150, 0, 170, 20], [150, 180, 170, 200]])
+    boxes = torch.tensor(
+        [
+            [100.0, 50, 120, 70],
+            [150, 50, 199.6, 70],
+            [150, 50, 199, 70],
+            [150, 0, 170, 20],
+            [150, 180, 170, 200],
+        ]
+    )
     window = Window(100, 0, 200, 200)
-    assert are_cut(boxes, window, (400, 200)).tolist() == [True, True, False, False]
-    assert are_cut(boxes, Window(0, 0, 400, 200), (400, 200)).tolist() == [False] * 4
+    assert are_cut(boxes, window, (400, 200)).tolist() == [True, True, False, False, False]
+    assert are_cut(boxes, Window(0, 0, 400, 200), (400, 200)).tolist() == [False] * 5
 
 
 def slow_nms(boxes, scores, class_ids, iou_threshold):

@@ -3,6 +3,7 @@ from conftest import SMALL_LAYOUT
 
 from ssd import export, triton
 from ssd.backends import NMS, Metadata
+from ssd.boxes import LAYOUTS
 from ssd.checkpoint import CheckpointError
 from ssd.triton import write_triton
 
@@ -67,6 +68,13 @@ def test_triton_repository_of_raw_outputs(tiny_exported, tmp_path):
                 "max_batch_size: 0",
                 '{ name: "images", data_type: TYPE_UINT8, dims: [2, 96, 96, 3] }',
                 '{ name: "conf", data_type: TYPE_FP32, dims: [2, 4, 830] }',
+            ],
+        ),
+        (
+            {"layout": LAYOUTS["512"]},
+            [
+                '{ name: "images", data_type: TYPE_FP32, dims: [3, 512, 512] }',
+                '{ name: "loc", data_type: TYPE_FP32, dims: [4, 24564] }',
             ],
         ),
         (

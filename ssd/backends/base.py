@@ -45,6 +45,8 @@ class Options:
     iou_threshold: float = IOU_THRESHOLD
     max_detections: int = 100
     classes: tuple[int, ...] | None = None
+    class_thresholds: tuple[float, ...] = ()
+    """In place of `score_threshold`, which is the lowest of them; none of them where it holds for all."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Metadata:
     nms: NMS | None
     """None: the outputs are loc and conf."""
     layout: Layout = PUBLISHED_LAYOUT
+    score_thresholds: tuple[float, ...] = ()
+    """Of each class, or none; see `ssd.evaluate.best_thresholds`. Files of earlier versions have none."""
 
     def to_json(self) -> str:
         """As the file holds it; beside the fields, how images are normalised."""
@@ -101,11 +105,12 @@ class Metadata:
                 "update it: pip install --upgrade ssd300"
             )
         values["layout"] = _first_layout(values) if version == 1 else _layout(values)
+        values.setdefault("score_thresholds", [])
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             lacks, extra = (", ".join(sorted(names)) for names in (known - set(values), set(values) - known))
             raise ValueError(f"it lacks {lacks or 'nothing'}, and has {extra or 'nothing'} too much")
-        for name in ("class_names", "category_ids"):
+        for name in ("class_names", "category_ids", "score_thresholds"):
             if not isinstance(values[name], list):
                 raise ValueError(f"its {name} is no list")
             values[name] = tuple(values[name])
@@ -121,6 +126,8 @@ class Metadata:
             "class_names": bool(self.class_names) and all(isinstance(name, str) for name in self.class_names),
             "category_ids": len(self.category_ids) in (0, len(self.class_names))
             and all(type(number) is int for number in self.category_ids),
+            "score_thresholds": len(self.score_thresholds) in (0, len(self.class_names))
+            and all(type(each) in (int, float) and 0 <= each <= 1 for each in self.score_thresholds),
             "backbone": self.backbone in BACKBONES,
             "precision": self.precision in (*PRECISIONS, "int8"),
             "uint8": type(self.uint8) is bool,
@@ -269,7 +276,7 @@ class Backend:
             loc,
             conf,
             self.default_boxes,
-            score_threshold=options.score_threshold,
+            score_threshold=options.class_thresholds or options.score_threshold,
             iou_threshold=options.iou_threshold,
             max_detections=options.max_detections,
             classes=options.classes,
@@ -283,7 +290,10 @@ def _select(found: PaddedDetections, options: Options) -> PaddedDetections:
     if bad:
         raise NonFiniteError(f"the network's outputs hold NaN or infinity for image {bad} of the batch", bad)
     index = torch.arange(found.scores.shape[1], device=found.scores.device)
-    keep = (index < found.counts[:, None]) & (found.scores > options.score_threshold)
+    limits: float | Tensor = options.score_threshold
+    if options.class_thresholds:
+        limits = found.scores.new_tensor(options.class_thresholds)[found.class_ids]
+    keep = (index < found.counts[:, None]) & (found.scores > limits)
     order = (~keep).int().argsort(dim=1, stable=True)[:, : options.max_detections]
     keep = keep.gather(1, order)
     return PaddedDetections(

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from ssd.backends import kind_of
-from ssd.choices import PRECISIONS
+from ssd.choices import LEAST_TILE, PRECISIONS
 from ssd.cli.options import OneOf
 from ssd.data import FORMATS
 from ssd.detector import Detector
@@ -33,7 +33,7 @@ Device: TypeAlias = Annotated[
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images in the network at a time.")]
 Tiles: TypeAlias = Annotated[
     int | None,
-    typer.Option(min=32, help="For small objects: look at tiles of so many pixels a side, too."),
+    typer.Option(min=LEAST_TILE, help="For small objects: look at tiles of so many pixels a side, too."),
 ]
 DATA_HELP = f"A dataset: {', '.join(title for each in FORMATS.values() for title in each.titles)}."
 Data: TypeAlias = Annotated[Path, typer.Argument(help=DATA_HELP)]

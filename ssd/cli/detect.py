@@ -1,12 +1,13 @@
 """``ssd detect``."""
 
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -28,12 +29,25 @@ from ssd.cli.common import (
 from ssd.cli.options import OneOf
 from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_name, ids_of_file
 from ssd.detections import Detections
+from ssd.detector import ScoreThreshold
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
 from ssd.errors import as_line
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
+
+
+def _score_threshold(text: str) -> ScoreThreshold:
+    if text == "calibrated":
+        return "calibrated"
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise typer.BadParameter(f'{text!r} is neither a number from 0 to 1 nor "calibrated"')
+    return number
 
 
 def detect(
@@ -48,7 +62,13 @@ def detect(
     precision: Precision = AUTO,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; for many images.")] = False,
     score_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least score of a detection; ssd evaluate takes 0.05.")
+        Any,
+        typer.Option(
+            parser=_score_threshold,
+            metavar="NUMBER|calibrated",
+            help="Least score of a detection, or for each class that of the weights' best F1 in training; "
+            "ssd evaluate takes 0.05.",
+        ),
     ] = Options.score_threshold,
     iou_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Overlap at which the lower score goes.")

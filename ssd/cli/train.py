@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from ssd.boxes import LAYOUTS
+from ssd.boxes import FITTED, LAYOUTS
 from ssd.check import load_beside
 from ssd.cli import INTERRUPTED
 from ssd.cli.common import (
@@ -67,7 +67,7 @@ def train(
     device: Device = None,
     lenient: Annotated[bool, typer.Option("--lenient", help="Leave out annotations that are bad.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write for TensorBoard.")] = False,
-    **choices: Annotated[Any, FieldsOf(TrainConfig, {"layout": LAYOUTS, "loss": LOSSES})],
+    **choices: Annotated[Any, FieldsOf(TrainConfig, {"layout": (*LAYOUTS, *FITTED), "loss": LOSSES})],
 ) -> None:
     """Several processes: torchrun --nproc-per-node N -m ssd train ..."""
     given = {name: value for name, value in choices.items() if value is not None}
@@ -95,7 +95,8 @@ def train(
         if result.evaluation:
             typer.echo(f"\n{result.evaluation}")
         best = next(name for name in ("best", "last") if (folder / f"{name}.safetensors").exists())
-        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors")
+        tiles = f" --tiles {config.tiles}" if config.tiles else ""
+        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors{tiles}")
 
 
 def _run(

@@ -111,6 +111,16 @@ class Annotations:
             problems=tuple(problem for problem in self.problems if problem.file not in gone),
         )
 
+    def normalised_boxes(self) -> npt.NDArray[np.float32]:
+        """What training matches: boxes in parts of their images, xyxy, clipped to [0, 1], ``[M, 4]``.
+
+        Crowd, boxes that cannot be used, and those of images whose size is not known are not among them.
+        """
+        sides = np.repeat(self.sizes, np.diff(self.starts), axis=0).astype(np.float64)
+        known = self.usable & ~self.crowd & (sides > 0).all(1)
+        boxes: npt.NDArray[np.float32] = (self.boxes[known] / np.tile(sides[known], 2)).clip(0, 1)
+        return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)].astype(np.float32)
+
     def of_image(self, i: int) -> slice:
         """Where the boxes of an image are."""
         i = range(len(self))[i]  # negative ones count from the end

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Literal, get_args, get_origin
 
-from ssd.choices import Backbone, Precision, Recipe
+from ssd.choices import LEAST_TILE, Backbone, Precision, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,13 @@ class TrainConfig:
     """
 
     epochs: int = 60
-    """Times that each image is seen."""
+    """Times that each image is seen; see `time`."""
+    time: float | None = None
+    """Minutes after which the run ends, evaluated as usual, in place of `epochs`, which then do not count.
+
+    Training and evaluations between its epochs take part, also those before the run was resumed; the learning
+    rate falls over this time. A run that was interrupted does then not end with the same weights as one that
+    was not."""
     batch_size: int = 8
     """Images in the network at a time, in each process; at least 2, for BatchNorm."""
     accumulate: int = 1
@@ -36,7 +42,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """Weight decay of SGD, except on biases and norms."""
     warmup: int = 300
-    """Steps in which the learning rate rises linearly; at most a tenth of all."""
+    """Steps in which the learning rate rises linearly; at most a tenth of the run."""
     schedule: Literal["cosine", "multistep"] = "cosine"
     """How the learning rate falls: to 0 along a cosine, or to a tenth at each of the milestones."""
     milestones: tuple[float, ...] = (43 / 65, 54 / 65)
@@ -51,12 +57,22 @@ class TrainConfig:
     """Name of the loss: batch takes negatives where the batch has the hardest, multibox image by image.
 
     With multibox, as published, images without objects teach nothing."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss: balanced makes rare ones count more.
+
+    Those are 1 / sqrt(boxes of the class in the training split), scaled so that the mean box counts 1."""
     iou_threshold: float = 0.5
     """Overlap (IoU) above which a default box takes a ground truth."""
     precision: Literal["auto", Precision] = "auto"
     """Precision of the network; auto is bf16 where the device computes it natively, else fp32."""
-    layout: str = "300"
-    """Name of the layout of default boxes, which is also the size of the input."""
+    layout: str | None = None
+    """Name of the layout of default boxes, which is also the size of the input.
+
+    By default that of `weights`, or 300."""
+    tiles: int | None = None
+    """Side, in pixels, of the tiles in which larger images are seen, for small objects; by default whole.
+
+    Evaluations see the whole image and its tiles, as `ssd detect --tiles` does."""
     backbone: Backbone | None = None
     """Trunk of the network; by default that of `weights`, or resnet50."""
     weights: str | None = None
@@ -83,18 +99,25 @@ class TrainConfig:
     """Processes that read and augment images; by default half of the cores, at most 8."""
     evaluate_every: int = 5
     """Epochs between evaluations; the last epoch is always evaluated."""
+    patience: int = 0
+    """Epochs without a higher AP after which the run ends, at an evaluation; 0 for never."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where they come from JSON
         least: dict[str, float] = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1}
-        least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze", "seed"), 0)
+        least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze"), 0)
+        least |= dict.fromkeys(("patience", "seed"), 0)
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be above 0; got {self.lr}")
+        if self.time is not None and not (self.time > 0 and math.isfinite(self.time)):
+            raise ValueError(f"time must be above 0; got {self.time}")
+        if self.tiles is not None and self.tiles < LEAST_TILE:
+            raise ValueError(f"tiles must be at least {LEAST_TILE}; got {self.tiles}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must be at least 0; got {self.workers}")
         if self.ema >= 1 or self.momentum >= 1:

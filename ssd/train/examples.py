@@ -59,11 +59,20 @@ class Examples(Dataset[Example | Exception]):
         recipe: a name in `ssd.augment.STEPS`.
         seed: of the augmentation.
         size: width and height of the images.
+        tiles: side of the tiles that are shown of larger images; None for whole ones.
     """
 
-    def __init__(self, dataset: Dataset[Any], num_classes: int, recipe: Recipe, seed: int, size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        num_classes: int,
+        recipe: Recipe,
+        seed: int,
+        size: int,
+        tiles: int | None = None,
+    ) -> None:
         self.dataset, self.num_classes, self.recipe = dataset, num_classes, recipe
-        self.seed, self.size = seed, size
+        self.seed, self.size, self.tiles = seed, size, tiles
 
     def __getitem__(self, key: tuple[int, int]) -> Example | Exception:
         try:
@@ -92,7 +101,7 @@ class Examples(Dataset[Example | Exception]):
         except TypeError as error:
             raise ImageError(f"{name}: {error}") from error
         require_in_pixels(boxes, image.size, self.dataset, index)
-        pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, self.size)
+        pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, self.size, self.tiles)
         return pixels, torch.from_numpy(boxes), torch.from_numpy(labels), index
 
 

@@ -4,19 +4,22 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
 from torch.utils.data import Dataset
 
 from ssd import checkpoint
-from ssd.data import Annotations
+from ssd.backends import Options
+from ssd.data import Annotations, item_name
+from ssd.data.dataset import as_targets
 from ssd.detector import Detector
-from ssd.drawing import encoded
+from ssd.drawing import draw_detections, encoded, side_by_side
 from ssd.errors import MissingExtra
 from ssd.files import clear_leftovers, write_file
+from ssd.plots import draw_curves
 from ssd.train.state import Run, is_finite, save_state
 
 
@@ -28,30 +31,13 @@ class RunFolder:
         class_names: one for each class but the background.
         category_ids: the dataset's own id of each class, or none.
         is_main: whether this is the process that writes.
-        tensorboard: also write for TensorBoard.
-
-    Raises:
-        MissingExtra: TensorBoard is not installed.
     """
 
     def __init__(
-        self,
-        path: Path,
-        class_names: tuple[str, ...],
-        category_ids: list[int],
-        *,
-        is_main: bool,
-        tensorboard: bool,
+        self, path: Path, class_names: tuple[str, ...], category_ids: list[int], *, is_main: bool
     ) -> None:
         self._path, self._names, self._category_ids = path, class_names, category_ids
         self._is_main = is_main
-        self._board: Any = None
-        if tensorboard and is_main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-            except ImportError as error:
-                raise MissingExtra("tensorboard") from error
-            self._board = SummaryWriter(str(path))
 
     def write_config(self, config: Mapping[str, Any], source: Mapping[str, Any] | None) -> None:
         """Write down what the run is.
@@ -84,21 +70,18 @@ class RunFolder:
             return True
         return not self._is_main
 
-    def write_epoch(self, run: Run, row: Mapping[str, float]) -> None:
+    def write_epoch(self, run: Run, row: Mapping[str, float], score_thresholds: Sequence[float]) -> None:
         """Metrics, weights, and last the state: what resuming starts from is never ahead of the rest.
 
         Args:
             run: at the end of an epoch; it learns the highest AP.
             row: of the epoch, the last one of the run's history.
+            score_thresholds: of each class, for the weights as they are; or none.
         """
         best = row.get("AP", -1.0) > run.progress.best
         run.progress.best = max(run.progress.best, row.get("AP", -1.0))
         if not self._is_main:
             return
-        if self._board:
-            for key, value in row.items():
-                self._board.add_scalar(key, value, int(row["epoch"]))
-            self._board.flush()
         columns = list(dict.fromkeys(key for each in run.progress.history for key in each))
         table = io.StringIO()
         rows = csv.DictWriter(table, columns, lineterminator="\n")
@@ -113,25 +96,41 @@ class RunFolder:
                 category_ids=self._category_ids,
                 config=run.config,
                 layout=run.model.layout,
+                score_thresholds=score_thresholds,
             )
         self.write_state(run)
 
-    def write_samples(self, detector: Detector, val: Annotations | Dataset[Any], epoch: int) -> None:
-        """Draw the detections on four validation images, side by side."""
+    def write_curves(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Draw the rows of all epochs; False where there is no matplotlib."""
+        if self._is_main:
+            try:
+                write_file(self._path / "curves.png", draw_curves(history))
+            except MissingExtra:
+                return False
+        return True
+
+    def write_samples(
+        self, detector: Detector, val: Annotations | Dataset[Any], epoch: int, tiles: int | None = None
+    ) -> None:
+        """Draw four validation images, each with its truth and beside that with what is detected."""
         if not self._is_main:
             return
         count = len(val)  # type: ignore[arg-type]
-        indices = sorted({count * k // 4 for k in range(4)})
-        sources = [val.path(i) if isinstance(val, Annotations) else val[i][0] for i in indices]
-        pictures = [found.draw() for found in detector(sources)]
-        width, height = 480, 360
-        sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height), "white")
-        for k, picture in enumerate(pictures):
-            small = ImageOps.contain(picture, (width, height))
-            left, top = (
-                k % 2 * width + (width - small.width) // 2,
-                k // 2 * height + (height - small.height) // 2,
+        rows = []
+        for i in sorted({count * k // 4 for k in range(4)}):
+            if isinstance(val, Annotations):
+                part = val.of_image(i)
+                source, boxes, labels = val.path(i), val.boxes[part].astype(np.float32), val.labels[part]
+            else:
+                source, target = val[i]
+                boxes, labels = as_targets(target, item_name(val, i))
+            found = detector(source, tiles=tiles)
+            assert found.image is not None
+            corners = np.hstack(
+                [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])]
             )
-            sheet.paste(small, (left, top))
+            names = [" ".join(self._names[label - 1].split()) for label in labels]
+            rows.append((draw_detections(found.image, corners, names, labels - 1), found.draw()))
+        headings = ("truth", f"detected after epoch {epoch}, score {Options.score_threshold} or more")
         (self._path / "samples").mkdir(exist_ok=True)
-        write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", encoded(sheet))
+        write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", encoded(side_by_side(rows, headings)))

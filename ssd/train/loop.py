@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -27,15 +28,16 @@ from ssd.train.config import TrainConfig
 from ssd.train.examples import Batch, loading, whole_steps
 from ssd.train.folder import RunFolder
 from ssd.train.optim import freeze, update_average
-from ssd.train.setup import Assign, Forward, Loss, set_up
-from ssd.train.state import Run
-from ssd.train.watch import Say, Watch
+from ssd.train.setup import Assign, Forward, Loss, Rate, Setup, set_up
+from ssd.train.state import Limits, Progress, Run
+from ssd.train.watch import OnEpoch, Say, Watch, tensorboard_hook
 from ssd.transforms import normalize
 
 _WITHOUT_BOXES = (
     "no image of the first epoch had a box, so the network learns nothing but background; see that the "
     'dataset gives "boxes" and "labels"'
 )
+_WITHOUT_CURVES = "pip install 'ssd300[plots]' would draw curves.png"
 
 
 class Stop:
@@ -64,12 +66,32 @@ class Stop:
                 signal.signal(number, handler)
 
 
+class Clock:
+    """Counts the seconds of a run; all of its processes take those of rank 0, at the same moments.
+
+    Args:
+        progress: of the run; its seconds are kept up to date.
+        world: this process among those of the run.
+    """
+
+    def __init__(self, progress: Progress, world: World) -> None:
+        self._progress, self._world, self._since = progress, world, monotonic()
+
+    def look(self, asked: bool) -> bool:
+        """Count up to now; gives whether any process was asked to stop. It does not wait for the device."""
+        now = monotonic()
+        told = self._world.gather((self._progress.seconds + now - self._since, asked))
+        self._since = now
+        self._progress.seconds = told[0][0]
+        return any(each for _, each in told)
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
 
     finished: bool
-    """Whether all epochs are done; else it can be continued."""
+    """Whether it came to its end: all epochs, its time, or its patience; else it can be continued."""
     evaluation: Evaluation | None
     """The last one of this call, if there was any."""
     best: float
@@ -92,12 +114,14 @@ def fit(
     say: Say | None = print,
     source: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> Result:
     """Train an SSD, or go on with it.
 
-    The folder gets ``config.json``, ``metrics.csv``, ``last.safetensors`` and ``best.safetensors`` (highest
-    AP), ``samples/`` with detections on validation images, and ``state.pt`` for resuming. Ctrl-C and SIGTERM
-    save and return; continued, a run gives on the CPU the same weights as one that was never interrupted.
+    The folder gets ``config.json``, ``metrics.csv``, ``curves.png`` (with the extra `plots`),
+    ``last.safetensors`` and ``best.safetensors`` (highest AP), ``samples/`` with truth and detections on
+    validation images, and ``state.pt`` for resuming. Ctrl-C and SIGTERM save and return; continued, a run
+    without `time` gives on the CPU the same weights as one that was never interrupted.
 
     Args:
         train: gives images and targets; see `ssd.data.DetectionDataset`. Boxes of other datasets are looked
@@ -112,6 +136,18 @@ def fit(
         say: gets lines of text; None for silence.
         source: where the data came from; noted in ``config.json``.
         tensorboard: also write for TensorBoard, into the folder.
+        on_epoch: called in the main process after the files of each epoch are written, with its row, a dict
+            of numbers by the names of the columns of ``metrics.csv``, of which those of METRICS are only in
+            rows of epochs that were evaluated. For loggers; what it raises is raised here, and the run can be
+            resumed. For MLflow::
+
+                with mlflow.start_run():
+                    fit(..., on_epoch=lambda row: mlflow.log_metrics(row, step=int(row["epoch"])))
+
+            and for Weights & Biases::
+
+                with wandb.init(project="boats") as logged:
+                    fit(..., on_epoch=lambda row: logged.log(row, step=int(row["epoch"])))
 
     Raises:
         ValueError: too few images for a step; classes other than the dataset's own; or a choice that does not
@@ -135,31 +171,63 @@ def fit(
         category_ids=category_ids,
         resume=resume,
     )
-    run, val, names = ready.run, ready.val, ready.class_names
-    files = RunFolder(folder, names, ready.category_ids, is_main=world.is_main, tensorboard=tensorboard)
-    files.write_config(run.config, source)
-    for line in ready.introduction:
-        say(line)
+    run, names = ready.run, ready.class_names
+    files = RunFolder(folder, names, ready.category_ids, is_main=world.is_main)
+    with contextlib.ExitStack() as closing:
+        hooks = [on_epoch] if on_epoch and world.is_main else []
+        if tensorboard and world.is_main:
+            hooks.append(closing.enter_context(tensorboard_hook(folder)))
+        files.write_config(run.config, source)
+        for line in ready.introduction:
+            say(line)
+        measured = _go_on(ready, files, folder, partial(item_name, train), hooks, world, say)
+    is_measured = measured is not None and not run.progress.batch and "AP" in run.progress.history[-1]
+    detector = Detector(
+        copy.deepcopy(run.evaluated()).cpu(),
+        names,
+        ready.category_ids,
+        measured.score_thresholds if measured and is_measured else (),
+    )
+    finished = bool(ready.limits.ending(run.progress))
+    return Result(finished, measured, run.progress.best, folder, detector)
 
+
+def _go_on(
+    ready: Setup,
+    files: RunFolder,
+    folder: Path,
+    name_of: Callable[[int], str],
+    hooks: Sequence[OnEpoch],
+    world: World,
+    say: Say,
+) -> Evaluation | None:
+    """Epochs up to the end of the run, or until it is asked to stop; gives the last evaluation, if any."""
+    run, limits = ready.run, ready.limits
     measured: Evaluation | None = None
-    stop = Stop()
+    curves = True
+    stop, clock = Stop(), Clock(run.progress, world)
+
+    def is_over() -> bool:
+        stop.asked = clock.look(stop.asked)
+        return stop.asked or run.progress.seconds >= limits.seconds
+
     loader_of_all = loading(
         ready.examples, ready.batches, workers=ready.workers, pin_memory=world.device.type == "cuda"
     )
     with stop.listening(), loader_of_all as loader:
-        while run.progress.epoch < ready.epochs:
+        while not limits.ending(run.progress):
             ready.batches.epoch, ready.batches.start = run.progress.epoch, run.progress.batch
             watch = Watch(
                 run,
                 loader,
-                epochs=ready.epochs,
+                limits=limits,
                 batch_size=ready.batch_size,
                 fp16=ready.precision == "fp16",
-                name_of=partial(item_name, train),
+                name_of=name_of,
                 world=world,
                 say=say,
             )
-            try:
+            with _saving(run, files, folder, world):
                 train_epoch(
                     run,
                     ready.forward,
@@ -174,44 +242,68 @@ def fit(
                     decay=ready.decay,
                     frozen=ready.frozen,
                     watch=watch,
-                    stop=stop,
+                    is_over=is_over,
                     world=world,
                 )
-            except (ImageError, AnnotationError, OSError):
-                if world.size == 1:  # an image that can be mended is no reason to lose the epoch
-                    files.write_state(run)
-                raise
-            except LostContactError as error:
-                if world.size == 1 and files.write_state(run):
-                    raise LostContactError(
-                        f"{error}. The epoch so far is saved; go on with: "
-                        f"ssd train --resume {shlex.quote(str(folder))} --workers 0"
-                    ) from error
-                raise
-            stop.asked = world.any(stop.asked)
+            is_over()
             if stop.asked:
                 break
             number = run.progress.epoch + 1
             _tell_background(watch, first=number == 1 and ready.batches.start == 0, world=world, say=say)
-            due = val is not None and (number % ready.evaluate_every == 0 or number == ready.epochs)
+            is_last = limits.is_last(number, run.progress)
+            due = ready.val is not None and (number % ready.evaluate_every == 0 or is_last)
             if due:
                 files.write_state(run)  # an evaluation may take long, or fail
             row = close_epoch(run, ready.rate, world)
-            if val is not None and due:
-                world.share_weights(run.evaluated())
-                detector = Detector(of_model(run.evaluated(), ready.precision), names)
-                measured = evaluate_detector(detector, val, world, batch_size=ready.batch_size)
+            if due:
+                measured = _evaluate(ready, files, world)
                 row |= measured.metrics
-                files.write_samples(detector, val, run.progress.epoch)
-            files.write_epoch(run, row)
-            say(_line(row, ready.epochs))
+                is_over()  # for the time that this took
+            if curves and (due or is_last):
+                curves = files.write_curves(run.progress.history)
+                if not curves:
+                    say(_WITHOUT_CURVES)
+            files.write_epoch(run, row, measured.score_thresholds if measured and due else ())
+            say(_line(row, limits))
+            for hook in hooks:
+                hook(dict(row))
+            ending = limits.ending(run.progress)
+            if ending and (limits.minutes is not None or not is_last):  # all epochs are no surprise
+                say(ending)
         if stop.asked:
             saved = files.write_state(run)
             what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
             say(f"stopped; {what}. Go on with: ssd train --resume {shlex.quote(str(folder))}")
-    finished = run.progress.epoch >= ready.epochs
-    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ready.category_ids)
-    return Result(finished, measured, run.progress.best, folder, detector)
+    return measured
+
+
+@contextlib.contextmanager
+def _saving(run: Run, files: RunFolder, folder: Path, world: World) -> Iterator[None]:
+    """Within the block, an image that can be mended, or a reading process, is no reason to lose the epoch."""
+    try:
+        yield
+    except (ImageError, AnnotationError, OSError):
+        if world.size == 1:
+            files.write_state(run)
+        raise
+    except LostContactError as error:
+        if world.size == 1 and files.write_state(run):
+            raise LostContactError(
+                f"{error}. The epoch so far is saved; go on with: "
+                f"ssd train --resume {shlex.quote(str(folder))} --workers 0"
+            ) from error
+        raise
+
+
+def _evaluate(ready: Setup, files: RunFolder, world: World) -> Evaluation:
+    """Measure the run as it is, and draw samples."""
+    assert ready.val is not None
+    model = ready.run.evaluated()
+    world.share_weights(model)
+    detector = Detector(of_model(model, ready.precision), ready.class_names)
+    measured = evaluate_detector(detector, ready.val, world, batch_size=ready.batch_size, tiles=ready.tiles)
+    files.write_samples(detector, ready.val, ready.run.progress.epoch, ready.tiles)
+    return measured
 
 
 def train_epoch(
@@ -219,7 +311,7 @@ def train_epoch(
     forward: Forward,
     loss: Loss,
     batches: Iterable[Batch],
-    rate: Callable[[int], float],
+    rate: Rate,
     *,
     assign: Assign,
     accumulate: int,
@@ -229,17 +321,17 @@ def train_epoch(
     decay: float,
     frozen: int,
     watch: Watch,
-    stop: Stop,
+    is_over: Callable[[], bool],
     world: World,
 ) -> None:
-    """The rest of an epoch, until its end or until asked to stop. Nothing in a step waits for the device.
+    """The rest of an epoch, until its end or until it is over. Nothing in a step waits for the device.
 
     Args:
         run: whose weights and progress change.
         forward: its model.
         loss, assign: of each image, and what each default box should find.
         batches: of whole steps, on the CPU.
-        rate: the learning rate of a step, counted from 0.
+        rate: the learning rate of a step.
         accumulate: batches of a step.
         dtype: that the network computes in.
         memory_format: of the images; channels-last ones would make the whole network compute so.
@@ -247,7 +339,7 @@ def train_epoch(
         decay: of the moving average, where the run has one.
         frozen: stages of the trunk that stay as they are.
         watch: takes note of each batch and step.
-        stop: asked after some of the steps.
+        is_over: asked after some of the steps.
         world: this process among those of the run.
     """
     device, progress, optimizer, scaler = world.device, run.progress, run.optimizer, run.scaler
@@ -271,7 +363,7 @@ def train_epoch(
         if not last:
             continue
         for group in optimizer.param_groups:
-            group["lr"] = rate(progress.step)
+            group["lr"] = rate(progress.step, progress.seconds)
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         if clip:
@@ -283,19 +375,19 @@ def train_epoch(
             update_average(run.average, run.model, decay, progress.step)
         progress.step += 1
         watch.step(norm)
-        if watch.is_due() and world.any(stop.asked):
+        if watch.is_due() and is_over():
             break
     watch.close()
 
 
-def close_epoch(run: Run, rate: Callable[[int], float], world: World) -> dict[str, float]:
+def close_epoch(run: Run, rate: Rate, world: World) -> dict[str, float]:
     """The row of an epoch that is done, which is added to the history."""
     progress = run.progress
     loc, conf, images, seconds = world.sum(torch.tensor(progress.sums, device=world.device)).tolist()
     progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, [0.0] * 4
     row = {
         "epoch": float(progress.epoch),
-        "lr": rate(progress.step - 1),
+        "lr": rate(progress.step - 1, progress.seconds),
         "loss": (loc + conf) / max(images, 1),
         "loc_loss": loc / max(images, 1),
         "conf_loss": conf / max(images, 1),
@@ -315,9 +407,9 @@ def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
 
-def _line(row: Mapping[str, float], epochs: int) -> str:
+def _line(row: Mapping[str, float], limits: Limits) -> str:
     text = (
-        f"epoch {row['epoch']:.0f}/{epochs}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
+        f"epoch {limits.numbered(int(row['epoch']))}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
         f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
     )
     return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")

@@ -41,25 +41,22 @@ def make_optimizer(
 
 
 def learning_rate(
-    step: int, total: int, *, peak: float, warmup: int, schedule: str, milestones: Sequence[float]
+    done: float, total: float, *, peak: float, rise: float, schedule: str, milestones: Sequence[float]
 ) -> float:
     """The learning rate of a step.
 
     Args:
-        step: counted from 0.
-        total: steps of the whole run.
+        done: what is done of the run before the step, in steps or in seconds.
+        total: what there is to do, in the same unit.
         peak: the highest rate.
-        warmup: steps in which it rises linearly; at most a tenth of all.
+        rise: part of the peak that is reached in the warm-up, in [0, 1].
         schedule: "cosine", down to 0, or "multistep", down to a tenth at each milestone.
         milestones: parts of the whole run, in (0, 1).
     """
-    rate = peak
-    warmup = min(warmup, total // 10)
-    if step < warmup:
-        rate *= (step + 1) / warmup
+    rate = peak * rise
     if schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / total))
-    return float(rate * 0.1 ** sum(step >= milestone * total for milestone in milestones))
+        return rate * 0.5 * (1 + math.cos(math.pi * min(done, total) / total))
+    return float(rate * 0.1 ** sum(done >= milestone * total for milestone in milestones))
 
 
 def freeze(model: SSD, stages: int) -> None:

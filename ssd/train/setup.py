@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ssd import checkpoint
-from ssd.boxes import LAYOUTS, match
+from ssd.boxes import FITTED, LAYOUTS, PUBLISHED_LAYOUT, Layout, match
 from ssd.choices import Precision
 from ssd.data import (
     Annotations,
@@ -26,7 +28,7 @@ from ssd.data import (
     usable_for_evaluation,
 )
 from ssd.data.dataset import parts_of
-from ssd.data.judge import notes_of
+from ssd.data.judge import notes_of, trained_on
 from ssd.devices import choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError, CheckpointError
@@ -36,7 +38,7 @@ from ssd.model import SSD, build, transfer
 from ssd.train.config import TrainConfig
 from ssd.train.examples import EpochBatches, Examples
 from ssd.train.optim import freeze, learning_rate, make_optimizer
-from ssd.train.state import Progress, Run, instead_of, read_state, restore, with_loss_of
+from ssd.train.state import Limits, Progress, Run, instead_of, read_state, restore, with_loss_of
 
 _WITHOUT_VAL = (
     "there is no val split: nothing will be evaluated, and there will be no best weights, only the last. "
@@ -49,6 +51,9 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Losses]
 """Called as `ssd.loss.MultiBoxLoss`."""
+
+Rate = Callable[[int, float], float]
+"""The learning rate of a step, counted from 0, after some seconds of the run."""
 
 Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Boxes ``[N, M, 4]`` and labels ``[N, M]``, padded, to those of each default box, as `ssd.boxes.match`."""
@@ -66,8 +71,10 @@ class Setup:
     """The dataset's own id of each class, or none."""
     val: Annotations | Dataset[Any] | None
     """To evaluate on."""
-    epochs: int
+    limits: Limits
     evaluate_every: int
+    tiles: int | None
+    """Side of those in which images are seen, in their pixels; None for whole images."""
     examples: Examples
     batches: EpochBatches
     workers: int
@@ -76,8 +83,7 @@ class Setup:
     """The model, compiled or spread over processes where that was chosen."""
     loss: Loss
     assign: Assign
-    rate: Callable[[int], float]
-    """The learning rate of a step, counted from 0."""
+    rate: Rate
     batch_size: int
     accumulate: int
     """Batches of a step."""
@@ -120,6 +126,8 @@ def set_up(
     else:
         require_free(state_file)
     run, origin = _begin(train, names, config, state_file, world, state)
+    if config.patience and val is None:
+        raise ValueError(f"patience {config.patience} needs images to evaluate on: a val split, or others")
     if run.progress.batch > batches.steps * config.accumulate:
         raise CheckpointError(
             f"{state_file} is damaged: {run.progress.batch} batches of an epoch of "
@@ -129,20 +137,26 @@ def set_up(
         run.progress.step = run.progress.epoch * batches.steps
     layout = run.model.layout
     default_boxes = layout.default_boxes().to(world.device)
+    weights: dict[str, Tensor] = {}
+    if config.class_weights == "balanced":
+        counted = boxes_of_classes(train, len(names), crowd=config.crowd)
+        weights = {"class_weights": balanced_weights(counted).to(world.device)}
+    limits = Limits(config.epochs, config.time, config.patience)
     assert config.precision != "auto"
     return Setup(
         run=run,
-        introduction=(origin, _describe(config, train, val, batches, world, run.progress)),
+        introduction=(origin, _describe(config, train, val, batches, world, run.progress, limits)),
         class_names=names,
         category_ids=ids,
         val=val,
-        epochs=config.epochs,
+        limits=limits,
         evaluate_every=config.evaluate_every,
-        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, layout.size),
+        tiles=config.tiles,
+        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, layout.size, config.tiles),
         batches=batches,
         workers=config.workers or 0,
         forward=_wrap(run.model, world, compiled=config.compile),
-        loss=LOSSES[config.loss](default_boxes),
+        loss=LOSSES[config.loss](default_boxes, **weights),
         assign=partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
         rate=rate_of(config, batches.steps * config.epochs, batches.images_per_step),
         batch_size=config.batch_size,
@@ -180,6 +194,47 @@ def classes_of(
     if annotations is not None:
         category_ids = category_ids or annotations.category_ids
     return tuple(names), [int(each) for each in category_ids or ()]
+
+
+def _annotations_of_parts(train: Dataset[Any]) -> list[Annotations | None]:
+    if isinstance(train, ConcatDataset):
+        return [each for part in train.datasets for each in _annotations_of_parts(part)]
+    return [annotations_of(train)]
+
+
+def boxes_of_classes(train: Dataset[Any], classes: int, *, crowd: bool) -> npt.NDArray[np.int64]:
+    """How many boxes of each class there are to train on: int64 ``[classes]``.
+
+    Raises:
+        ValueError: a dataset has no annotations to count without reading its images.
+    """
+    total = np.zeros(classes, np.int64)
+    for annotations in _annotations_of_parts(train):
+        if annotations is None:
+            raise ValueError(
+                "class_weights balanced counts the boxes of each class, for which it needs a "
+                "ssd.data.DetectionDataset, or parts of such; leave class_weights out"
+            )
+        labels = annotations.labels[trained_on(annotations, crowd=crowd)]
+        total += np.bincount(labels, minlength=classes + 1)[1:]
+    return total
+
+
+def balanced_weights(boxes: npt.NDArray[np.int64]) -> Tensor:
+    """Weights of the classes in the loss: float32 ``[classes + 1]``, 1 for the background.
+
+    Of a class with n boxes 1 / sqrt(n), as labels are sampled in Mahajan et al., "Exploring the Limits of
+    Weakly Supervised Pretraining" (2018); scaled so that the mean box has 1, which keeps the balance
+    of positives and negatives. A class without boxes has 1.
+
+    >>> balanced_weights(np.array([100, 4, 0]))
+    tensor([1.0000, 0.8667, 4.3333, 1.0000])
+    """
+    known = boxes > 0
+    weights = np.ones(len(boxes) + 1)
+    rarity = boxes[known] ** -0.5
+    weights[1:][known] = rarity * boxes.sum() / (boxes[known] * rarity).sum()
+    return torch.from_numpy(weights).float()
 
 
 def _some(names: Sequence[str]) -> str:
@@ -250,8 +305,8 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     Raises:
         ValueError: something cannot be done on the device, or no layout or loss has the name.
     """
-    if config.layout not in LAYOUTS:
-        raise ValueError(f"layout {config.layout!r} is none of {', '.join(LAYOUTS)}")
+    if config.layout not in (None, *LAYOUTS, *FITTED):
+        raise ValueError(f"layout {config.layout!r} is none of {', '.join([*LAYOUTS, *FITTED])}")
     if config.loss not in LOSSES:
         raise ValueError(f"loss {config.loss!r} is none of {', '.join(LOSSES)}")
     if config.sync_batchnorm and device.type != "cuda":
@@ -260,42 +315,63 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     precision = choose_precision(config.precision, device)
-    return replace(config, precision=precision, workers=workers, lr=config.peak_lr())
+    layout = config.layout or (None if config.weights else "300")
+    return replace(config, precision=precision, workers=workers, lr=config.peak_lr(), layout=layout)
 
 
-def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Callable[[int], float]:
-    """The learning rate of each step, counted from 0, of `total`."""
-    return partial(
-        learning_rate,
-        total=total,
-        peak=config.peak_lr() * images_per_step / 32,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        milestones=config.milestones,
-    )
+def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Rate:
+    """The learning rate of each step; of `total` steps, unless the run has a time."""
+    choices: dict[str, Any] = {"peak": config.peak_lr() * images_per_step / 32}
+    choices |= {"schedule": config.schedule, "milestones": config.milestones}
+
+    def by_steps(step: int, seconds: float = 0.0) -> float:
+        warmup = min(config.warmup, total // 10)
+        return learning_rate(step, total, rise=(step + 1) / warmup if step < warmup else 1.0, **choices)
+
+    def by_time(step: int, seconds: float) -> float:
+        rise = max((step + 1) / max(config.warmup, 1), 10 * seconds / whole)
+        return learning_rate(seconds, whole, rise=min(rise, 1.0), **choices)
+
+    whole = 60 * (config.time or 0)
+    return by_time if config.time else by_steps
 
 
 # --- The network ------------------------------------------------------------------------------------------
 
 
-def new_network(config: TrainConfig, class_names: tuple[str, ...]) -> tuple[SSD, str]:
-    """The network of a config, and a line that says where its weights come from.
+def layout_of(name: str | None, train: Dataset[Any]) -> Layout | None:
+    """The layout of a name, fitted to the boxes to train on where it says so; None where nothing is named.
 
     Raises:
-        ValueError: the weights are of another backbone or layout.
+        ValueError: the boxes are not known without reading the images, or there are none.
+    """
+    if name not in FITTED:
+        return LAYOUTS[name] if name else None
+    known = _annotations_of_parts(train)
+    boxes = [each.normalised_boxes() for each in known if each is not None]
+    if None in known or not sum(map(len, boxes)):
+        raise ValueError(
+            f"layout {name} is fitted to boxes that are known, with the sizes of their images, before these "
+            f"are read, as those of a ssd.data.DetectionDataset; choose layout {FITTED[name]}"
+        )
+    return LAYOUTS[FITTED[name]].fitted(torch.from_numpy(np.concatenate(boxes)))
+
+
+def new_network(config: TrainConfig, class_names: tuple[str, ...], layout: Layout | None) -> tuple[SSD, str]:
+    """The network of a config, and a line that says where its weights come from.
+
+    Args:
+        config: its backbone, heads and weights.
+        class_names: without the background.
+        layout: of the network; None for that of the weights, or the published one without such.
+
+    Raises:
+        ValueError: the weights are of another backbone.
         CheckpointError, DownloadError, FileNotFoundError: they cannot be had.
     """
-    layout = LAYOUTS[config.layout]
     if config.weights:
-        model, line = transfer(config.weights, class_names, backbone=config.backbone)
-        if model.layout != layout:
-            theirs = next((name for name, known in LAYOUTS.items() if known == model.layout), None)
-            remedy = "train without weights" if theirs is None else f"choose layout {theirs}"
-            raise ValueError(
-                f"{config.weights} is of a layout of {model.layout.size} pixels, not of layout "
-                f"{config.layout}; {remedy}"
-            )
-        return model, line
+        return transfer(config.weights, class_names, backbone=config.backbone, layout=layout)
+    layout = layout or PUBLISHED_LAYOUT
     backbone = config.backbone or "resnet50"
     try:
         model = SSD(len(class_names) + 1, backbone, config.head_norm, config.backbone_weights, layout)
@@ -345,7 +421,10 @@ def _begin(
     state: dict[str, Any] | None,
 ) -> tuple[Run, str]:
     """A run at its start, or where its state file left it; and a line on where its weights come from."""
-    model, origin = saved_network(file, state) if state else new_network(config, names)
+    if state:
+        model, origin = saved_network(file, state)
+    else:
+        model, origin = new_network(config, names, layout_of(config.layout, train))
     run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
     if state:
         restore(file, state, run)
@@ -396,6 +475,7 @@ def _describe(
     batches: EpochBatches,
     world: World,
     progress: Progress,
+    limits: Limits,
 ) -> str:
     shown = {each.name: getattr(config, each.name) for each in fields(config)}
     used = batches.steps * batches.images_per_step
@@ -419,8 +499,8 @@ def _describe(
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
     lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
-    if progress.epoch >= config.epochs:
-        lines.append(f"all {config.epochs} epochs are done already; --epochs asks for more")
+    if ending := limits.ending(progress):
+        lines.append(ending)
     elif progress.step:
         lines.append(f"going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
     return "\n".join(lines)

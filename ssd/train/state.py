@@ -1,6 +1,7 @@
 """The state of a run: what it consists of, saved whole and put back."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ssd.model import SSD
 from ssd.train.config import TrainConfig
 
 _LASTING = ("backbone", "weights", "backbone_weights", "head_norm", "freeze", "layout")
-"""Choices that a run keeps to its end."""
+"""Choices that a run keeps to its end; a layout that is not chosen is the one that it has."""
 
 _OF_OLD = {"layout": "300", "loss": "multibox"}  # of states that do not say theirs
 
@@ -41,6 +42,55 @@ class Progress:
     """Of the losses of the epoch under way: loc, conf, images, seconds."""
     skipped: int = 0
     """Steps in a row, up to the last one, that were not finite."""
+    seconds: float = 0.0
+    """That training and evaluations have taken."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run ends by."""
+
+    epochs: int
+    minutes: float | None
+    """In place of epochs, where there are any."""
+    patience: int
+    """Epochs without a higher AP; 0 for any number."""
+
+    @property
+    def seconds(self) -> float:
+        """That the run may take."""
+        return math.inf if self.minutes is None else 60 * self.minutes
+
+    def is_last(self, epoch: int, progress: Progress) -> bool:
+        """Whether an epoch, counted from 1, is the run's last, whatever its AP."""
+        return progress.seconds >= self.seconds or (self.minutes is None and epoch >= self.epochs)
+
+    def ending(self, progress: Progress) -> str:
+        """Why a run is at its end, and what goes on with it; empty where it is not, or within an epoch."""
+        if progress.batch:
+            return ""
+        if progress.seconds >= self.seconds:
+            return f"ended: the {self.seconds / 60:g} minutes are used up; a longer --time goes on"
+        if self.is_last(progress.epoch, progress):
+            return f"all {self.epochs} epochs are done already; --epochs asks for more"
+        reached = {epoch: row["AP"] for epoch, row in enumerate(progress.history, start=1) if "AP" in row}
+        best = max(reached, key=lambda epoch: reached[epoch], default=0)  # the first of equals
+        without = progress.epoch - best
+        # Where there is nothing to measure, AP is -1.
+        if progress.epoch in reached and reached[best] >= 0 and without >= self.patience > 0:
+            return (
+                f"ended: the AP of epoch {best}, {reached[best]:.3f}, was not exceeded in {without} epochs; "
+                f"a --patience above {without}, or 0, goes on"
+            )
+        return ""
+
+    def numbered(self, epoch: int) -> str:
+        """An epoch, counted from 1, as people read it.
+
+        >>> Limits(60, None, 0).numbered(3), Limits(60, 30.0, 0).numbered(3)
+        ('3/60', '3')
+        """
+        return f"{epoch}/{self.epochs}" if self.minutes is None else str(epoch)
 
 
 @dataclass
@@ -175,7 +225,7 @@ def _require_same_choices(path: Path, state: dict[str, Any], run: Run) -> None:
     earlier = _OF_OLD | state["config"]
     for name in _LASTING:
         before, wanted = earlier.get(name), run.config[name]
-        if before != wanted:
+        if before != wanted and (name, wanted) != ("layout", None):
             theirs = as_line(str(before), 60)
             raise CheckpointError(
                 f"{path} is of a run with {name} {theirs}, and goes on with it, not {wanted}"
@@ -312,7 +362,12 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "config/precision": _is_text,
     "data": _is_choices,
     "data/class_names": _is_list(_is_text),
-    "progress": lambda value: isinstance(value, dict) and value.keys() == {f.name for f in fields(Progress)},
+    # States of earlier versions have no seconds.
+    "progress": lambda value: (
+        isinstance(value, dict)
+        and value.keys() | {"seconds"} == {each.name for each in fields(Progress)}
+        and _is_between(0, _MOST)(value.get("seconds", 0))
+    ),
     **{f"progress/{name}": _is_count for name in ("epoch", "batch", "step", "skipped")},
     "progress/best": _is_between(-1, 1),
     "progress/history": _is_list(_is_dict(lambda key: _is_text(key) and key.isprintable(), _is_number)),

@@ -1,6 +1,8 @@
-"""Watching a run: progress to see, and losses that are not finite."""
+"""Watching a run: progress to see, losses that are not finite, and rows for loggers."""
 
+import contextlib
 import datetime
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,12 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd.distributed import World
-from ssd.errors import NonFiniteError
+from ssd.errors import MissingExtra, NonFiniteError
 from ssd.terminal import is_watched
 from ssd.train.examples import Batch, Loader
-from ssd.train.state import Run, is_finite
+from ssd.train.state import Limits, Run, is_finite
 
 Say = Callable[[str], object]
+
+OnEpoch = Callable[[dict[str, float]], object]
+"""Called with the row of each epoch that is done; see `ssd.train.fit`."""
 
 MAX_SKIPPED = 10
 """After so many steps in a row with a loss that is not finite, training gives up."""
@@ -30,7 +35,7 @@ class Watch:
     Args:
         run: that goes on; its sums and its count of skipped steps are kept up to date.
         loader: of the rest of the epoch.
-        epochs: of the whole run.
+        limits: what the run ends by.
         batch_size: images of a batch, in each process.
         fp16: whether the network computes in it, where gradients may overflow now and then.
         name_of: what messages call an item of the dataset, by its index.
@@ -43,14 +48,14 @@ class Watch:
         run: Run,
         loader: Loader,
         *,
-        epochs: int,
+        limits: Limits,
         batch_size: int,
         fp16: bool,
         name_of: Callable[[int], str],
         world: World,
         say: Say,
     ) -> None:
-        self._run, self._epochs, self._fp16, self._name_of = run, epochs, fp16, name_of
+        self._run, self._limits, self._fp16, self._name_of = run, limits, fp16, name_of
         self._images = batch_size * world.size
         self._every = 1 if world.device.type == "cpu" and world.size == 1 else _LOOK_EVERY
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # batches of the step under way
@@ -64,7 +69,7 @@ class Watch:
         self._say = None if is_watched() else say
         self._bar = tqdm(
             loader,
-            desc=f"epoch {run.progress.epoch + 1}/{epochs}",
+            desc=f"epoch {limits.numbered(run.progress.epoch + 1)}",
             unit="batch",
             total=self._batches,
             initial=self._first,
@@ -142,9 +147,11 @@ class Watch:
         """Losses, rate and the time that the whole run will still take: in the bar, or in a line a minute."""
         progress = self._run.progress
         loc, conf = (each / max(progress.sums[2], 1.0) for each in progress.sums[:2])
-        left = (self._epochs - progress.epoch) * self._batches - progress.batch
         done = max(progress.batch - self._first, 1)
+        left = (self._limits.epochs - progress.epoch) * self._batches - progress.batch
         seconds = left * (now - self._start) / done
+        if self._limits.minutes is not None:
+            seconds = max(self._limits.seconds - progress.seconds, 0)
         images = done * self._images / (now - self._start)
         text = (
             f"loss {loc + conf:.3f} (loc {loc:.3f}, conf {conf:.3f})  "
@@ -154,9 +161,8 @@ class Watch:
         self._bar.set_postfix_str(text, refresh=False)
         if self._say and now - self._said >= _LINE_SECONDS and progress.batch < self._batches:
             self._said = now
-            self._say(
-                f"epoch {progress.epoch + 1}/{self._epochs}  batch {progress.batch}/{self._batches}  {text}"
-            )
+            number = self._limits.numbered(progress.epoch + 1)
+            self._say(f"epoch {number}  batch {progress.batch}/{self._batches}  {text}")
 
     def _give_up(self, finite: Tensor, indices: Tensor) -> None:
         bad = [
@@ -169,3 +175,24 @@ class Watch:
             "set clip, or use bf16 or fp32. What was saved before is as it was",
             bad,
         )
+
+
+@contextlib.contextmanager
+def tensorboard_hook(folder: str | os.PathLike[str]) -> Iterator[OnEpoch]:
+    """What writes each epoch's row for TensorBoard, into a folder, within the block.
+
+    Raises:
+        MissingExtra: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtra("tensorboard") from error
+
+    def write(row: dict[str, float]) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, int(row["epoch"]))
+        writer.flush()
+
+    with SummaryWriter(os.fspath(folder)) as writer:
+        yield write

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EXPORTS, PHOTOS, SMALL_LAYOUT
+from conftest import EXPORTS, OTHER_LAYOUTS, PHOTOS, SMALL_LAYOUT, made_model
 
 from ssd import backends
 from ssd.backends import BACKENDS, NMS, Backend, Metadata, Options
@@ -20,8 +20,9 @@ from ssd.containers import checkpoint_kind
 from ssd.detector import Detector
 from ssd.errors import MissingExtra
 from ssd.export import export
-from ssd.postprocess import NonFiniteError
-from ssd.transforms import MEAN, STD
+from ssd.images import load_image
+from ssd.postprocess import NonFiniteError, postprocess
+from ssd.transforms import MEAN, STD, normalize, resize
 
 CPU = torch.device("cpu")
 LOW = {"score_threshold": 0.3}
@@ -81,6 +82,41 @@ def test_a_network_of_another_layout(tiny_model, tiny_exported, photos, key):
     for size in (1, 2, 3):
         found = loaded(paths, batch_size=size, **low)
         assert all(close(a, b) for a, b in zip(found, expected, strict=True)), (key, size)
+
+
+@pytest.mark.parametrize("layout", ["512", "300 with other boxes"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        None,
+        *(
+            pytest.param(key, marks=pytest.mark.slow)
+            for key in ("onnx", "onnx nms", "openvino", "pt2", "torchscript nms")
+        ),
+    ],
+)
+def test_boxes_of_any_layout_are_those_of_the_model(layout, key, photos, tmp_path):
+    """Of its checkpoint, and of that as each kind of file; computed here by the module as it is."""
+    layout = OTHER_LAYOUTS[layout]
+    model = made_model(layout=layout)
+    weights = tmp_path / "model.safetensors"
+    save(weights, model.state_dict(), ("cat", "cup", "person"), layout=layout)
+    name, kind, options = EXPORTS[key] if key else ("", "", {})
+    loaded = Detector.load(export(weights, tmp_path / name, kind, **options) if key else weights, CPU, "fp32")
+    assert loaded.layout == layout
+    for photo in (photos / f"{name}.jpg" for name in PHOTOS):
+        image = load_image(photo)
+        with torch.inference_mode():
+            loc, conf = model(normalize(resize(image, layout.size)[None]))
+            expected = postprocess(
+                loc, conf, layout.default_boxes(), score_threshold=0.25, max_detections=10
+            ).per_image()
+        [(boxes, scores, class_ids)] = expected
+        found = loaded(photo, score_threshold=0.25, max_detections=10)
+        assert len(scores) > 5
+        assert found.class_ids.tolist() == class_ids.tolist()
+        np.testing.assert_allclose(found.scores, scores, atol=1e-3)
+        np.testing.assert_allclose(found.boxes, boxes.clamp(0, 1) * torch.tensor(image.size * 2), atol=0.1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -262,6 +298,8 @@ def test_selection_from_more_detections():
     assert [each[1].tolist() for each in found] == [pytest.approx([0.9, 0.6]), pytest.approx([0.8])]
     assert found[0][2].tolist() == [0, 1]
     assert found[0][0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    own = backend.finish(outputs, Options(0.1, 0.5, 3, None, (0.95, 0.1, 0.1))).per_image()
+    assert [each[1].tolist() for each in own] == [pytest.approx([0.6, 0.5, 0.2]), pytest.approx([0.8])]
     nothing = backend.finish(outputs, Options(0.95, 0.5, 2)).per_image()
     assert [len(each[1]) for each in nothing] == [0, 0]
 
@@ -274,6 +312,19 @@ def test_metadata_survives_its_file():
         for layout in (PUBLISHED_LAYOUT, SMALL_LAYOUT):
             metadata = Metadata(("a", "b"), (7, 9), "resnet34", "int8", True, None, nms, layout)
             assert Metadata.from_json(metadata.to_json()) == metadata
+            calibrated = replace(metadata, score_thresholds=(0.25, 0.5))
+            assert Metadata.from_json(calibrated.to_json()) == calibrated
+
+
+@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 2], [0.5, "a"], [0.5, None], 0.5])
+def test_thresholds_that_are_none_are_refused(thresholds):
+    values = json.loads(
+        Metadata(("a", "b"), (), "resnet34", "fp32", False, None, None, SMALL_LAYOUT).to_json()
+    )
+    del values["score_thresholds"]  # as earlier versions
+    assert Metadata.from_json(json.dumps(values)).score_thresholds == ()
+    with pytest.raises(ValueError, match="score_thresholds is"):
+        Metadata.from_json(json.dumps(values | {"score_thresholds": thresholds}))
 
 
 def test_metadata_says_how_to_prepare_an_image():

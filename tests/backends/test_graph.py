@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_LAYOUT, made_model
+from conftest import OTHER_LAYOUTS, made_model
 
 from ssd import export
 from ssd.backends import NMS, Metadata
@@ -64,7 +64,7 @@ def test_the_graph_equals_the_postprocess(small_model):
 FEW_BOXES = Layout(size=32, maps=(4,), steps=(8,), scales=(10, 20), aspect_ratios=((2,),))
 
 
-@pytest.mark.parametrize("layout", [SMALL_LAYOUT, FEW_BOXES])
+@pytest.mark.parametrize("layout", [*OTHER_LAYOUTS.values(), FEW_BOXES], ids=[*OTHER_LAYOUTS, "few boxes"])
 def test_other_layouts_equal_the_model_and_the_postprocess(layout):
     model = made_model(layout=layout)
     images = torch.randn(2, 3, layout.size, layout.size, generator=torch.Generator().manual_seed(0))

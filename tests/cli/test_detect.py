@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import PHOTOS, command
+from conftest import PHOTOS, SMALL_LAYOUT, command
 from PIL import Image
 
 from ssd import checkpoint, detections, drawing, files
@@ -318,3 +318,31 @@ def test_tiles_are_those_of_the_detector(run, photos, weights_file, tmp_path):
     status, _, err = run("detect", photos, "--no-images", "--tiles", 200, "--scaled-decoding")
     assert status == 2
     assert "tiles need the whole image" in err
+
+
+def test_thresholds_of_the_weights(run, photos, tmp_path, tiny_model):
+    names, limits = ("cat", "cup", "person"), (1.0, 0.3, 1.0)
+    for name, thresholds in (("own", limits), ("none", ())):
+        checkpoint.save(
+            tmp_path / f"{name}.safetensors",
+            tiny_model.state_dict(),
+            names,
+            layout=SMALL_LAYOUT,
+            score_thresholds=thresholds,
+        )
+    command = ("detect", photos / "coffee.jpg", "--no-images", "--score-threshold", "calibrated", "--weights")
+    status, _, err = run(*command, "own.safetensors", weights=False)
+    assert status == 0, err
+    (written,) = json.loads((tmp_path / "runs" / "detect-1" / "detections.json").read_text())
+    found = Detector.load(tmp_path / "own.safetensors")(photos / "coffee.jpg", score_threshold=0.3)
+    expected = [each.score for each in found if each.name == "cup"]
+    assert expected
+    assert [each["score"] for each in written["detections"]] == pytest.approx(expected)
+    status, _, err = run(*command, "none.safetensors", weights=False)
+    assert status == 2
+    assert "these weights have none" in " ".join(err.replace("│", " ").split())
+    for wrong in ("1.5", "nan", "best"):
+        status, _, err = run("detect", photos, "--score-threshold", wrong)
+        assert status == 2
+        told = f"'{wrong}' is neither a number from 0 to 1 nor \"calibrated\""
+        assert told in " ".join(err.replace("│", " ").split())

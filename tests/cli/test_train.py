@@ -68,6 +68,9 @@ def test_train_usage_errors(run, scenes, tmp_path):
         ((scenes, "--milestones", "a,b"), "give numbers"),
         ((scenes, "--device", "foo"), "device 'foo' cannot be used here"),
         ((scenes, "--iou-threshold", "7"), "iou_threshold must be in [0, 1]"),
+        ((scenes, "--time", "0"), "time must be above 0; got 0.0"),
+        ((scenes, "--patience", "-1"), "patience must be at least 0; got -1"),
+        ((scenes, "--class-weights", "mine"), "class_weights 'mine' is none of none, balanced"),
         ((scenes, "--batch-size", "1"), "batch_size must be at least 2"),
         ((scenes, "--batch-size", "100"), "6 images are too few"),
         ((scenes, "--augmentation", "wild"), "augmentation 'wild' is none of"),
@@ -260,7 +263,7 @@ def test_a_toy_option_by_one_field(scenes, tmp_path):
         Path(ssd.__file__).parent, tmp_path / "ssd", ignore=shutil.ignore_patterns("__pycache__", "weights")
     )
     config = tmp_path / "ssd" / "train" / "config.py"
-    field = '    patience: int | None = None\n    """Epochs without a higher AP, as a toy."""\n'
+    field = '    rounds: int | None = None\n    """Rounds that are counted, as a toy."""\n'
     text = config.read_text()
     config.write_text(text.replace("    seed: int = 0\n", f"{field}    seed: int = 0\n"))
     assert config.read_text() != text
@@ -278,13 +281,13 @@ def test_a_toy_option_by_one_field(scenes, tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "Epochs without a higher AP, as a toy." in " ".join(
+    assert "Rounds that are counted, as a toy." in " ".join(
         there("train", "--help").replace("│", " ").split()
     )
-    there("train", scenes, *TINY, "--patience", "3", "--output", "r")
-    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3
+    there("train", scenes, *TINY, "--rounds", "3", "--output", "r")
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["rounds"] == 3
     there("train", "--resume", "r", "--epochs", "2")
-    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["patience"] == 3
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["rounds"] == 3
 
 
 @pytest.mark.parametrize(

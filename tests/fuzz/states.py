@@ -108,7 +108,7 @@ def _go_on(run: Run) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.progress.sums[3] += 1.0
-    close_epoch(run, lambda step: 1 / (step + 2), alone(torch.device("cpu")))
+    close_epoch(run, lambda step, seconds: 1 / (step + 2), alone(torch.device("cpu")))
     assert [f"{value:.6g}" for row in run.progress.history for value in row.values()]
     "".join(key for row in run.progress.history for key in row).encode()
     with_loss_of({"config": run.config}, TrainConfig())

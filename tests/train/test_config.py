@@ -20,6 +20,10 @@ from ssd.train.config import PRESETS, TrainConfig, field_choices, field_docs
         ("momentum", 1.0),
         ("freeze", 5),
         ("workers", -1),
+        ("time", 0.0),
+        ("time", float("inf")),
+        ("patience", -1),
+        ("class_weights", "rare"),
         ("augmentation", "strong"),
         ("schedule", "step"),
         ("precision", "fp8"),
@@ -70,7 +74,7 @@ def test_a_config_from_before_layouts_and_losses_is_of_the_published_ones():
     saved = {each.name: getattr(QUICK, each.name) for each in fields(QUICK)}
     del saved["layout"], saved["loss"]
     assert TrainConfig(**saved) == QUICK
-    assert (PRESETS["published"].layout, PRESETS["published"].loss) == ("300", "multibox")
+    assert (PRESETS["published"].layout, PRESETS["published"].loss) == (None, "multibox")
 
 
 def test_the_config_needs_no_torch():

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -11,18 +12,32 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SMALL_LAYOUT
-from training import ALONE, CPU, QUICK, SMALL, Background, Broken, Interrupting, assert_equal, rows, weights
+from torch.utils.data import Subset
+from training import (
+    ALONE,
+    CPU,
+    QUICK,
+    SMALL,
+    Background,
+    Broken,
+    Interrupting,
+    assert_equal,
+    fake_evaluations,
+    rows,
+    weights,
+)
 
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.devices import native_precisions
+from ssd.distributed import World
 from ssd.errors import ImageError, LostContactError
 from ssd.model import SSD
 from ssd.shapes import CLASSES
-from ssd.train import TrainConfig, fit
+from ssd.train import TrainConfig, fit, loop, setup
 from ssd.train.examples import EpochBatches
 from ssd.train.loop import Stop
 from ssd.train.setup import rate_of
-from ssd.train.state import read_state
+from ssd.train.state import Progress, read_state
 
 
 def test_the_loss_falls(images, tmp_path):
@@ -244,7 +259,7 @@ TRAIN = """
 import sys
 from dataclasses import replace
 from ssd.data import DetectionDataset, load
-from ssd.train import TrainConfig, fit
+from ssd.train import TrainConfig, fit, loop, setup
 config = TrainConfig(**eval(sys.argv[3]))
 fit(DetectionDataset(load(sys.argv[1], "train")), load(sys.argv[1], "val"), config, sys.argv[2],
     resume=len(sys.argv) > 4)
@@ -359,3 +374,161 @@ def test_accumulated_batches_make_a_step_as_large_as_one(images, tmp_path):
     assert "conf.0.weight" in moved
     for key in moved:
         torch.testing.assert_close(one[key] - before[key], two[key] - before[key], atol=1e-6, rtol=0.02)
+
+
+# --- Hooks for loggers ---
+
+
+def test_each_row_is_handed_on_after_its_files_are_written(images, tmp_path):
+    told = []
+
+    def hook(row):
+        told.append((row, rows(tmp_path)[-1], read_state(tmp_path / "state.pt")["progress"]["epoch"]))
+
+    fit(Subset(images, [0, 1]), None, SMALL, tmp_path, say=None, on_epoch=hook)
+    assert [each[0]["epoch"] for each in told] == [each[2] for each in told] == [1, 2]
+    for row, written, _ in told:
+        assert {key: f"{value:.6g}" for key, value in row.items()} == written
+
+
+def test_what_a_hook_raises_is_raised_as_it_is_and_the_epoch_is_saved(images, tmp_path):
+    error, two = ZeroDivisionError("mine"), Subset(images, [0, 1])
+
+    def hook(row):
+        row.clear()
+        raise error
+
+    with pytest.raises(ZeroDivisionError) as told:
+        fit(two, None, SMALL, tmp_path, say=None, on_epoch=hook)
+    assert told.value is error
+    assert fit(two, None, SMALL, tmp_path, say=None, resume=True).finished
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
+
+
+# --- Patience ---
+
+
+def test_a_run_ends_where_its_ap_was_not_exceeded_and_says_what_goes_on(
+    scenes, images, tmp_path, monkeypatch
+):
+    val, two, lines = load(scenes, "val"), Subset(images, [0, 1]), []
+    patient = replace(SMALL, epochs=9, evaluate_every=1, patience=2)
+    fake_evaluations(monkeypatch, [0.1, 0.3, 0.3, 0.2, 0.25])
+    first = Subset(Interrupting(images, 5), [0, 1])  # in the third epoch
+    assert not fit(first, val, patient, tmp_path, class_names=images.class_names, say=None).finished
+    result = fit(two, val, patient, tmp_path, resume=True, say=lines.append)
+    assert (result.finished, result.best, len(rows(tmp_path))) == (True, 0.3, 4)
+    told = (
+        "ended: the AP of epoch 2, 0.300, was not exceeded in 2 epochs; a --patience above 2, or 0, goes on"
+    )
+    assert lines[-1] == told
+    lines.clear()
+    assert fit(two, val, patient, tmp_path, resume=True, say=lines.append).finished
+    assert [line.splitlines()[-1] for line in lines[1:]] == [told]
+    assert len(rows(tmp_path)) == 4
+    result = fit(two, val, replace(patient, patience=3), tmp_path, resume=True, say=None)
+    assert (result.finished, len(rows(tmp_path))) == (True, 5)
+
+
+def test_patience_without_a_val_split_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="patience 3 needs images to evaluate on"):
+        fit(images, None, replace(SMALL, patience=3), tmp_path, say=None)
+
+
+# --- A time to end by ---
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at the clock is five seconds after the one before."""
+    monkeypatch.setattr(loop, "monotonic", itertools.count(1000, 5).__next__)
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What was done of a run before each step, and of how much, as its learning rate is told."""
+    told, real = [], setup.learning_rate
+    monkeypatch.setattr(
+        setup, "learning_rate", lambda *given, **rest: told.append(given) or real(*given, **rest)
+    )
+    return told
+
+
+def test_the_rate_falls_over_the_time_and_the_run_ends_within_an_epoch(
+    scenes, images, tmp_path, monkeypatch, clock, done
+):
+    fake_evaluations(monkeypatch, [0.1, 0.2])
+    val, lines, timed = load(scenes, "val"), [], replace(SMALL, epochs=1, time=50 / 60)
+    result = fit(images, val, timed, tmp_path, say=lines.append)
+    assert result.finished
+    assert [row["AP"] for row in rows(tmp_path)] == ["", "", "0.1"]
+    # Looks come after each of three steps and at the end of each epoch, for whose row a rate is asked.
+    assert list(dict.fromkeys(done)) == [(seconds, 50) for seconds in (0, 5, 10, 20, 25, 30, 40, 45, 55)]
+    assert lines[-1] == "ended: the 0.833333 minutes are used up; a longer --time goes on"
+    state = read_state(tmp_path / "state.pt")["progress"]
+    assert (state["epoch"], state["batch"], state["step"], state["seconds"]) == (3, 0, 8, 60)
+    assert any(line.startswith("epoch 3  loss") for line in lines)
+
+    lines.clear()
+    assert fit(images, val, timed, tmp_path, resume=True, say=lines.append).finished
+    assert [line.splitlines()[-1] for line in lines[1:]] == [
+        "ended: the 0.833333 minutes are used up; a longer --time goes on"
+    ]
+    done.clear()
+    longer = replace(timed, time=65 / 60)
+    assert fit(Subset(images, [0, 1]), val, longer, tmp_path, resume=True, say=None).finished
+    assert done[0] == pytest.approx((60, 65))
+    assert len(rows(tmp_path)) == 4
+
+
+def test_the_time_counts_over_interruptions_and_a_state_without_it_has_none(images, tmp_path, clock, done):
+    timed, two = replace(SMALL, time=40 / 60), Subset(images, [0, 1])
+    fit(
+        Subset(Interrupting(images, 5), [0, 1]),
+        None,
+        timed,
+        tmp_path,
+        class_names=images.class_names,
+        say=None,
+    )
+    saved = read_state(tmp_path / "state.pt")["progress"]["seconds"]
+    assert saved == 30  # two looks an epoch
+    done.clear()
+    fit(two, None, timed, tmp_path, resume=True, say=None)
+    assert done[-1][0] >= 40
+    assert all(seconds >= saved for seconds, _ in done)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["progress"]["seconds"]
+    torch.save(state, tmp_path / "state.pt")
+    done.clear()
+    assert fit(two, None, timed, tmp_path, resume=True, say=None).finished
+    assert done[0] == (0, 40)
+
+
+def test_an_evaluation_may_use_up_the_time(scenes, images, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop, "monotonic", lambda: now[0])
+    fake_evaluations(monkeypatch, [0.1])
+    real = loop.evaluate_detector
+
+    def evaluate(*given, **rest):
+        now[0] += 100
+        return real(*given, **rest)
+
+    monkeypatch.setattr(loop, "evaluate_detector", evaluate)
+    timed = replace(SMALL, time=1.0, evaluate_every=2)
+    result = fit(Subset(images, [0, 1]), load(scenes, "val"), timed, tmp_path, say=None)
+    assert (result.finished, len(rows(tmp_path)), result.evaluation.metrics["AP"]) == (True, 2, 0.1)
+
+
+def test_all_processes_take_the_time_of_the_first_and_stop_where_one_is_asked_to(clock):
+    class Second(World):
+        def gather(self, value):
+            return [(100.0, True), value]
+
+    progress = Progress(seconds=7.0)
+    assert loop.Clock(progress, Second(1, 2, CPU)).look(asked=False)
+    assert progress.seconds == 100.0
+    alone = Progress(seconds=7.0)
+    assert not loop.Clock(alone, ALONE).look(asked=False)
+    assert alone.seconds == 12.0

@@ -1,3 +1,4 @@
+import math
 import shutil
 from dataclasses import replace
 
@@ -7,17 +8,25 @@ import torch
 from conftest import SMALL_LAYOUT, made_model
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
-from training import QUICK, SMALL, Background, Interrupting, assert_equal, rows, weights
+from training import ALONE, CPU, QUICK, SMALL, Background, Interrupting, assert_equal, rows, weights
 
 from ssd import checkpoint, shapes
-from ssd.boxes import LAYOUTS
+from ssd.boxes import FITTED, LAYOUTS
 from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.evaluate import evaluate_detector
-from ssd.loss import LOSSES, Losses
-from ssd.model import load_model, transfer
+from ssd.loss import LOSSES, Losses, MultiBoxLoss
 from ssd.train import PRESETS, fit
-from ssd.train.setup import classes_of, new_network, rate_of, usable_val
+from ssd.train.setup import (
+    balanced_weights,
+    boxes_of_classes,
+    classes_of,
+    layout_of,
+    rate_of,
+    set_up,
+    settle,
+    usable_val,
+)
 
 
 def test_the_published_schedule_by_hand():
@@ -37,6 +46,70 @@ def test_the_default_schedule_by_hand():
     assert rate(0) == pytest.approx(0.08 / 100, rel=1e-3)  # warm-up is at most a tenth of the run
     assert rate(500) == pytest.approx(0.04)
     assert 0 < rate(999) < 1e-6
+
+
+def test_a_schedule_by_time_by_hand():
+    """Of two minutes; the rise takes 300 steps, or the first twelve seconds if those end before."""
+    rate = rate_of(replace(QUICK, lr=0.08, time=2.0, epochs=1), 1000, 32)
+    assert rate(29, 0.0) == pytest.approx(0.08 * 30 / 300)
+    assert rate(29, 6.0) == pytest.approx(0.08 * 0.5 * (1 + math.cos(math.pi / 20)) / 2)
+    assert rate(29, 60.0) == rate(5000, 60.0) == pytest.approx(0.04)
+    assert rate(5000, 120.0) == rate(5000, 125.0) == pytest.approx(0)
+    steps = rate_of(replace(QUICK, lr=0.08, time=2.0, schedule="multistep", milestones=(0.5,)), 1000, 32)
+    assert [steps(5000, seconds) for seconds in (59, 61)] == pytest.approx([0.08, 0.008])
+
+
+def test_boxes_are_counted_as_they_are_trained_on(images):
+    annotations = images.annotations
+    crowd = np.arange(len(annotations.labels)) % 3 == 0
+    whole = DetectionDataset(replace(annotations, crowd=crowd))
+    of_images = [whole[i][1]["labels"].tolist() for i in range(len(whole))]
+
+    def by_hand(numbers):
+        return [sum(labels.count(k) for labels in map(of_images.__getitem__, numbers)) for k in range(1, 7)]
+
+    assert boxes_of_classes(whole, 6, crowd=False).tolist() == by_hand(range(6))
+    joined = ConcatDataset([whole, Subset(whole, [2, 3])])
+    assert boxes_of_classes(joined, 6, crowd=False).tolist() == by_hand([*range(6), 2, 3])
+    assert boxes_of_classes(whole, 6, crowd=True).sum() == len(crowd)
+    with pytest.raises(
+        ValueError, match=r"class_weights balanced counts the boxes .* leave class_weights out"
+    ):
+        boxes_of_classes(Background(), 2, crowd=False)
+
+
+def test_balanced_weights_leave_the_mean_box_at_1():
+    boxes = np.array([900, 100, 0, 1])
+    weights = balanced_weights(boxes).double().numpy()
+    assert (weights[0], weights[3]) == (1, 1)
+    np.testing.assert_allclose(weights[[2, 4]] / weights[1], [3, 30], rtol=1e-6)
+    np.testing.assert_allclose((weights[1:] * boxes).sum() / boxes.sum(), 1, rtol=1e-6)
+    assert balanced_weights(np.zeros(2, np.int64)).tolist() == [1, 1, 1]
+
+
+def test_class_weights_reach_the_loss(images, tmp_path, monkeypatch):
+    made = []
+
+    def noted(default_boxes, **given):
+        made.append(given)
+        return MultiBoxLoss(default_boxes, **given)
+
+    monkeypatch.setitem(LOSSES, "noted", noted)
+    for choice in ("none", "balanced"):
+        ready = set_up(
+            images,
+            None,
+            replace(SMALL, loss="noted", class_weights=choice),
+            tmp_path / "state.pt",
+            ALONE,
+            class_names=None,
+            category_ids=None,
+            resume=False,
+        )
+    counts = boxes_of_classes(images, 6, crowd=False)
+    assert [list(each) for each in made] == [[], ["class_weights"]]
+    assert torch.equal(made[1]["class_weights"], balanced_weights(counts))
+    assert torch.equal(ready.loss.class_weights, balanced_weights(counts))
 
 
 def test_too_few_images(images, tmp_path):
@@ -168,47 +241,11 @@ def test_category_ids_come_from_the_dataset(images, tmp_path):
     assert checkpoint.read(tmp_path / "last.safetensors").category_ids == images.annotations.category_ids
 
 
-def test_other_classes_keep_all_but_the_class_heads(weights_file, small_model):
-    model, line = transfer(weights_file, ("a", "b"))
-    old, new = small_model.state_dict(), model.state_dict()
-    assert model.num_classes == 3
-    assert not model.head_norm  # as the checkpoint's
-    for key, value in old.items():
-        assert key.startswith("conf") or torch.equal(new[key], value), key
-    kept = sum(not key.startswith("conf") for key in old)
-    assert f"loaded {kept} tensors" in line
-    assert "skipped the class heads of its 3 classes" in line
-    assert "12 tensors for 2 classes are new (conf.0.weight to conf.5.bias)" in line
-
-
-def test_the_same_classes_keep_everything(weights_file, small_model):
-    model, line = transfer(weights_file, ("cat", "cup", "person"))
-    assert_equal(model.state_dict(), small_model.state_dict())
-    assert "everything loaded" in line
-
-
-def test_another_backbone_than_the_checkpoints(weights_file):
-    with pytest.raises(ValueError, match="has the backbone resnet18, not resnet50"):
-        transfer(weights_file, ("a",), backbone="resnet50")
-
-
-def test_published_checkpoints_are_what_training_starts_from(tmp_path):
-    """The published function: plain heads, and the same outputs in eval mode."""
-    model = made_model(num_classes=5)
-    checkpoint.save(tmp_path / "published.pt", model.state_dict(), ("a", "b", "c", "d"))
-    started, _ = transfer(tmp_path / "published.pt", ("a", "b", "c", "d"))
-    images = torch.rand(1, 3, 300, 300)
-    with torch.no_grad():
-        for ours, theirs in zip(started.eval()(images), model(images), strict=True):
-            assert torch.equal(ours, theirs)
-    assert load_model(tmp_path / "published.pt")[1].num_classes == 5
-
-
 def test_fine_tuning(images, weights_file, tmp_path):
     lines = []
     config = replace(QUICK, epochs=1, weights=str(weights_file), backbone=None, lr=None)
     fit(images, None, config, tmp_path, say=lines.append)
-    assert "skipped the class heads" in lines[0]
+    assert "new: conf (other classes than its 3)" in lines[0]
     found = checkpoint.read(tmp_path / "last.safetensors")
     assert (found.num_classes, found.head_norm) == (7, False)
     assert found.config["lr"] == 0.008
@@ -285,7 +322,7 @@ def toy_layout(monkeypatch):
 
 @pytest.mark.parametrize("choice", ["layout", "loss"])
 def test_unknown_names_are_told_with_the_known_ones(images, tmp_path, choice):
-    with pytest.raises(ValueError, match=f"{choice} 'mine' is none of {getattr(QUICK, choice)}"):
+    with pytest.raises(ValueError, match=f"{choice} 'mine' is none of (300|batch), "):
         fit(images, None, replace(QUICK, **{choice: "mine"}), tmp_path, say=None)
     assert not (tmp_path / "config.json").exists()
 
@@ -316,19 +353,31 @@ def test_a_network_of_another_layout_trains_resumes_and_detects(scenes, images, 
         fit(images, val, replace(config, layout="300"), tmp_path / "run", resume=True, say=None)
 
 
-def test_weights_of_another_layout_are_refused(weights_file, toy_layout, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="of a layout of 300 pixels, not of layout toy; choose layout 300"):
-        new_network(replace(QUICK, weights=str(weights_file), layout="toy"), ("a", "b"))
-    model = made_model(num_classes=3, layout=toy_layout)
-    file = tmp_path / "toy.safetensors"
-    checkpoint.save(file, model.state_dict(), ("a", "b"), layout=toy_layout)
-    started, _ = new_network(replace(QUICK, weights=str(file), layout="toy"), ("c",))
-    assert started.layout == toy_layout
-    with pytest.raises(ValueError, match="of a layout of 96 pixels, not of layout 300; choose layout toy"):
-        new_network(replace(QUICK, weights=str(file)), ("a", "b"))
-    monkeypatch.delitem(LAYOUTS, "toy")
-    with pytest.raises(ValueError, match="not of layout 300; train without weights"):
-        new_network(replace(QUICK, weights=str(file)), ("a", "b"))
+def test_weights_of_another_layout_are_a_start(images, weights_file, toy_layout, tmp_path):
+    lines = []
+    config = replace(QUICK, epochs=1, weights=str(weights_file), layout="toy")
+    result = fit(images, None, config, tmp_path, say=lines.append)
+    assert result.detector.layout == checkpoint.read(tmp_path / "last.safetensors").layout == toy_layout
+    assert lines[0].startswith(f"SSD96 resnet18 from {weights_file} (SSD300): loaded ")
+
+
+def test_without_a_layout_the_weights_decide(images, tmp_path):
+    """Also when the run goes on, for which it need not be said."""
+    file = tmp_path / "start.safetensors"
+    model = made_model(num_classes=7, layout=SMALL_LAYOUT)
+    checkpoint.save(file, model.state_dict(), images.class_names, layout=SMALL_LAYOUT)
+    config = replace(QUICK, weights=str(file))
+    assert layout_of(config.layout, images) is None
+    assert not fit(Interrupting(images, 3), None, config, tmp_path / "run", say=None).finished
+    result = fit(images, None, config, tmp_path / "run", resume=True, say=None)
+    assert result.finished
+    assert result.detector.layout == SMALL_LAYOUT
+
+
+def test_without_weights_the_published_layout_is_what_is_noted():
+    assert settle(QUICK, CPU).layout == "300"
+    assert settle(replace(QUICK, weights="coco"), CPU).layout is None
+    assert settle(SMALL, CPU).layout == "small"
 
 
 def test_another_loss_is_a_function_and_a_row(images, monkeypatch, tmp_path):
@@ -349,3 +398,49 @@ def test_another_loss_is_a_function_and_a_row(images, monkeypatch, tmp_path):
     assert (float(row["conf_loss"]), float(row["loc_loss"]) > 0) == (7, True)
     assert seen == [((8732, 4), (2, 4, 8732), (2, 7, 8732), (2, 8732, 4), (2, 8732))]
     assert checkpoint.read(tmp_path / "last.safetensors").config["loss"] == "squares"
+
+
+@pytest.mark.parametrize("parts", ["whole", "subset", "concatenated"])
+def test_a_fitted_layout_is_that_of_the_boxes_to_train_on(images, parts):
+    """Of a subset, of these images alone."""
+    annotations, train = images.annotations, images
+    if parts == "subset":
+        train, annotations = Subset(images, [1, 2]), annotations.select([1, 2])
+    if parts == "concatenated":
+        train = ConcatDataset([images, Subset(images, [0])])
+        annotations = annotations.select([*range(len(images)), 0])
+    side = np.tile(np.repeat(annotations.sizes, np.diff(annotations.starts), axis=0), 2)
+    boxes = torch.from_numpy((annotations.boxes / side).clip(0, 1).astype(np.float32))
+    for name, origin in FITTED.items():
+        assert layout_of(name, train) == LAYOUTS[origin].fitted(boxes)
+
+
+def test_a_network_of_a_fitted_layout_is_trained_saved_and_gone_on_with(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "small", SMALL_LAYOUT)
+    monkeypatch.setitem(FITTED, "fitted-small", "small")
+    config = replace(QUICK, layout="fitted-small")
+    layout = layout_of("fitted-small", images)
+    assert layout != SMALL_LAYOUT
+    fit(images, None, replace(config, epochs=1), tmp_path, say=None)
+    result = fit(Interrupting(images, 99), None, config, tmp_path, resume=True, say=None)  # boxes unknown
+    assert result.finished
+    assert result.detector.layout == layout == checkpoint.read(tmp_path / "last.safetensors").layout
+
+
+def test_a_layout_cannot_be_fitted_to_boxes_that_are_not_known():
+    with pytest.raises(ValueError, match=r"known, with the sizes of their images.*choose layout 512"):
+        layout_of("fitted-512", Background())
+
+
+def test_training_and_evaluation_see_tiles(images, tmp_path):
+    """As of the saved weights, evaluated in tiles by themselves."""
+    config = replace(SMALL, tiles=160, evaluate_every=1, epochs=1)
+    assert min(images.annotations.sizes.min(0)) > 160
+    result = fit(images, images, config, tmp_path, say=None)
+    best = Detector.load(tmp_path / "last.safetensors", precision="fp32")
+    alone = evaluate_detector(best, images.annotations, batch_size=2, tiles=160)
+    assert result.evaluation.metrics == pytest.approx(alone.metrics)
+    assert checkpoint.read(tmp_path / "last.safetensors").config["tiles"] == 160
+    whole = fit(images, None, replace(config, tiles=None), tmp_path / "whole", say=None)
+    assert whole.folder != result.folder
+    assert rows(tmp_path)[0]["loss"] != rows(tmp_path / "whole")[0]["loss"]

@@ -26,6 +26,8 @@ from ssd.labels import category_ids
 from ssd.pixels import DECODED, Original
 
 CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "bottom")
+FRAME_COLUMNS = ("frame", "time")
+"""That come after these for films."""
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -98,6 +100,10 @@ class Detections:
     from 1 for others."""
     number: int | None = None
     """Of the image among those of its list or stream, counted from 0; None by itself."""
+    frame: int | None = None
+    """Of a film's frame, its number among all frames, counted from 0; None for other images."""
+    time: float | None = None
+    """When that frame is shown, in seconds from the film's start; None for other images."""
 
     def __post_init__(self) -> None:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -202,9 +208,13 @@ class Detections:
     # --- Writing ---
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python data: source, width, height, and the detections with name, class_id, score and box."""
+        """Plain Python data: source, width, height, and the detections with name, class_id, score and box.
+
+        Of a film, the frame and the time, too.
+        """
         return {
             "source": self.source,
+            **({} if self.frame is None else {"frame": self.frame, "time": self.time}),
             "width": self.image_size[1],
             "height": self.image_size[0],
             "detections": [
@@ -257,14 +267,22 @@ class Detections:
             lines.append(f"{class_id} {' '.join(f'{value:.6f}' for value in values)}\n")
         return "".join(lines)
 
-    def to_csv(self, header: bool = True) -> str:
-        """CSV lines: source, name, class_id, score, left, top, right, bottom."""
+    def to_csv(self, header: bool = True, *, frames: bool | None = None) -> str:
+        """CSV lines: source, name, class_id, score, left, top, right, bottom; of a film, frame and time, too.
+
+        Args:
+            header: whether the names of the columns come first.
+            frames: whether there are columns for frame and time; by default of a film's frame alone.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
+        frames = self.frame is not None if frames is None else frames
         if header:
-            writer.writerow(CSV_COLUMNS)
+            writer.writerow([*CSV_COLUMNS, *(FRAME_COLUMNS if frames else ())])
         for box, score, class_id, name in self:
-            writer.writerow([self.source, name, class_id, score, *box])
+            writer.writerow(
+                [self.source, name, class_id, score, *box, *((self.frame, self.time) if frames else ())]
+            )
         return text.getvalue()
 
     def to_supervision(self) -> Any:

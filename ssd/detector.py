@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
@@ -28,16 +28,17 @@ from ssd.choices import LEAST_TILE, Precision
 from ssd.detections import Detections
 from ssd.devices import choose_precision, usable_device
 from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
+from ssd.frames import Playback, checked, with_frames
 from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, source_path
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
-from ssd.sources import Named, find_images
+from ssd.sources import Film, Named, find_images
 from ssd.tiles import Found, Window, cut, gather
 from ssd.transforms import resize
 
 OnError = Callable[[str, Exception], None]
 ScoreThreshold: TypeAlias = float | Literal["calibrated"]
-AnySource: TypeAlias = ImageSource | Named
+AnySource: TypeAlias = ImageSource | Named | Film
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
@@ -77,6 +78,10 @@ class Input:
     """What of the image each view shows."""
     number: int | None = None
     """Among the images of its list or stream, counted from 0; None by itself."""
+    frame: int | None = None
+    """Of a film, its frame's number; see `ssd.sources.Named`."""
+    time: float | None = None
+    """Of a film's frame, its time; see there."""
 
 
 class Reading(NamedTuple):
@@ -88,6 +93,8 @@ class Reading(NamedTuple):
     """See `ssd.images.load_scaled`."""
     tiles: int | None = None
     """See `ssd.tiles.cut`; None for no tiles."""
+    playback: Playback = Playback()
+    """Which frames of films and animations."""
 
 
 class Detector:
@@ -254,24 +261,32 @@ class Detector:
         max_detections: int = Options.max_detections,
         classes: Sequence[str | int] | None = None,
         on_error: OnError | None = None,
+        every: int = 1,
+        max_fps: float | None = None,
+        all_frames: bool = False,
         scaled_decoding: bool = False,
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,
     ) -> Iterator[Detections]:
-        """Detect objects in any number of images, one result at a time and in order.
+        """Detect objects in any number of images and films, one result at a time and in order.
 
         Other threads read images, some two batches ahead, and detect on the next batch while the results of
         the last one are used. Photos are at full size only until they are resized, a few at a time: see
         `ssd.pixels.DECODED`.
 
         Args:
-            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes, or of
-                `ssd.sources.Named`, which says what to call an image.
+            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes, of
+                `ssd.sources.Named`, which says what to call an image, or of `ssd.sources.Film`. A film has
+                a result for each frame, all of one `source` and `number`, with their `frame` and `time`.
             batch_size: how many images go through the network at a time.
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
             on_error: called with the name and the exception of an image that cannot be read, or for which
                 the network gives NaN; it is then left out. Without it, the exception is raised. Both ways
-                it has the `source` and the `number` that the result would have had.
+                it has the `source` and the `number` that the result would have had. For a film that breaks
+                off it comes after the frames before that.
+            every: of a film, take one of so many frames.
+            max_fps: of a film, take at most so many frames a second of its own time.
+            all_frames: of an animated GIF, WebP, PNG or AVIF file, take all frames, as of a film.
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
             max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
@@ -279,7 +294,7 @@ class Detector:
         """
         options = self._options(score_threshold, iou_threshold, max_detections, classes)
         if isinstance(sources, str | os.PathLike):
-            sources = find_images(sources)
+            sources = find_images(sources, films=True)
         elif _is_one_image(sources):
             raise TypeError(
                 "stream takes a folder, glob, path, URL or many images; for one, call the detector"
@@ -287,7 +302,9 @@ class Detector:
         if scaled_decoding and tiles is not None:
             raise ValueError("tiles need the whole image; leave scaled_decoding out")
         least = self.layout.size if scaled_decoding else None
-        reading = Reading(max_pixels, least, _checked_side(tiles))
+        reading = Reading(
+            max_pixels, least, _checked_side(tiles), checked(Playback(every, max_fps, all_frames))
+        )
         return self._stream(sources, _positive(batch_size), options, on_error, reading)
 
     def _options(
@@ -417,16 +434,20 @@ class Detector:
         return self.results(batch, found, options)
 
     def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
-        name, image = _named(source, number)
+        name, image, frame, time = _named(source, number)
+        if isinstance(image, Exception):  # where a film breaks off
+            raise image
+        if isinstance(image, Film):
+            raise TypeError(f"{name}: is a film, not an image; a detector's stream takes films")
         how = how or Reading()
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
         try:
-            return self._read_once(image, name, number, how, where)
+            return replace(self._read_once(image, name, number, how, where), frame=frame, time=time)
         except ImageMemoryError:
             if not where:
                 raise
         # Those that were read at the same time may have left too little.
-        return self._read_once(image, name, number, how, where, alone=True)
+        return replace(self._read_once(image, name, number, how, where, alone=True), frame=frame, time=time)
 
     def _read_once(
         self,
@@ -475,10 +496,11 @@ class Detector:
         workers = min(_MAX_READERS, os.cpu_count() or 1)
         pool, process = _Readers(workers), os.getpid()
         waiting: deque[tuple[Named, int, _Outcome[Input]]] = deque()
+        found = with_frames(sources, reading.playback, max_pixels=reading.max_pixels)
 
         def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
             _require_process(process)
-            (name, _), number, outcome = waiting.popleft()
+            (name, *_), number, outcome = waiting.popleft()
             if outcome.empty():
                 yield None
             yield name, number, outcome.get()
@@ -489,7 +511,7 @@ class Detector:
 
         finished = False
         try:
-            for number, source in enumerate(sources):
+            for number, source in found:
                 named = _named(source, number)
                 outcome = _submit(pool, self._read, named, number, reading)
                 waiting.append((named, number, outcome))
@@ -501,6 +523,7 @@ class Detector:
         finally:
             # Interrupted, one does not want to wait for a server that stalls.
             pool.shutdown(wait=finished)
+            found.close()
 
     def pixels(self, batch: Sequence[Input]) -> Tensor:
         """What `Backend.forward` takes, of all views: uint8 ``[N, S, S, 3]`` on the detector's device."""
@@ -532,6 +555,8 @@ class Detector:
             image=of.image,
             category_ids=self.category_ids,
             number=of.number,
+            frame=of.frame,
+            time=of.time,
         )
 
 
@@ -551,7 +576,7 @@ def _is_one_image(source: object) -> bool:
     return kind not in ("O", "U", "S") and getattr(source, "ndim", 4) < 4
 
 
-def _pixels_in_memory(image: ImageSource) -> int:
+def _pixels_in_memory(image: ImageSource | Film) -> int:
     """How many pixels the copy of an image has that its result keeps; none of a file's."""
     if isinstance(image, Image.Image):
         return image.width * image.height

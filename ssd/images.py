@@ -55,6 +55,9 @@ SUFFIXES = frozenset(
 )
 """Of files that are read; see `is_image_name` for those of openers that are registered with Pillow."""
 
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+"""Those of the formats whose files may be animations."""
+
 MAX_PIXELS = 178_956_970
 """Where Pillow refuses, 13,377 x 13,377: twice ``PIL.Image.MAX_IMAGE_PIXELS``. Where somebody has changed
 that, it stands for twice the new number, or for no limit."""
@@ -185,6 +188,43 @@ def load_scaled(
     return image, image.size
 
 
+def load_frames(
+    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Image.Image, float]]:
+    """Each frame of an animation as `load_image` gives the first, and how many seconds it is shown.
+
+    An image that does not move is one frame.
+
+    Raises:
+        ImageError, ImageMemoryError, FileNotFoundError: see `load_image`; where the file breaks off, after
+            the frames before that.
+    """
+    name = os.fspath(path)
+    with _opened(path, name) as file:
+        with _refusals(name), _without_pillows_warnings():
+            image = _open(file, name, max_pixels)
+            count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        for number in range(count):
+            with _refusals(name), _without_pillows_warnings():
+                with _decoding(image.format, image.size, name):
+                    image.seek(number)
+                    image.load()
+                    seconds = float(image.info.get("duration") or 0) / 1000
+                frame = _upright_rgb(image, _orientation(image), name)
+                frame = frame.copy() if frame is image else frame
+            yield frame, seconds
+
+
+def require_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse what has no pixels, is too thin, or has more pixels than are to be decoded.
+
+    Raises:
+        ImageError: it is.
+    """
+    _require_shape(width, height, name)
+    _require_few_pixels(width, height, name, max_pixels)
+
+
 def source_path(source: object) -> str:
     """The path or URL of an image source; empty if it has none."""
     if isinstance(source, str | os.PathLike):
@@ -211,6 +251,11 @@ def is_image_name(name: str) -> bool:
         or (format is not None and format in _registered_formats())
     )
     return known and not is_hidden(name)
+
+
+def is_animation_name(name: str) -> bool:
+    """Whether a file of this name may be an animation, by its suffix."""
+    return os.path.splitext(name)[1].lower() in (".gif", ".webp", ".png", ".apng", ".avif")
 
 
 def is_hidden(name: str) -> bool:

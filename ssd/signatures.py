@@ -22,6 +22,11 @@ class Kind(NamedTuple):
     as_weights: str = _CHECKPOINT
     """What to do where weights were wanted; empty for a file that may hold weights."""
 
+    @property
+    def is_film(self) -> bool:
+        """Whether it is a video."""
+        return self.as_image == _FRAMES
+
 
 def identify(head: bytes) -> Kind | None:
     """What a file is, where its beginning says so.
@@ -58,7 +63,10 @@ _CONVERT = "convert it to JPEG or PNG"
 _FROM_ITS_PROGRAM = "save it as PNG or JPEG in the program that made it"
 DEVELOP = "develop it to JPEG or TIFF first, in darktable or the program of the camera's maker"
 _UNCRUSH = "convert it back, as by: pngcrush -revert-iphone-optimizations FILE photo.png"
-_FRAMES = "take pictures out of it, as by: ffmpeg -i FILE frame-%06d.jpg"
+_FRAMES = (
+    "ssd detect takes films, and so does a detector's stream; "
+    "or take pictures out of it, as by: ffmpeg -i FILE frame-%06d.jpg"
+)
 _TO_8_BITS = "scale its values to 8 bits and save it as PNG"
 _UNPACK = "unpack it, and pass what is in it"
 _FETCH_LFS = "fetch the file that it stands for, within its repository: git lfs pull"

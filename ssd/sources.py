@@ -1,22 +1,56 @@
-"""What a text stands for: a file, a folder, a glob, a URL; each kind is a row of `SOURCES`."""
+"""What a text stands for: a file, a folder, a glob, a URL, a film; each kind is a row of `SOURCES`."""
 
 import glob
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from ssd import web
 from ssd.images import ImageSource, is_hidden, is_image_name
 from ssd.signatures import HEAD, HEIC, HEIF_SUFFIXES, identify
 
+FILM_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .ts .mts .m2ts "  # noqa: SIM905
+    ".mxf .ogv .dv .y4m".split()
+)
+"""Of files that are taken for films when a folder is read."""
+
+
+class Film(NamedTuple):
+    """What has frames: a detector's stream takes each of them for an image."""
+
+    path: str
+    is_animation: bool = False
+    """Whether it is an image file that may have several frames, which Pillow reads."""
+
+
+class Frame(NamedTuple):
+    """A frame of a film."""
+
+    pixels: npt.NDArray[np.uint8]
+    """``[H, W, 3]``: upright, RGB."""
+    number: int
+    """Among all frames of the film, counted from 0."""
+    time: float
+    """When it is shown, in seconds from the film's start."""
+
 
 class Named(NamedTuple):
-    """An image that is to be read, and what results and errors call it."""
+    """An image that is to be read, or a film, and what results and errors call it."""
 
     name: str
-    image: ImageSource
-    """What `ssd.load_image` takes; most often the name itself."""
+    image: ImageSource | Film
+    """What `ssd.load_image` takes, most often the name itself; or a film."""
+    frame: int | None = None
+    """Number of a film's frame, counted from 0; None for other images."""
+    time: float | None = None
+    """When that frame is shown, in seconds from the film's start; None for other images."""
 
 
 class LeftOut(NamedTuple):
@@ -25,6 +59,9 @@ class LeftOut(NamedTuple):
     name: str
     kind: str
     """Its suffix in lower case, as ".txt"; or what it is, as "dangling link"."""
+
+
+_INSTALL_VIDEO = "pip install 'ssd300[video]'"
 
 
 class Source(NamedTuple):
@@ -44,6 +81,29 @@ def _is_one(text: str) -> bool:
 
 def _one(text: str) -> Iterator[Named]:
     yield Named(text, text)
+
+
+def _is_film(text: str) -> bool:
+    """Whether a file is a film: by its first bytes, or where these say nothing, by its suffix."""
+    if not os.path.isfile(text):
+        return False
+    kind = None
+    with suppress(OSError), open(text, "rb") as file:  # whoever reads it will say so
+        kind = identify(file.read(HEAD))
+    return _has_film_suffix(text) if kind is None else kind.is_film
+
+
+def _has_film_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in FILM_SUFFIXES and not is_hidden(name)
+
+
+def reads_films() -> bool:
+    """Whether the package that reads films is installed."""
+    return importlib.util.find_spec("av") is not None
+
+
+def _film(text: str) -> Iterator[Named]:
+    yield Named(text, Film(text))
 
 
 def _in_folder(folder: str) -> Iterator[Named | LeftOut]:
@@ -78,10 +138,13 @@ def _judged(path: str) -> Named | LeftOut:
         return LeftOut(path, "dangling link" if os.path.islink(path) else "special file")
     if is_image_name(path):
         return Named(path, path)
+    if _has_film_suffix(path) and reads_films():
+        return Named(path, Film(path))
     return LeftOut(path, os.path.splitext(path)[1].lower() or "file without suffix")
 
 
 SOURCES: dict[str, Source] = {
+    "film": Source(_is_film, _film),
     "file or URL": Source(_is_one, _one),
     "folder": Source(os.path.isdir, _in_folder),
     "glob": Source(glob.has_magic, _matching),
@@ -95,7 +158,10 @@ def source_of(text: str) -> Source:
 
 
 def find_images(
-    source: str | os.PathLike[str], on_left_out: Callable[[Counter[str]], None] | None = None
+    source: str | os.PathLike[str],
+    on_left_out: Callable[[Counter[str]], None] | None = None,
+    *,
+    films: bool = False,
 ) -> Iterator[Named]:
     """The images that a path, URL, folder or glob stands for.
 
@@ -106,18 +172,23 @@ def find_images(
         source: the path, URL, folder or glob.
         on_left_out: called at the end with how many files of each kind (see `LeftOut`) a folder or glob holds
             besides, if it holds any; `left_out_line` puts that into words. Hidden files are not counted.
+        films: give films, too, each as one `Film`. Else they are left out of folders, and a single one is
+            given as an image, which it is not.
 
     >>> [image.name for image in find_images("https://example.org/cat.jpg")]
     ['https://example.org/cat.jpg']
     """
     text = os.fspath(source)
-    yield from _told(source_of(text).find(text), on_left_out)
+    kind = source_of(text)
+    if kind is SOURCES["film"] and not films:
+        kind = SOURCES["file or URL"]
+    yield from _told(kind.find(text), on_left_out, films=films)
 
 
 def find_all(
     sources: Sequence[str], on_left_out: Callable[[Counter[str]], None] | None = None
 ) -> Iterator[Named]:
-    """The images of several sources, as a command is given them.
+    """The images and films of several sources, as a command is given them.
 
     A single file is an image whatever its name. Of several, which may be what a shell made of ``photos/*``,
     those are left out that neither their suffix nor their content says to be images.
@@ -130,15 +201,16 @@ def find_all(
     def each() -> Iterator[Named | LeftOut]:
         for text in sources:
             kind = source_of(text)
-            is_file = kind is SOURCES["file or URL"] and os.path.exists(text)
+            is_file = kind in (SOURCES["film"], SOURCES["file or URL"]) and os.path.exists(text)
             yield from [_by_content(text)] if is_file and len(sources) > 1 else kind.find(text)
 
-    yield from _told(each(), on_left_out)
+    yield from _told(each(), on_left_out, films=True)
 
 
 def _by_content(path: str) -> Named | LeftOut:
     judged = _judged(path)
-    if isinstance(judged, LeftOut) and os.path.isfile(path):  # to open a pipe is to wait for its writer
+    is_image = isinstance(judged, Named) and not isinstance(judged.image, Film)
+    if not is_image and os.path.isfile(path):  # to open a pipe is to wait for its writer
         try:
             with open(path, "rb") as file:
                 kind = identify(file.read(HEAD))
@@ -146,15 +218,19 @@ def _by_content(path: str) -> Named | LeftOut:
             return Named(path, path)
         if kind is not None and not kind.as_image:
             return Named(path, path)
+        if kind is not None and kind.is_film and reads_films():
+            return Named(path, Film(path))
     return judged
 
 
 def _told(
-    found: Iterable[Named | LeftOut], on_left_out: Callable[[Counter[str]], None] | None
+    found: Iterable[Named | LeftOut], on_left_out: Callable[[Counter[str]], None] | None, *, films: bool
 ) -> Iterator[Named]:
     counts: Counter[str] = Counter()
     for each in found:
-        if isinstance(each, Named):
+        if isinstance(each, Named) and isinstance(each.image, Film) and not films:
+            counts[os.path.splitext(each.name)[1].lower()] += 1
+        elif isinstance(each, Named):
             yield each
         elif not is_hidden(each.name):
             counts[each.kind] += 1
@@ -171,6 +247,8 @@ def left_out_line(where: str, counts: Counter[str]) -> str:
     parts = [f"{count:,} {_plural(kind, count)}" for kind, count in counts.most_common()]
     heif = sorted(HEIF_SUFFIXES & counts.keys())
     hint = f" (for {', '.join(heif)}: {HEIC.as_image.partition(',')[0]})" if heif else ""
+    films = sorted(FILM_SUFFIXES & counts.keys())
+    hint += f" (for {', '.join(films)}: {_INSTALL_VIDEO})" if films and not reads_films() else ""
     return f"left out of {where}: {', '.join(parts)}{hint}"
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "pixels", "drawing", "detections", "transforms"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *(
         "data",
@@ -71,12 +71,23 @@ ONLY = {
     "openvino": {"backends.openvino"},
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
+    "av": {"video"},
 }
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "images", "sources"),
-    *("pixels", "drawing", "detections", "data", "data.formats", "backends", "train", "train.config"),
+    *(
+        "frames",
+        "pixels",
+        "drawing",
+        "detections",
+        "data",
+        "data.formats",
+        "backends",
+        "train",
+        "train.config",
+    ),
     *("cli", "cli.options"),
 ]
 
@@ -159,7 +170,7 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

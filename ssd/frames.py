@@ -1,0 +1,236 @@
+"""Frames of films and animations as images by name, decoded ahead in a thread of their own."""
+
+import atexit
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+from ssd.images import MAX_PIXELS, is_animation_name, load_frames
+from ssd.sources import Film, Frame, Named
+
+T = TypeVar("T")
+
+_AHEAD = 4  # frames that are decoded before they are asked for
+_SAME = 1e-6  # seconds by which times may differ that are meant to be the same
+_PATIENCE = 3.0  # seconds that are waited for the present frame's end, where no more are wanted
+
+
+class Playback(NamedTuple):
+    """Which frames of a film are looked at."""
+
+    every: int = 1
+    """One of so many."""
+    max_fps: float | None = None
+    """At most so many a second of the film's own time; None for all."""
+    all_frames: bool = False
+    """Whether all frames of animated images are taken, or the first alone."""
+
+
+ALL = Playback()
+
+
+def checked(playback: Playback) -> Playback:
+    """The same.
+
+    Raises:
+        ValueError: it leaves nothing to be seen.
+    """
+    if playback.every < 1:
+        raise ValueError(f"every must be at least 1; got {playback.every}")
+    if playback.max_fps is not None and not 0 < playback.max_fps < math.inf:
+        raise ValueError(f"max_fps must be above 0; got {playback.max_fps}")
+    return playback
+
+
+def frames_of(
+    film: Film, playback: Playback = ALL, *, max_pixels: int = MAX_PIXELS
+) -> Generator[Named, None, None]:
+    """The frames of a film, in their order, each named after it.
+
+    A thread of its own decodes them, a few ahead; it ends when the iterator ends or is closed.
+
+    Args:
+        film: to be read.
+        playback: which of its frames.
+        max_pixels: most pixels of a frame; see `ssd.load_image`.
+
+    Raises:
+        ImageError: the file is no film, is too large, or breaks off; then after the frames before that.
+        FileNotFoundError: there is no such file.
+        MissingExtra: the package that reads films is not installed.
+    """
+    if film.is_animation:
+        found = _animation(film.path, max_pixels)
+    else:
+        from ssd import video  # noqa: PLC0415 (an extra)
+
+        found = video.decoded(film.path, max_pixels=max_pixels)
+    with closing(ahead(_chosen(found, playback), _AHEAD)) as frames:
+        for frame in frames:
+            yield Named(film.path, frame.pixels, frame.number, frame.time)
+
+
+def with_frames(
+    sources: Iterable[Any], playback: Playback = ALL, *, max_pixels: int = MAX_PIXELS
+) -> Generator[tuple[int, Any], None, None]:
+    """Images and the frames of films, with the number of the source that each is of.
+
+    Where a film fails, its error comes, as the image of its name, after the frames before; how many these
+    are is in its `frames`.
+    """
+    for number, source in enumerate(sources):
+        film, given = _film_of(source, playback), 0
+        if film is None:
+            yield number, source
+            continue
+        try:
+            with closing(frames_of(film, playback, max_pixels=max_pixels)) as frames:
+                for frame in frames:
+                    yield number, frame
+                    given += 1
+        except Exception as error:
+            vars(error)["frames"] = given
+            yield number, Named(film.path, cast(Any, error))
+
+
+def _film_of(source: object, playback: Playback) -> Film | None:
+    """The film that a source is; None for an image."""
+    image = source.image if isinstance(source, Named) else source
+    if isinstance(image, Film):
+        return image
+    if playback.all_frames and isinstance(image, str | os.PathLike) and is_animation_name(os.fspath(image)):
+        return Film(os.fspath(image), is_animation=True)
+    return None
+
+
+def _animation(path: str, max_pixels: int) -> Iterator[Frame]:
+    at = 0.0
+    for number, (image, seconds) in enumerate(load_frames(path, max_pixels=max_pixels)):
+        yield Frame(np.asarray(image), number, round(at, 3))  # durations are whole milliseconds
+        at += seconds
+
+
+def _chosen(frames: Iterator[Frame], playback: Playback) -> Iterator[Frame]:
+    due = -math.inf
+    for frame in frames:
+        if frame.number % playback.every or frame.time < due - _SAME:
+            continue
+        if playback.max_fps is not None:
+            step = 1 / playback.max_fps
+            # From the time that was due, not from that of a frame that came later: else 20 of 30 become 15.
+            due = (due if frame.time - due < step else frame.time) + step
+        yield frame
+
+
+# --- The thread -------------------------------------------------------------------------------------------
+
+
+def ahead(
+    items: Iterator[T], most: int, on_drop: Callable[[T], object] | None = None
+) -> Generator[T, None, None]:
+    """The items of an iterator, which goes on in a thread while they are used.
+
+    Args:
+        items: to be gone through; closed in its thread when this ends, however that comes.
+        most: how many may be waiting.
+        on_drop: if given, the thread never waits: where there are too many, it takes the oldest away and
+            calls this with it.
+    """
+    thread = _Ahead(items, most, on_drop)
+    try:
+        yield from thread
+    finally:
+        thread.stop()
+        thread.join(time.monotonic() + _PATIENCE)
+
+
+class _Ahead(Generic[T]):
+    # With SimpleQueues alone: a KeyboardInterrupt while waiting for a lock or a condition can leave it taken.
+    def __init__(self, items: Iterator[T], most: int, on_drop: Callable[[T], object] | None) -> None:
+        self._items, self._on_drop, self._process = items, on_drop, os.getpid()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
+        self._stopped = False
+        for _ in range(most):
+            self._room.put(None)
+        self._thread = threading.Thread(target=self._work, name="ssd-frames", daemon=True)
+        self._thread.start()
+        _running.add(self)
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            if os.getpid() != self._process:
+                raise RuntimeError(
+                    "this film was begun in the process that this one was forked from, and its thread is not "
+                    "here; begin it anew"
+                )
+            item = self._ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            self._room.put(None)
+            yield item[0]
+            del item  # a frame is large
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                self._make_room()
+                if self._stopped:
+                    break
+                self._ready.put((item,))
+                del item
+            self._close()
+            self._ready.put(None)
+        except BaseException as error:
+            self._close()
+            self._ready.put(error)
+
+    def _make_room(self) -> None:
+        if self._on_drop is not None:
+            with suppress(Empty):
+                self._room.get_nowait()
+                return
+            with suppress(Empty):
+                oldest = self._ready.get_nowait()
+                assert isinstance(oldest, tuple)  # nothing comes after what else there is
+                self._on_drop(oldest[0])
+                return
+        self._room.get()
+
+    def _close(self) -> None:
+        if isinstance(self._items, Generator):
+            with suppress(Exception):
+                self._items.close()
+
+    def stop(self) -> None:
+        """Have the thread end after what it does."""
+        self._stopped = True
+        self._room.put(None)
+
+    def join(self, end: float) -> None:
+        """Wait for its end, not longer than until a time of `time.monotonic`."""
+        self._thread.join(None if end == math.inf else max(0, end - time.monotonic()))
+
+
+_running: "weakref.WeakSet[_Ahead[Any]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """One that came back from a decoder when Python is gone could abort the process."""
+    end = time.monotonic() + _PATIENCE
+    with suppress(KeyboardInterrupt):
+        for each in list(_running):
+            each.stop()
+        for each in list(_running):
+            each.join(end)

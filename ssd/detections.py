@@ -309,7 +309,7 @@ class Detections:
     def _kept(self) -> Any:
         return vars(self)["image"]
 
-    def draw(self, *, font: str | os.PathLike[str] | None = None) -> Image.Image:
+    def draw(self, *, font: str | os.PathLike[str] | None = None, enlarge: bool = True) -> Image.Image:
         """The image with boxes and labels, as a new picture.
 
         Images with a side under 160 or both under 320 pixels are enlarged first, for labels to be readable.
@@ -317,6 +317,7 @@ class Detections:
         Args:
             font: a TrueType or OpenType file for the labels. By default Pillow's own, and for letters that it
                 lacks a font of the system; names that no font can show are told in a warning, once.
+            enlarge: whether small images are.
 
         Raises:
             ValueError: these detections have no image.
@@ -328,7 +329,9 @@ class Detections:
             raise ValueError("these detections have no image to draw on")
         labels = [" ".join(f"{name} {score:.0%}".split()) for _, score, _, name in self]
         ours = isinstance(self._kept, Original)
-        return draw_detections(image, self.boxes, labels, self.class_ids, font=font, in_place=ours)
+        return draw_detections(
+            image, self.boxes, labels, self.class_ids, font=font, in_place=ours, enlarge=enlarge
+        )
 
     def _room(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, the image may be read."""

@@ -34,6 +34,7 @@ def draw_detections(
     *,
     font: str | os.PathLike[str] | None = None,
     in_place: bool = False,
+    enlarge: bool = True,
 ) -> Image.Image:
     """A picture of an image with boxes and labels, best first.
 
@@ -46,12 +47,14 @@ def draw_detections(
         class_ids: int64 ``[K]``, which choose the colours.
         font: a font file for the labels; see `missing_letters`.
         in_place: draw on the image itself if it need not be enlarged, to save the memory of a copy.
+        enlarge: whether small images are.
 
     Raises:
         OSError: the font cannot be read.
     """
     shorter, longer = sorted(image.size)
     factor = max(-(-_SMALLEST_PICTURE[0] // shorter), -(-_SMALLEST_PICTURE[1] // longer))
+    factor = factor if enlarge else 1
     size = (image.width * factor, image.height * factor)
     if factor > 1:
         picture = image.resize(size, Image.Resampling.BICUBIC)

@@ -101,6 +101,11 @@ def with_frames(
             yield number, Named(film.path, cast(Any, error))
 
 
+def has_frames(source: object, *, all_frames: bool = False) -> bool:
+    """Whether a source of a stream is a film, or an animation of which all frames are taken."""
+    return _film_of(source, Playback(all_frames=all_frames)) is not None
+
+
 def _film_of(source: object, playback: Playback) -> Film | None:
     """The film that a source is; None for an image."""
     image = source.image if isinstance(source, Named) else source

@@ -83,7 +83,7 @@ def _one(text: str) -> Iterator[Named]:
     yield Named(text, text)
 
 
-def _is_film(text: str) -> bool:
+def is_film(text: str) -> bool:
     """Whether a file is a film: by its first bytes, or where these say nothing, by its suffix."""
     if not os.path.isfile(text):
         return False
@@ -144,7 +144,7 @@ def _judged(path: str) -> Named | LeftOut:
 
 
 SOURCES: dict[str, Source] = {
-    "film": Source(_is_film, _film),
+    "film": Source(is_film, _film),
     "file or URL": Source(_is_one, _one),
     "folder": Source(os.path.isdir, _in_folder),
     "glob": Source(glob.has_magic, _matching),

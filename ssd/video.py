@@ -1,16 +1,19 @@
-"""Reading films with PyAV: every frame upright, in RGB of 8 bits, with the time that the film gives it."""
+"""Films by PyAV: frames upright, in RGB of 8 bits, with the times that the film gives them; and new films."""
 
 import errno
 import math
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ssd.errors import ImageError, MissingExtra, as_line
 from ssd.images import MAX_PIXELS, require_size
@@ -33,7 +36,7 @@ file names."""
 _BUFFER = 1 << 18  # bytes that are read of a file at a time
 _SHORTFALL = Fraction(1, 2)  # seconds by which a film may be shorter than it says
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18  # of ITU-T H.273, table 3
-_BT709, _UNSPECIFIED = 1, 2  # matrix coefficients, as there in table 4
+_BT709, _UNSPECIFIED, _BT601 = 1, 2, 5  # matrix coefficients, as there in table 4
 _HD = 720  # rows from which on a film that does not say it is taken to be of BT.709, as players do
 _SDR_WHITE = 203  # nits, of ITU-R BT.2408
 
@@ -229,14 +232,14 @@ class _Clock:
             for each in (*container.streams.video, *container.streams.audio)
             if each.start_time is not None and each.time_base
         ]
-        self._start = min(starts, default=Fraction(0))
+        self.start = min(starts, default=Fraction(0))
         self._step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
         self._next = Fraction(0)
 
     def of(self, frame: Any) -> Fraction:
         """The time of a frame; where it has none, that which its rate gives it."""
         at = frame.pts if frame.pts is not None else frame.dts
-        time = self._next if at is None else at * frame.time_base - self._start
+        time = self._next if at is None else at * frame.time_base - self.start
         self._next = time + self._step
         return time
 
@@ -305,3 +308,171 @@ def upright(pixels: npt.NDArray[Any], matrix: tuple[int, int, int, int]) -> npt.
     if abs(b) > abs(a):
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+class FilmWriter:
+    """Writes pictures as an MP4 film, with the times and the sound of the film that they are made of.
+
+    H.264 where the installed PyAV encodes it, else MPEG-4. At any moment what is in the file can be played;
+    it is fragmented until `close`. Sides of odd length are kept, for which H.264 has to take a profile that
+    not every player has.
+
+    Args:
+        file: to write to; never read, and not closed.
+        size: width and height of the pictures.
+        like: path of the film whose times, pixels' shape and sound it is to have; None for none.
+    """
+
+    def __init__(self, file: IO[bytes], size: tuple[int, int], like: str | None = None) -> None:
+        self.without_sound = ""
+        """Why the sound of the film is left out; empty if it is not, or there is none."""
+        self._file, self._size, self._last = _Careful(file), size, -1
+        self._stack = ExitStack()
+        try:
+            source = None if like is None else self._opened(like)
+            # The head waits for the first pictures, for it says when they begin.
+            flags = "hybrid_fragmented+delay_moov"
+            options = {"movflags": flags, "frag_duration": "1000000"}  # a second
+            self._film = av.open(self._file, "w", format="mp4", options=options)
+            self._stack.push(lambda *_: self._end_file())
+            self._pictures = self._picture_stream(source)
+            self._sound = self._sound_of(source)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _opened(self, path: str) -> Any:
+        file = self._stack.enter_context(Path(path).open("rb"))  # noqa: SIM115
+        container = self._stack.enter_context(_container(file, path))
+        return container, video_stream(container, path)
+
+    def _picture_stream(self, source: Any) -> Any:
+        width, height = self._size
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        base, rate, shape = Fraction(1, 90_000), Fraction(25), None
+        if source is not None:
+            like = source[1]
+            base, rate = like.time_base, Fraction(like.average_rate or like.guessed_rate or rate)
+            shape = like.sample_aspect_ratio
+            if shape and (like.codec_context.width, like.codec_context.height) != self._size:
+                shape = 1 / shape  # it was turned
+        if codec == "mpeg4" and base.denominator > 65_535:  # more than that it cannot count
+            base = Fraction(1, 60_000)
+        stream = self._film.add_stream(codec, rate=rate.limit_denominator(65_535))
+        stream.width, stream.height = width, height
+        is_even = width % 2 == height % 2 == 0
+        stream.pix_fmt = "yuv420p" if is_even or codec == "mpeg4" else "yuv444p"
+        context = stream.codec_context
+        context.time_base, context.max_b_frames = base, 0
+        context.gop_size = max(1, min(250, round(2 * rate)))
+        context.colorspace = _BT709 if height >= _HD else _BT601
+        if shape:
+            context.sample_aspect_ratio = shape
+        if codec == "libx264":
+            stream.options = {"crf": "20", "preset": "veryfast", "rc-lookahead": "10"}
+        else:
+            context.qmin = context.qmax = 3
+        return stream
+
+    def _sound_of(self, source: Any) -> Iterator[tuple[Fraction, Any]]:
+        """The packets of the sound with their times, for the film."""
+        if source is None or not source[0].streams.audio:
+            return iter(())
+        container, pictures = source
+        sound = container.streams.audio[0]
+        try:
+            stream = self._film.add_stream_from_template(sound)
+        except (av.FFmpegError, ValueError) as error:
+            self.without_sound = f"MP4 cannot hold sound of {sound.codec_context.name} ({_reason(error)})"
+            return iter(())
+        start = _Clock(container, pictures).start
+
+        def packets() -> Iterator[tuple[Fraction, Any]]:
+            for packet in container.demux(sound):
+                if packet.size and packet.pts is not None and packet.dts is not None:
+                    base = packet.time_base
+                    packet.pts -= round(start / base)
+                    packet.dts -= round(start / base)
+                    packet.stream = stream
+                    if packet.dts >= 0:  # else it would shift all that comes after
+                        yield packet.pts * base, packet
+
+        return packets()
+
+    def add(self, picture: Image.Image, time: float) -> None:
+        """Write the next picture, RGB, which is shown from a time on, in seconds from the film's start.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        context = self._pictures.codec_context
+        frame = av.VideoFrame.from_ndarray(np.asarray(picture), "rgb24")
+        frame = frame.reformat(*self._size, format=self._pictures.pix_fmt, dst_colorspace=context.colorspace)
+        self._last = max(self._last + 1, round(Fraction(time) / context.time_base))
+        frame.pts, frame.time_base = self._last, context.time_base
+        self._copy_sound(self._last * context.time_base)
+        self._write(self._pictures.encode(frame))
+
+    def _copy_sound(self, until: Fraction) -> None:
+        for at, packet in self._sound:
+            self._write(packet)
+            if at > until:
+                return
+
+    def _write(self, packets: Any) -> None:
+        try:
+            self._film.mux(packets)
+        except av.FFmpegError as error:
+            raise OSError(error.errno, _reason(error)) from error
+
+    def close(self) -> None:
+        """End the film with what it has; its sound ends with the pictures.
+
+        Raises:
+            OSError: the rest cannot be written; what is in the file can be played all the same.
+        """
+        with self._stack:
+            if not self._file.failed:
+                self._write(self._pictures.encode(None))
+
+    def _end_file(self) -> None:
+        told = self._file.failed
+        try:
+            self._film.close()
+        except (av.FFmpegError, OSError) as error:
+            if not told:
+                raise OSError(error.errno, _reason(error)) from error
+
+
+def is_playable(path: str | os.PathLike[str]) -> bool:
+    """Whether a film has a picture; one whose file was full too early has none."""
+    try:
+        return next(decoded(os.fspath(path)), None) is not None
+    except (ImageError, OSError):
+        return False
+
+
+class _Careful:
+    """A file for FFmpeg to write to: all or nothing more.
+
+    Once something was not written, nothing else is: the last thing that a film gets is a new head in place of
+    that by which it can be played, as far as it goes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.failed = file, False
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, content: Any) -> int:
+        if self.failed:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rest = memoryview(content).cast("B")
+        length = len(rest)
+        self.failed = True  # also where this is interrupted
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self.failed = False
+        return length

@@ -1,10 +1,12 @@
 """Films as they come: their times, how they are turned, their colours, and where they break off."""
 
+import errno
 import json
 import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -422,3 +424,132 @@ def test_what_a_result_says(detector, tmp_path):
     assert header.endswith(",bottom,frame,time")
     assert first.endswith(",1,0.04")
     assert found[:1].frame == 1
+
+
+# --- Writing ---
+
+
+def raw_times(path, kind="video"):
+    """As the packets of a file have them, with no start taken off."""
+    with av.open(str(path)) as film:
+        packets = list(film.demux(getattr(film.streams, kind)[0]))
+        return [packet.pts * packet.time_base for packet in packets if packet.pts is not None]
+
+
+def write_again(source, target, frames=None, like=True):
+    with target.open("wb+") as file:
+        writer = None
+        for each in frames or read(source):
+            picture = Image.fromarray(each.image)
+            writer = writer or video.FilmWriter(file, picture.size, str(source) if like else None)
+            writer.add(picture, each.time)
+        writer.close()
+    return target
+
+
+@pytest.mark.parametrize("size", [(96, 72), (97, 71)])
+@pytest.mark.parametrize("ticks", ["steady", "uneven"])
+def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, size, ticks):
+    times = [(Fraction(n) if ticks == "steady" else UNEVEN[n]) * ODD for n in range(40)]
+    frames = [drawn(i, size) for i in range(40)]
+    how = {"codec": "libx264", "pixels": "yuv444p", "options": {"crf": "10"}}
+    source = write_film(tmp_path / "a.mp4", frames, times, base=ODD, **how)
+    target = write_again(source, tmp_path / "b.mp4")
+    assert raw_times(target) == times
+    found = read(target)
+    assert [number_of(each.image) for each in found] == list(range(40))
+    assert {each.image.shape for each in found} == {(size[1], size[0], 3)}
+    with av.open(str(target)) as film:
+        assert film.streams.video[0].codec_context.name == "h264"
+        assert film.streams.video[0].frames == 40  # not fragments, which some players cannot seek in
+
+
+def test_a_film_that_starts_late_does_so_again(tmp_path):
+    source = write_film(tmp_path / "a.mkv", FRAMES[:20])
+    target = write_again(source, tmp_path / "b.mp4", read(source)[5:])
+    assert raw_times(target) == [Fraction(n, 25) for n in range(5, 20)]
+
+
+def test_sound_is_copied(tmp_path):
+    source = write_film(tmp_path / "a.mp4", FRAMES, **H264, sound=True)
+    target = write_again(source, tmp_path / "b.mp4")
+
+    def sound(path):
+        with av.open(str(path)) as film:
+            packets = film.demux(film.streams.audio[0])
+            return {p.pts * p.time_base: bytes(p) for p in packets if p.size and p.pts >= 0}
+
+    before, after = sound(source), sound(target)
+    assert len(after) > 20
+    assert after.items() <= before.items()
+    assert len(before) - len(after) <= 1  # what would go on after the pictures
+
+
+def test_the_shape_of_pixels_stays(tmp_path):
+    path = write_film(tmp_path / "a.mp4", FRAMES[:3], **H264, tags={"sample_aspect_ratio": Fraction(4, 3)})
+    with av.open(str(write_again(path, tmp_path / "b.mp4"))) as film:
+        assert film.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+
+
+def test_without_h264(tmp_path, monkeypatch):
+    monkeypatch.setattr(video.av, "codecs_available", {"mpeg4"})
+    source = write_film(tmp_path / "a.ts", FRAMES, **H264)  # whose clock MPEG-4 cannot count
+    target = write_again(source, tmp_path / "b.mp4")
+    with av.open(str(target)) as film:
+        assert film.streams.video[0].codec_context.name == "mpeg4"
+    assert [round(time * 25, 6) for time in raw_times(target)] == list(range(40))
+    assert [number_of(each.image) for each in read(target)] == list(range(40))
+
+
+class Disk:
+    """A file on a disk with so much room."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, content):
+        part = min(len(content), self.room)
+        if not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= part
+        return self.file.write(content[:part])
+
+
+def test_on_a_full_disk_what_is_written_can_be_played(tmp_path):
+    frames = [drawn(i % 250) for i in range(200)]
+    with (tmp_path / "whole.mp4").open("wb+") as file:
+        writer = video.FilmWriter(file, (96, 72))
+        for number, frame in enumerate(frames):
+            writer.add(Image.fromarray(frame), number / 25)
+        writer.close()
+    size = (tmp_path / "whole.mp4").stat().st_size
+    counts = []
+    for room in (size // 4, size // 2, size * 3 // 4, size - 300):  # the last: only the new head has no room
+        path = tmp_path / f"{room}.mp4"
+        with path.open("wb+") as file:
+            writer = video.FilmWriter(Disk(file, room), (96, 72))
+            with pytest.raises(OSError, match="No space left"):
+                for number, frame in enumerate(frames):
+                    writer.add(Image.fromarray(frame), number / 25)
+                writer.close()
+            writer.close()
+        assert video.is_playable(path)
+        numbers = []
+        with suppress(ImageError):  # it ends within a picture
+            numbers.extend(number_of(each.image) for each in frames_of(Film(str(path))))
+        assert numbers == list(range(len(numbers)))
+        counts.append(len(numbers))
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1]
+    assert counts[-1] >= 150
+
+
+def test_what_was_never_begun_cannot_be_played(tmp_path):
+    with (tmp_path / "a.mp4").open("wb+") as file:
+        writer = video.FilmWriter(Disk(file, 20), (96, 72))
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(80):
+                writer.add(Image.fromarray(drawn(number)), number / 25)
+        writer.close()
+    assert not video.is_playable(tmp_path / "a.mp4")

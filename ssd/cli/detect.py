@@ -33,6 +33,7 @@ from ssd.detector import ScoreThreshold
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
 from ssd.errors import as_line
+from ssd.frames import has_frames
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
@@ -54,7 +55,8 @@ def detect(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders (without subfolders), globs ('photos/**'), http(s) URLs.", show_default=False
+            help="Images and films: files, folders (without subfolders), globs ('photos/**'), http(s) URLs.",
+            show_default=False,
         ),
     ],
     weights: Weights = "coco",
@@ -92,7 +94,16 @@ def detect(
             dir_okay=False,
         ),
     ] = None,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Write pictures with boxes.")] = True,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Write pictures with boxes; of films, films.")
+    ] = True,
+    every: Annotated[int, typer.Option(min=1, help="Of films, take one of so many frames.")] = 1,
+    max_fps: Annotated[
+        float | None, typer.Option(help="Of films, take at most so many frames a second.")
+    ] = None,
+    all_frames: Annotated[
+        bool, typer.Option("--all-frames", help="Take all frames of animated GIF, WebP, PNG and AVIF files.")
+    ] = False,
     font: Annotated[
         Path | None,
         typer.Option(
@@ -119,14 +130,23 @@ def detect(
     if wanted == []:
         raise typer.BadParameter("names no class", param_hint="--classes")
     found_images, total = _find(sources)
+    has_films = _has_films(found_images, total, all_frames=all_frames)
     failures: list[str] = []
+    broken_films: list[str] = []
 
     def report(name: str, error: Exception) -> None:
         reason = (
             "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
         )
         failures.append(name)
-        tqdm.write(as_line(f"ssd: left out {name}: {reason}"), file=sys.stderr)
+        what = "the rest of " if getattr(error, "frames", 0) else ""
+        tqdm.write(as_line(f"ssd: left out {what}{name}: {reason}"), file=sys.stderr)
+
+    def report_film(name: str, error: Exception) -> None:
+        broken_films.append(name)
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error)
+        tqdm.write(as_line(f"ssd: the film with boxes of {name} ends early: {reason}"), file=sys.stderr)
 
     with join(chosen_device(device)) as world, results_folder(output, "detect", world) as folder:
         detector = load_detector(weights, world, device, precision, compile=compile)
@@ -139,6 +159,9 @@ def detect(
                 max_detections=max_detections,
                 classes=wanted,
                 on_error=report,
+                every=every,
+                max_fps=max_fps,
+                all_frames=all_frames,
                 scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,
                 tiles=tiles,
@@ -153,8 +176,12 @@ def detect(
             coco_ids,
             pictures=images,
             font=font,
+            frames=has_films,
+            on_film_error=report_film,
         )
         if world.size > 1:
+            if has_films:
+                raise typer.BadParameter("several processes share images alone; pass films to one")
             # Each process writes its pictures and labels; the main one all results, in their order.
             results, failures[:] = _gather_results(results, listed, out, failures, world, report)
             if not world.is_main:
@@ -162,7 +189,7 @@ def detect(
         missing = missing_letters(detector.class_names, font) if images else []
         for note in [*coco_ids.notes, *([tell_missing(missing)] if missing else [])]:
             typer.echo(f"ssd: {note}", err=True)
-        counts = _Counts(total, failures)
+        counts = _Counts(None if has_films else total, failures)
         try:
             stopped = _write(results, out, out.add if world.size == 1 else out.enter, counts, report)
         except OSError as error:  # the results file itself cannot be written
@@ -173,7 +200,7 @@ def detect(
             raise stopped
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
         typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
-    raise typer.Exit(INTERRUPTED if stopped else FAILED if failures else 0)
+    raise typer.Exit(INTERRUPTED if stopped else FAILED if failures or broken_films else 0)
 
 
 @dataclass
@@ -184,10 +211,14 @@ class _Counts:
     failures: list[str]
     done: int = 0
     objects: int = 0
+    frames: bool = False
+    """Whether frames of films are among them."""
 
     def __str__(self) -> str:
         done, objects, failed = self.done, self.objects, len(self.failures)
-        text = f"{done} image{'s'[: done != 1]}, {objects} object{'s'[: objects != 1]}"
+        what = "image or frame" if self.frames else "image"
+        what = ("images and frames" if self.frames else "images") if done != 1 else what
+        text = f"{done} {what}, {objects} object{'s'[: objects != 1]}"
         text += f", {failed} left out" if failed else ""
         missing = 0 if self.total is None else self.total - done - failed
         return text + (f", {missing} not reached" if missing > 0 else "")
@@ -211,7 +242,9 @@ def _write(
                     report(found.source, error)
                 else:
                     counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
-                tqdm.write(as_line(f"{found.source}: {found.summary()}"), file=sys.stdout)
+                counts.frames = counts.frames or found.frame is not None
+                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
+                tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))
                 bar.update(counts.done + len(counts.failures) - bar.n)
@@ -248,6 +281,11 @@ def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
     if len(paths) == len(images) and not any(is_web_url(path) or os.path.exists(path) for path in paths):
         raise typer.BadParameter(f"no such file: {', '.join(map(shortened, paths))}", param_hint="SOURCES")
     return images, len(images)
+
+
+def _has_films(images: Iterable[Named], total: int | None, *, all_frames: bool) -> bool:
+    """Whether there are films among images that are known beforehand; of others, there may be."""
+    return total is None or any(has_frames(each, all_frames=all_frames) for each in images)
 
 
 def _each_once(images: Iterable[Named]) -> Iterator[Named]:

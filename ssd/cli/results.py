@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,14 @@ from urllib.parse import unquote, urlsplit
 
 from ssd.data.builder import read_text
 from ssd.data.names import loose, named_parts, written_parts
-from ssd.detections import CSV_COLUMNS, Detections
+from ssd.detections import CSV_COLUMNS, FRAME_COLUMNS, Detections
 from ssd.errors import AnnotationError, UserError
-from ssd.files import Draft, clear_leftovers, draft, write_free, write_new
+from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
+from ssd.sources import is_film
 
 RESULT_FORMATS = {
     "json": "detections.json",
+    "jsonl": "detections.jsonl",
     "csv": "detections.csv",
     "coco": "detections.json",
     "yolo": "labels",
@@ -26,6 +28,8 @@ RESULT_FORMATS = {
 """The file, or the folder, that each format of results is written to."""
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_LINES = ("csv", "jsonl")
+"""Formats whose entries are lines, so that nothing has to end the file."""
 
 
 class FreeNames:
@@ -87,8 +91,11 @@ class Results:
         names: for pictures and labels.
         class_names: all that the model knows.
         coco_ids: of images and classes; results of images without one are left out of that format.
-        pictures: whether to write them.
+        pictures: whether to write them: of a film, a film.
         font: of their labels; see `Detections.draw`.
+        frames: whether there are films, for which CSV has columns of its own.
+        on_film_error: called with the source and the error where its film cannot be written, or not whole;
+            results go on.
     """
 
     def __init__(
@@ -101,7 +108,13 @@ class Results:
         *,
         pictures: bool,
         font: Path | None = None,
+        frames: bool = False,
+        on_film_error: Callable[[str, Exception], object] = lambda name, error: None,
     ) -> None:
+        self._frames, self._on_film_error = frames, on_film_error
+        self._film: _Film | None = None
+        self.films: list[Path] = []
+        """Those that are written, and whole or can be played."""
         self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()  # of what the block holds
@@ -112,7 +125,7 @@ class Results:
         """Of the results; once the block has ended, the name that the file has taken."""
 
     def __enter__(self) -> "Results":
-        clear_leftovers(self._folder, rf"(?i:.*\.({'|'.join(_PICTURES)}))|(?:detections|classes).*")
+        clear_leftovers(self._folder, rf"(?i:.*\.({'|'.join(_PICTURES)}|mp4))|(?:detections|classes).*")
         if self._format == "yolo":
             clear_leftovers(self.path)
             made = not os.path.lexists(self.path)
@@ -126,7 +139,8 @@ class Results:
                         self.path.rmdir()
                 raise
         else:
-            head = (",".join(CSV_COLUMNS) + "\n" if self._format == "csv" else "[").encode()
+            columns = (*CSV_COLUMNS, *(FRAME_COLUMNS if self._frames else ()))
+            head = {"csv": f"{','.join(columns)}\n", "jsonl": ""}.get(self._format, "[").encode()
             with ExitStack() as stack:
                 self._file = stack.enter_context(draft(self.path))
                 self._file.put(0, head + self._last())
@@ -136,6 +150,7 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         with self._stack:
+            self._end_film()
             if self._file:
                 self._file.put(self._end, self._last())  # where an entry was cut, that is gone
                 self._file.finish()
@@ -147,7 +162,15 @@ class Results:
         self.enter(found)
 
     def write_own(self, found: Detections) -> None:
-        """Write the picture of a result that has its image, if pictures are wanted, and its labels."""
+        """Write the picture of a result that has its image, if pictures are wanted, and its labels.
+
+        Of a film's frame, write the picture into a film, and labels of the frame's own.
+        """
+        if self._film and self._film.source != found.source:
+            self._end_film()
+        if found.frame is not None:
+            self._write_frame(found)
+            return
         name = self._names(found.source)
         picture = found.picture_for(name, font=self._font) if self._pictures and found.has_image else None
         labels = found.to_yolo().encode() if self._format == "yolo" else None
@@ -160,17 +183,49 @@ class Results:
             except FileExistsError:  # another process was faster
                 name = self._names.another(found.source)
 
+    def _write_frame(self, found: Detections) -> None:
+        if self._pictures and found.has_image:
+            if not self._film:
+                stem = os.path.splitext(self._names(found.source))[0]
+                self._film = _Film(found.source, self._folder / f"{stem}.mp4")
+            try:
+                self._film.add(found, self._font)
+            except (OSError, UserError) as error:
+                self._on_film_error(found.source, error)
+        labels = found.to_yolo().encode() if self._format == "yolo" else None
+        while labels is not None:
+            stem = os.path.splitext(self._names(found.source))[0]
+            try:
+                write_new({self.path / f"{stem}-{found.frame:06d}.txt": labels})
+                return
+            except FileExistsError:
+                self._names.another(found.source)
+
+    def _end_film(self) -> None:
+        film, self._film = self._film, None
+        if film:
+            try:
+                path = film.end()
+            except OSError as error:
+                self._on_film_error(film.source, error)
+            else:
+                self.films += [path] if path else []
+
     def enter(self, found: Detections) -> None:
         """Write one result into the file of all, if there is one."""
         if self._format == "csv":
-            self._append(found.to_csv(header=False))
+            self._append(found.to_csv(header=False, frames=self._frames))
+        elif self._format == "jsonl":
+            self._append(found.to_json() + "\n")
         elif self._format == "coco":
-            image_id = self._coco_ids.of(found.source)
+            image_id = self._coco_ids.of(found.source, found.frame)
             if image_id is not None:
                 found = replace(
                     found, image=None, category_ids=self._coco_ids.categories or found.category_ids
                 )
-                self._list([entry | {"file_name": found.source} for entry in found.to_coco(image_id)])
+                of = {"file_name": found.source}
+                of |= {} if found.frame is None else {"frame": found.frame, "time": found.time}
+                self._list([entry | of for entry in found.to_coco(image_id)])
         elif self._format == "json":
             self._list([found.to_dict()])
 
@@ -187,7 +242,7 @@ class Results:
         content = text.encode(errors="backslashreplace")
         try:
             # With what ends the file, for which there is then room on the disk whatever comes.
-            self._file.put(self._end, content + b"\n]\n" * (self._format != "csv"))
+            self._file.put(self._end, content + b"\n]\n" * (self._format not in _LINES))
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(error.errno, f"{reason} for its results in {self.path.name}") from error
@@ -195,7 +250,61 @@ class Results:
 
     def _last(self) -> bytes:
         """What ends the file."""
-        return b"" if self._format == "csv" else b"\n]\n" if self._has_entries else b"]\n"
+        return b"" if self._format in _LINES else b"\n]\n" if self._has_entries else b"]\n"
+
+
+class _Film:
+    """A film that is being written.
+
+    It takes its name when it ends, be it early or because no more can be written, if it can be played.
+    """
+
+    def __init__(self, source: str, path: Path) -> None:
+        self.source, self._path = source, path
+        self._stack, self._draft = ExitStack(), None
+        self._writer: Any = None
+        self._failed = False
+
+    def add(self, found: Detections, font: Path | None) -> None:
+        """Write the picture of a frame, unless an earlier one could not be written.
+
+        Raises:
+            OSError: it cannot be written; this comes but once.
+        """
+        if self._failed:
+            return
+        self._failed = True  # also where this is interrupted
+        if self._writer is None:
+            from ssd.video import FilmWriter  # noqa: PLC0415 (an extra)
+
+            like = self.source if is_film(self.source) else None
+            self._draft = self._stack.enter_context(draft(self._path))
+            self._writer = FilmWriter(self._draft, found.image_size[::-1], like)
+        assert found.time is not None
+        with writing(self._path):
+            self._writer.add(found.draw(font=font, enlarge=False), found.time)
+        self._failed = False
+
+    def end(self) -> Path | None:
+        """End it; the name that it has taken, or None where nothing can be played.
+
+        Raises:
+            OSError: its end cannot be written; then what can be played has taken its name.
+        """
+        from ssd.video import is_playable  # noqa: PLC0415 (an extra)
+
+        with self._stack:
+            if self._writer is None or self._draft is None:
+                return None
+            try:
+                self._writer.close()
+            finally:
+                path = None
+                if is_playable(self._draft.path):
+                    with suppress(OSError):
+                        self._draft.finish()
+                    path = self._draft.take_free()
+        return path
 
 
 class CocoIds:
@@ -207,6 +316,7 @@ class CocoIds:
         counting: whether images that have no id get the next number; else they stay without.
         categories: an id for each class of the model; empty for those that its detections have.
         notes: lines on what does not fit.
+        frames: whether the frames of films get ids, the next numbers; else they stay without.
     """
 
     def __init__(
@@ -217,14 +327,20 @@ class CocoIds:
         counting: bool = False,
         categories: tuple[int, ...] = (),
         notes: tuple[str, ...] = (),
+        frames: bool = True,
     ) -> None:
         self.rule, self.categories, self.notes = rule, categories, notes
-        self._images, self._counting = images, counting
+        self._images, self._counting, self._frames = images, counting, frames
+        self._last = max((each for each in images.values() if isinstance(each, int)), default=0)
 
-    def of(self, source: str) -> int | str | None:
-        """The id of an image; None if it has none."""
+    def of(self, source: str, frame: int | None = None) -> int | str | None:
+        """The id of an image; None if it has none. The frames of films are counted on, each time anew."""
+        if frame is not None:
+            self._last += 1
+            return self._last if self._frames else None
         if self._counting and source not in self._images:
-            self._images[source] = len(self._images) + 1
+            self._last += 1
+            self._images[source] = self._last
         return self._images.get(source)
 
 
@@ -297,7 +413,7 @@ def ids_of_file(file: Path, sources: Sequence[str], class_names: Sequence[str]) 
         what = f"{len(missed)} of {len(known)} images of {file} are not among the sources"
         notes.append(f"{what}; to be scored, their objects count as missed: {_some(missed)}")
     images = {source: known[name] for source, name in found.items()}
-    return CocoIds(f"image ids are those of {file}", images, categories=ids, notes=tuple(notes))
+    return CocoIds(f"image ids are those of {file}", images, categories=ids, notes=tuple(notes), frames=False)
 
 
 def _id(value: object) -> int | str:

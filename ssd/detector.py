@@ -263,6 +263,7 @@ class Detector:
         on_error: OnError | None = None,
         every: int = 1,
         max_fps: float | None = None,
+        retries: int = 5,
         all_frames: bool = False,
         scaled_decoding: bool = False,
         max_pixels: int = MAX_PIXELS,
@@ -275,9 +276,10 @@ class Detector:
         `ssd.pixels.DECODED`.
 
         Args:
-            sources: a folder, a glob, a path or a URL; or an iterable of what `ssd.load_image` takes, of
-                `ssd.sources.Named`, which says what to call an image, or of `ssd.sources.Film`. A film has
-                a result for each frame, all of one `source` and `number`, with their `frame` and `time`.
+            sources: a folder, a glob, a path or a URL; a camera ("0", "/dev/video0") or an RTSP address; or
+                an iterable of what `ssd.load_image` takes, of `ssd.sources.Named`, which says what to call an
+                image, or of `ssd.sources.Film`. A film has a result for each frame, all of one `source` and
+                `number`, with their `frame` and `time`.
             batch_size: how many images go through the network at a time.
             score_threshold, iou_threshold, max_detections, classes: as for calling the detector.
             on_error: called with the name and the exception of an image that cannot be read, or for which
@@ -286,6 +288,7 @@ class Detector:
                 off it comes after the frames before that.
             every: of a film, take one of so many frames.
             max_fps: of a film, take at most so many frames a second of its own time.
+            retries: how often in a row a camera or RTSP stream that was lost is opened again.
             all_frames: of an animated GIF, WebP, PNG or AVIF file, take all frames, as of a film.
             scaled_decoding: read large JPEG files at a part of their size, which is several times as fast;
                 their results have no image to draw on, and scores may differ a little.
@@ -303,7 +306,7 @@ class Detector:
             raise ValueError("tiles need the whole image; leave scaled_decoding out")
         least = self.layout.size if scaled_decoding else None
         reading = Reading(
-            max_pixels, least, _checked_side(tiles), checked(Playback(every, max_fps, all_frames))
+            max_pixels, least, _checked_side(tiles), checked(Playback(every, max_fps, retries, all_frames))
         )
         return self._stream(sources, _positive(batch_size), options, on_error, reading)
 

@@ -5,20 +5,23 @@ import math
 import os
 import threading
 import time
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from ssd.errors import as_line
 from ssd.images import MAX_PIXELS, is_animation_name, load_frames
 from ssd.sources import Film, Frame, Named
 
 T = TypeVar("T")
 
-_AHEAD = 4  # frames that are decoded before they are asked for
+_AHEAD, _AHEAD_LIVE = 4, 2  # frames that are decoded before they are asked for
 _SAME = 1e-6  # seconds by which times may differ that are meant to be the same
 _PATIENCE = 3.0  # seconds that are waited for the present frame's end, where no more are wanted
 
@@ -30,6 +33,8 @@ class Playback(NamedTuple):
     """One of so many."""
     max_fps: float | None = None
     """At most so many a second of the film's own time; None for all."""
+    retries: int = 5
+    """How often in a row a live source that was lost is opened again, after growing pauses."""
     all_frames: bool = False
     """Whether all frames of animated images are taken, or the first alone."""
 
@@ -47,35 +52,63 @@ def checked(playback: Playback) -> Playback:
         raise ValueError(f"every must be at least 1; got {playback.every}")
     if playback.max_fps is not None and not 0 < playback.max_fps < math.inf:
         raise ValueError(f"max_fps must be above 0; got {playback.max_fps}")
+    if playback.retries < 0:
+        raise ValueError(f"retries must be at least 0; got {playback.retries}")
     return playback
 
 
 def frames_of(
-    film: Film, playback: Playback = ALL, *, max_pixels: int = MAX_PIXELS
+    film: Film, playback: Playback = ALL, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> Generator[Named, None, None]:
     """The frames of a film, in their order, each named after it.
 
-    A thread of its own decodes them, a few ahead; it ends when the iterator ends or is closed.
+    A thread of its own decodes them, a few ahead; it ends when the iterator ends or is closed. Of a live
+    source those are dropped, oldest first, that are not taken before newer ones come; how many is told in a
+    warning at the end.
 
     Args:
         film: to be read.
         playback: which of its frames.
+        name: what results and errors call it; by default its path.
         max_pixels: most pixels of a frame; see `ssd.load_image`.
 
     Raises:
-        ImageError: the file is no film, is too large, or breaks off; then after the frames before that.
+        ImageError: the file is no film, is too large, or breaks off; then after the frames before that. Or a
+            live source cannot be opened, or was lost for good.
         FileNotFoundError: there is no such file.
         MissingExtra: the package that reads films is not installed.
     """
-    if film.is_animation:
-        found = _animation(film.path, max_pixels)
-    else:
-        from ssd import video  # noqa: PLC0415 (an extra)
-
-        found = video.decoded(film.path, max_pixels=max_pixels)
-    with closing(ahead(_chosen(found, playback), _AHEAD)) as frames:
+    name, gone, dropped = name or film.path, threading.Event(), Counter[str]()
+    with ExitStack() as stack:
+        frames = ahead(
+            _chosen(_opened(film, name, playback, max_pixels, gone), playback),
+            _AHEAD_LIVE if film.is_live else _AHEAD,
+            (lambda _: dropped.update(frames=1)) if film.is_live else None,
+        )
+        stack.callback(_tell_dropped, name, dropped)
+        stack.enter_context(closing(frames))
+        stack.callback(gone.set)
         for frame in frames:
-            yield Named(film.path, frame.pixels, frame.number, frame.time)
+            yield Named(name, frame.pixels, frame.number, frame.time)
+
+
+def _opened(
+    film: Film, name: str, playback: Playback, max_pixels: int, gone: threading.Event
+) -> Iterator[Frame]:
+    if film.is_animation:
+        return _animation(film.path, max_pixels)
+    from ssd import video  # noqa: PLC0415 (an extra)
+
+    if film.is_live:
+        return video.live(film.path, name, retries=playback.retries, max_pixels=max_pixels, wait=gone.wait)
+    return video.decoded(film.path, max_pixels=max_pixels)
+
+
+def _tell_dropped(name: str, dropped: Counter[str]) -> None:
+    if count := dropped["frames"]:
+        what = "frame was" if count == 1 else "frames were"
+        text = f"{name}: {count:,} {what} dropped, as newer ones came before it could be looked at"
+        warnings.warn(as_line(text.replace(" it ", " they ") if count > 1 else text), stacklevel=2)
 
 
 def with_frames(
@@ -91,14 +124,15 @@ def with_frames(
         if film is None:
             yield number, source
             continue
+        name = source.name if isinstance(source, Named) else film.path
         try:
-            with closing(frames_of(film, playback, max_pixels=max_pixels)) as frames:
+            with closing(frames_of(film, playback, name=name, max_pixels=max_pixels)) as frames:
                 for frame in frames:
                     yield number, frame
                     given += 1
         except Exception as error:
             vars(error)["frames"] = given
-            yield number, Named(film.path, cast(Any, error))
+            yield number, Named(name, cast(Any, error))
 
 
 def has_frames(source: object, *, all_frames: bool = False) -> bool:

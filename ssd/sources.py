@@ -1,8 +1,9 @@
-"""What a text stands for: a file, a folder, a glob, a URL, a film; each kind is a row of `SOURCES`."""
+"""What a text stands for: a file, a folder, a glob, a URL, a film, a camera; each a row of `SOURCES`."""
 
 import glob
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from ssd import web
 from ssd.images import ImageSource, is_hidden, is_image_name
 from ssd.signatures import HEAD, HEIC, HEIF_SUFFIXES, identify
 
+_RTSP = ("rtsp://", "rtsps://")
+
 FILM_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .ts .mts .m2ts "  # noqa: SIM905
     ".mxf .ogv .dv .y4m".split()
@@ -26,8 +29,11 @@ class Film(NamedTuple):
     """What has frames: a detector's stream takes each of them for an image."""
 
     path: str
+    """Or the address of a live source: a camera's number or device, or an RTSP address."""
     is_animation: bool = False
     """Whether it is an image file that may have several frames, which Pillow reads."""
+    is_live: bool = False
+    """Whether frames come when they come, and are dropped where there are too many."""
 
 
 class Frame(NamedTuple):
@@ -102,6 +108,23 @@ def reads_films() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
+def is_live(text: str) -> bool:
+    """Whether a text is a camera, by its number or device, or an RTSP address."""
+    if text.lower().startswith(_RTSP):
+        return True
+    is_camera = re.fullmatch(r"[0-9]{1,2}", text) is not None and not os.path.lexists(text)
+    return is_camera or re.fullmatch(r"/dev/video[0-9]+", text) is not None
+
+
+def _live(text: str) -> Iterator[Named]:
+    name = text
+    if text.lower().startswith(_RTSP):  # names are in results and messages, where no password should be
+        scheme, _, rest = text.partition("://")
+        host, slash, path = rest.partition("/")
+        name = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    yield Named(name, Film(text, is_live=True))
+
+
 def _film(text: str) -> Iterator[Named]:
     yield Named(text, Film(text))
 
@@ -144,6 +167,7 @@ def _judged(path: str) -> Named | LeftOut:
 
 
 SOURCES: dict[str, Source] = {
+    "live": Source(is_live, _live),
     "film": Source(is_film, _film),
     "file or URL": Source(_is_one, _one),
     "folder": Source(os.path.isdir, _in_folder),
@@ -180,7 +204,7 @@ def find_images(
     """
     text = os.fspath(source)
     kind = source_of(text)
-    if kind is SOURCES["film"] and not films:
+    if kind in (SOURCES["film"], SOURCES["live"]) and not films:
         kind = SOURCES["file or URL"]
     yield from _told(kind.find(text), on_left_out, films=films)
 

@@ -3,9 +3,11 @@
 import errno
 import math
 import os
+import sys
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,11 @@ DEMUXERS = (
 """FFmpeg's readers that may run: of files that hold their film. Others, as those of playlists, open what a
 file names."""
 
+FIRST_PAUSE = 1.0
+"""Seconds until a live source that was lost is opened again; the next pause is twice as long, and so on."""
+
+_LONGEST_PAUSE = 30.0  # seconds
+_TIMEOUT = 10.0  # seconds that a live source may be silent
 _BUFFER = 1 << 18  # bytes that are read of a file at a time
 _SHORTFALL = Fraction(1, 2)  # seconds by which a film may be shorter than it says
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18  # of ITU-T H.273, table 3
@@ -78,6 +85,81 @@ def decoded(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Frame]:
                 f"{path}: none of its pictures can be decoded; it is damaged, or has no key frame: get it "
                 "again"
             )
+
+
+def live(
+    address: str,
+    name: str,
+    *,
+    retries: int = 5,
+    max_pixels: int = MAX_PIXELS,
+    wait: Callable[[float], object] = time.sleep,
+) -> Iterator[Frame]:
+    """The frames of a camera or an RTSP stream, without an end; the first one's time is 0.
+
+    Where it is lost, it is opened again, after pauses that grow, with a warning each time.
+
+    Args:
+        address: a camera's number, its device, or an RTSP address.
+        name: what messages call it.
+        retries: how often in a row it is opened again before it is given up.
+        max_pixels: see `decoded`.
+        wait: for so many seconds; if it gives True, there is no more to be done.
+
+    Raises:
+        ImageError: it cannot be opened, or was given up.
+    """
+    number, lost, begin, shown = 0, 0, 0.0, 0.0
+    while True:
+        reason = "it ended"
+        try:
+            with _live_container(address) as container:
+                stream = video_stream(container, name)
+                clock = _Clock(container, stream, from_zero=False)
+                first: Fraction | None = None
+                for each in _decodable(container, stream):
+                    require_size(each.width, each.height, name, max_pixels)
+                    at = clock.of(each)
+                    if first is None:
+                        begin = begin or time.monotonic()
+                        first, since = at, 0.0
+                        if number:  # by our clock, as the new connection's has another start
+                            since = max(time.monotonic() - begin, shown + float(clock.step))
+                    lost = 0
+                    pixels = upright(_rgb(each), _display_matrix(each))
+                    shown = since + float(at - first)
+                    yield Frame(pixels, number, shown)
+                    number += 1
+        except ImageError:
+            raise
+        except (av.FFmpegError, OSError) as error:
+            reason = _reason(error)
+        if not number:
+            raise ImageError(f"{name}: cannot be opened ({reason}); see that it is there, and not in use")
+        if lost == retries:
+            raise ImageError(f"{name}: was lost after frame {number - 1} ({reason}), and does not come back")
+        pause = min(FIRST_PAUSE * 2**lost, _LONGEST_PAUSE)
+        lost += 1
+        text = f"{name}: was lost ({reason}); opened again in {pause:g} s, {lost} of {retries} times"
+        warnings.warn(as_line(text), stacklevel=2)
+        if wait(pause):
+            return
+
+
+def _decodable(container: Any, stream: Any) -> Iterator[Any]:
+    for packet in container.demux(stream):
+        with suppress(av.FFmpegError):  # before the first key frame, or after something was lost on the way
+            yield from packet.decode()
+
+
+def _live_container(address: str) -> Any:
+    if "://" in address:
+        options = {"rtsp_transport": "tcp", "protocol_whitelist": "rtsp,rtsps,rtp,srtp,tcp,udp,tls,crypto"}
+        return av.open(address, options=options, timeout=_TIMEOUT, metadata_errors="replace")
+    if sys.platform == "darwin":
+        return av.open(address, format="avfoundation", timeout=_TIMEOUT)
+    device = f"/dev/video{address}" if address.isdigit() else address
+    return av.open(device, format="video4linux2", timeout=_TIMEOUT)
 
 
 @contextmanager
@@ -226,21 +308,21 @@ def _duration(container: Any, stream: Any) -> Fraction | None:
 class _Clock:
     """The seconds of frames from the film's start, exactly as the file has them."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
+    def __init__(self, container: Any, stream: Any, *, from_zero: bool = True) -> None:
         starts = [
             each.start_time * each.time_base
             for each in (*container.streams.video, *container.streams.audio)
-            if each.start_time is not None and each.time_base
+            if from_zero and each.start_time is not None and each.time_base
         ]
         self.start = min(starts, default=Fraction(0))
-        self._step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+        self.step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
         self._next = Fraction(0)
 
     def of(self, frame: Any) -> Fraction:
         """The time of a frame; where it has none, that which its rate gives it."""
         at = frame.pts if frame.pts is not None else frame.dts
         time = self._next if at is None else at * frame.time_base - self.start
-        self._next = time + self._step
+        self._next = time + self.step
         return time
 
 

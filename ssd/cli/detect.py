@@ -55,7 +55,8 @@ def detect(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Images and films: files, folders (without subfolders), globs ('photos/**'), http(s) URLs.",
+            help="Images and films: files, folders (without subfolders), globs ('photos/**'), http(s) URLs; "
+            "cameras (0, /dev/video0), RTSP addresses.",
             show_default=False,
         ),
     ],
@@ -101,6 +102,9 @@ def detect(
     max_fps: Annotated[
         float | None, typer.Option(help="Of films, take at most so many frames a second.")
     ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times that a lost camera or RTSP stream is opened again.")
+    ] = 5,
     all_frames: Annotated[
         bool, typer.Option("--all-frames", help="Take all frames of animated GIF, WebP, PNG and AVIF files.")
     ] = False,
@@ -161,6 +165,7 @@ def detect(
                 on_error=report,
                 every=every,
                 max_fps=max_fps,
+                retries=retries,
                 all_frames=all_frames,
                 scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,

@@ -32,7 +32,7 @@ from ssd.frames import Playback, checked, with_frames
 from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, source_path
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
-from ssd.sources import Film, Named, find_images
+from ssd.sources import Film, Frame, Named, find_images
 from ssd.tiles import Found, Window, cut, gather
 from ssd.transforms import resize
 
@@ -437,7 +437,10 @@ class Detector:
         return self.results(batch, found, options)
 
     def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
-        name, image, frame, time = _named(source, number)
+        name, image = _named(source, number)
+        frame = time = None
+        if isinstance(image, Frame):
+            image, frame, time = image
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
@@ -503,7 +506,7 @@ class Detector:
 
         def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
             _require_process(process)
-            (name, *_), number, outcome = waiting.popleft()
+            (name, _), number, outcome = waiting.popleft()
             if outcome.empty():
                 yield None
             yield name, number, outcome.get()
@@ -579,11 +582,11 @@ def _is_one_image(source: object) -> bool:
     return kind not in ("O", "U", "S") and getattr(source, "ndim", 4) < 4
 
 
-def _pixels_in_memory(image: ImageSource | Film) -> int:
+def _pixels_in_memory(image: ImageSource | Film | Frame) -> int:
     """How many pixels the copy of an image has that its result keeps; none of a file's."""
     if isinstance(image, Image.Image):
         return image.width * image.height
-    shape = getattr(image, "shape", ())
+    shape = getattr(image.pixels if isinstance(image, Frame) else image, "shape", ())
     return math.prod(shape) // 3 if shape else 0
 
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ssd.backends.base import (
 from ssd.boxes import decode
 from ssd.errors import ExportError
 from ssd.files import gone_if_unused, mode_of, replace_together, sync_file, temporary_folder, writing
-from ssd.images import load_image
+from ssd.images import ImageSource, load_image
 from ssd.model import SSD, load_model
 from ssd.shapes import draw_scene
 from ssd.sources import find_images
@@ -164,7 +164,9 @@ def calibration_images(folder: str | os.PathLike[str], size: int) -> Tensor:
     if not found:
         raise ValueError(f"no images to calibrate with in {folder}")
     picked = found[:: max(1, -(-len(found) // MAX_CALIBRATION))]
-    return torch.stack([resize(load_image(image, name=name), size) for name, image in picked])
+    return torch.stack(
+        [resize(load_image(cast(ImageSource, image), name=name), size) for name, image in picked]
+    )
 
 
 # --- Proof ------------------------------------------------------------------------------------------------

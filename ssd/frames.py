@@ -59,8 +59,8 @@ def checked(playback: Playback) -> Playback:
 
 def frames_of(
     film: Film, playback: Playback = ALL, *, name: str = "", max_pixels: int = MAX_PIXELS
-) -> Generator[Named, None, None]:
-    """The frames of a film, in their order, each named after it.
+) -> Generator[Frame, None, None]:
+    """The frames of a film, in their order.
 
     A thread of its own decodes them, a few ahead; it ends when the iterator ends or is closed. Of a live
     source those are dropped, oldest first, that are not taken before newer ones come; how many is told in a
@@ -69,7 +69,7 @@ def frames_of(
     Args:
         film: to be read.
         playback: which of its frames.
-        name: what results and errors call it; by default its path.
+        name: what messages call it; by default its path.
         max_pixels: most pixels of a frame; see `ssd.load_image`.
 
     Raises:
@@ -88,8 +88,7 @@ def frames_of(
         stack.callback(_tell_dropped, name, dropped)
         stack.enter_context(closing(frames))
         stack.callback(gone.set)
-        for frame in frames:
-            yield Named(name, frame.pixels, frame.number, frame.time)
+        yield from frames
 
 
 def _opened(
@@ -128,7 +127,7 @@ def with_frames(
         try:
             with closing(frames_of(film, playback, name=name, max_pixels=max_pixels)) as frames:
                 for frame in frames:
-                    yield number, frame
+                    yield number, Named(name, frame)
                     given += 1
         except Exception as error:
             vars(error)["frames"] = given

@@ -51,12 +51,8 @@ class Named(NamedTuple):
     """An image that is to be read, or a film, and what results and errors call it."""
 
     name: str
-    image: ImageSource | Film
-    """What `ssd.load_image` takes, most often the name itself; or a film."""
-    frame: int | None = None
-    """Number of a film's frame, counted from 0; None for other images."""
-    time: float | None = None
-    """When that frame is shown, in seconds from the film's start; None for other images."""
+    image: ImageSource | Film | Frame
+    """What `ssd.load_image` takes, most often the name itself; or a film, or a frame of it."""
 
 
 class LeftOut(NamedTuple):

@@ -443,7 +443,7 @@ class FilmWriter:
                 shape = 1 / shape  # it was turned
         if codec == "mpeg4" and base.denominator > 65_535:  # more than that it cannot count
             base = Fraction(1, 60_000)
-        stream = self._film.add_stream(codec, rate=rate.limit_denominator(65_535))
+        stream: Any = self._film.add_stream(codec, rate=rate.limit_denominator(65_535))
         stream.width, stream.height = width, height
         is_even = width % 2 == height % 2 == 0
         stream.pix_fmt = "yuv420p" if is_even or codec == "mpeg4" else "yuv444p"

@@ -159,7 +159,7 @@ def test_films_among_images(tmp_path):
     found = list(with_frames(["x.jpg", Film(str(film)), Named("y", Film(str(film))), "z.gif"]))
     assert [number for number, _ in found] == [0, 1, 1, 1, 2, 2, 2, 3]
     assert [source for _, source in (found[0], found[-1])] == ["x.jpg", "z.gif"]
-    assert [(each.name, each.frame, each.time) for _, each in found[1:4]] == [
+    assert [(each.name, each.image.number, each.image.time) for _, each in found[1:4]] == [
         (str(film), number, number / 25) for number in range(3)
     ]
 
@@ -194,10 +194,16 @@ def test_animations(tmp_path, suffix):
     durations = [40, 100, 40, 60, 20]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, **options)
     found = list(frames_of(Film(str(path), is_animation=True)))
-    assert [(each.frame, each.time) for each in found] == [(0, 0), (1, 0.04), (2, 0.14), (3, 0.18), (4, 0.24)]
+    assert [(each.number, each.time) for each in found] == [
+        (0, 0),
+        (1, 0.04),
+        (2, 0.14),
+        (3, 0.18),
+        (4, 0.24),
+    ]
     for each, picture in zip(found, pictures, strict=True):
-        assert np.array_equal(each.image, np.asarray(picture))
-    assert np.array_equal(found[0].image, np.asarray(load_image(path)))
+        assert np.array_equal(each.pixels, np.asarray(picture))
+    assert np.array_equal(found[0].pixels, np.asarray(load_image(path)))
     assert len(list(with_frames([str(path)]))) == 1
     assert len(list(with_frames([str(path)], Playback(all_frames=True)))) == 5
 
@@ -210,7 +216,7 @@ def test_an_animation_that_is_cut_off(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
     found = list(with_frames([str(path)], Playback(all_frames=True)))
-    assert [each.frame for _, each in found[:-1]] == [0, 1, 2]
+    assert [each.image.number for _, each in found[:-1]] == [0, 1, 2]
     assert isinstance(found[-1][1].image, ImageError)
     assert found[-1][1].image.frames == 3
 

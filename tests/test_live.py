@@ -131,11 +131,11 @@ def test_frames_that_come_too_fast_are_dropped_and_counted(monkeypatch):
 
     monkeypatch.setattr(video, "live", live)
     found = frames_of(Film("0", is_live=True), Playback(every=2))
-    assert next(found).frame == 0
+    assert next(found).number == 0
     go.put(None)
     made.get()  # of 2, 4 ... 18 there are all, and nobody has taken any
     with pytest.warns(UserWarning, match="^0: 7 frames were dropped, as newer ones came before they"):
-        assert [each.frame for each in found] == [16, 18]
+        assert [each.number for each in found] == [16, 18]
 
 
 @pytest.mark.filterwarnings("ignore:.*(was lost|dropped)")

@@ -33,7 +33,7 @@ def read(path, **options):
 
 
 def pixels(path):
-    return [each.image for each in read(path)]
+    return [each.pixels for each in read(path)]
 
 
 # --- Times ---
@@ -45,12 +45,11 @@ def test_frames_and_times_of_a_steady_film(tmp_path, suffix):
     how = {} if lossless else {**H264, "options": {"crf": "10"}}
     path = write_film(tmp_path / f"a{suffix}", FRAMES, **how)
     found = read(path)
-    assert [number_of(each.image) for each in found] == list(range(40))
-    assert [each.frame for each in found] == list(range(40))
+    assert [number_of(each.pixels) for each in found] == list(range(40))
+    assert [each.number for each in found] == list(range(40))
     assert [each.time for each in found] == [n / 25 for n in range(40)]
-    assert {each.name for each in found} == {str(path)}
     if lossless:
-        assert all(np.array_equal(each.image, frame) for each, frame in zip(found, FRAMES, strict=True))
+        assert all(np.array_equal(each.pixels, frame) for each, frame in zip(found, FRAMES, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def test_times_are_those_of_the_stream(tmp_path, suffix, base, ticks):
     times = [(Fraction(n) if ticks == "steady" else UNEVEN[n]) * step * base for n in range(40)]
     path = write_film(tmp_path / f"a{suffix}", FRAMES, times, base=base, **H264, options={"crf": "10"})
     found = read(path)
-    assert [number_of(each.image) for each in found] == list(range(40))
+    assert [number_of(each.pixels) for each in found] == list(range(40))
     assert [each.time for each in found] == [float(time) for time in times]
 
 
@@ -76,7 +75,7 @@ def test_a_stream_that_starts_late_counts_from_its_start(tmp_path):
 def test_some_frames_of_a_film(tmp_path):
     path = write_film(tmp_path / "a.mkv", FRAMES)
     found = read(path, playback=Playback(every=7))
-    assert [(each.frame, number_of(each.image)) for each in found] == [(n, n) for n in range(0, 40, 7)]
+    assert [(each.number, number_of(each.pixels)) for each in found] == [(n, n) for n in range(0, 40, 7)]
     assert [each.time for each in read(path, playback=Playback(max_fps=5))] == [n / 5 for n in range(8)]
 
 
@@ -90,9 +89,9 @@ def test_a_missing_first_key_frame(tmp_path):
                 packet.stream = stream
                 cut.mux(packet)
     found = read(tmp_path / "late.ts")
-    assert number_of(found[-1].image) == 39
+    assert number_of(found[-1].pixels) == 39
     assert found[-1].time == pytest.approx(38 / 25, abs=1e-9)  # the film now starts with the second frame
-    late = [(each.time, number_of(each.image)) for each in found if number_of(each.image) >= 20]
+    late = [(each.time, number_of(each.pixels)) for each in found if number_of(each.pixels) >= 20]
     assert late == [(pytest.approx((n - 1) / 25, abs=1e-9), n) for n in range(20, 40)]
 
 
@@ -212,7 +211,7 @@ def test_a_film_that_ends_early(tmp_path):
     with pytest.raises(
         ImageError, match=r"a\.mkv: breaks off at \d\.\d\d s, after frame \d+ \(it ends"
     ) as told:
-        numbers.extend(number_of(each.image) for each in found)
+        numbers.extend(number_of(each.pixels) for each in found)
     assert 10 < len(numbers) < 30
     assert numbers == list(range(len(numbers)))
     assert f"after frame {len(numbers) - 1} " in str(told.value)
@@ -238,7 +237,7 @@ def test_every_cut_is_told(tmp_path, kind, part):
     path.write_bytes(whole[: int(end * part) if kind == "avi" else int(len(whole) * part)])
     numbers = []
     with pytest.raises(ImageError, match=r"breaks off|without moving pictures|cannot be opened"):
-        numbers.extend(number_of(each.image) for each in frames_of(Film(str(path))))
+        numbers.extend(number_of(each.pixels) for each in frames_of(Film(str(path))))
     assert numbers == list(range(len(numbers)))
     assert len(numbers) >= 40 * part - 14
 
@@ -407,7 +406,7 @@ def test_a_process_ends_in_the_middle_of_a_film(tmp_path):
     path = write_film(tmp_path / "a.mkv", FRAMES)
     code = (
         "import sys\nfrom ssd.frames import frames_of\nfrom ssd.sources import Film\n"
-        f"found = frames_of(Film({str(path)!r}))\nprint(next(found).frame)\n"
+        f"found = frames_of(Film({str(path)!r}))\nprint(next(found).number)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -440,7 +439,7 @@ def write_again(source, target, frames=None, like=True):
     with target.open("wb+") as file:
         writer = None
         for each in frames or read(source):
-            picture = Image.fromarray(each.image)
+            picture = Image.fromarray(each.pixels)
             writer = writer or video.FilmWriter(file, picture.size, str(source) if like else None)
             writer.add(picture, each.time)
         writer.close()
@@ -457,8 +456,8 @@ def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, size,
     target = write_again(source, tmp_path / "b.mp4")
     assert raw_times(target) == times
     found = read(target)
-    assert [number_of(each.image) for each in found] == list(range(40))
-    assert {each.image.shape for each in found} == {(size[1], size[0], 3)}
+    assert [number_of(each.pixels) for each in found] == list(range(40))
+    assert {each.pixels.shape for each in found} == {(size[1], size[0], 3)}
     with av.open(str(target)) as film:
         assert film.streams.video[0].codec_context.name == "h264"
         assert film.streams.video[0].frames == 40  # not fragments, which some players cannot seek in
@@ -498,7 +497,7 @@ def test_without_h264(tmp_path, monkeypatch):
     with av.open(str(target)) as film:
         assert film.streams.video[0].codec_context.name == "mpeg4"
     assert [round(time * 25, 6) for time in raw_times(target)] == list(range(40))
-    assert [number_of(each.image) for each in read(target)] == list(range(40))
+    assert [number_of(each.pixels) for each in read(target)] == list(range(40))
 
 
 class Disk:
@@ -537,7 +536,7 @@ def test_on_a_full_disk_what_is_written_can_be_played(tmp_path):
         assert video.is_playable(path)
         numbers = []
         with suppress(ImageError):  # it ends within a picture
-            numbers.extend(number_of(each.image) for each in frames_of(Film(str(path))))
+            numbers.extend(number_of(each.pixels) for each in frames_of(Film(str(path))))
         assert numbers == list(range(len(numbers)))
         counts.append(len(numbers))
     assert counts == sorted(counts)

@@ -5,7 +5,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Nothing is written."""
-    images = [each.image for source in sources or () for each in find_images(source)]
+    images: list[Any] = [each.image for source in sources or () for each in find_images(source)]
     if sources and not images:
         raise typer.BadParameter(f"no images in {', '.join(sources)}", param_hint="SOURCES")
     if backend != "torch" and kind_of(weights):

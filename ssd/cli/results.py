@@ -223,7 +223,7 @@ class Results:
                 found = replace(
                     found, image=None, category_ids=self._coco_ids.categories or found.category_ids
                 )
-                of = {"file_name": found.source}
+                of: dict[str, Any] = {"file_name": found.source}
                 of |= {} if found.frame is None else {"frame": found.frame, "time": found.time}
                 self._list([entry | of for entry in found.to_coco(image_id)])
         elif self._format == "json":
@@ -261,7 +261,8 @@ class _Film:
 
     def __init__(self, source: str, path: Path) -> None:
         self.source, self._path = source, path
-        self._stack, self._draft = ExitStack(), None
+        self._stack = ExitStack()
+        self._draft: Draft | None = None
         self._writer: Any = None
         self._failed = False
 

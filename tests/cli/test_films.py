@@ -60,7 +60,7 @@ def expected(tiny_model):
 
 
 def numbers(path):
-    return [number_of(each.image) for each in frames_of(Film(str(path)))]
+    return [number_of(each.pixels) for each in frames_of(Film(str(path)))]
 
 
 def test_a_film(detect, film, tmp_path, expected):
@@ -76,9 +76,9 @@ def test_a_film(detect, film, tmp_path, expected):
     assert [each.time for each in found] == [number / 25 for number in range(30)]
     for each, frame, boxes in zip(found, FRAMES, expected, strict=True):
         picture = np.asarray(boxes.draw(enlarge=False)).astype(float)
-        assert each.image.shape == picture.shape
+        assert each.pixels.shape == picture.shape
         # The loss of H.264 is small beside what the boxes change.
-        assert np.abs(each.image - picture).mean() < np.abs(each.image - frame.astype(float)).mean() / 2
+        assert np.abs(each.pixels - picture).mean() < np.abs(each.pixels - frame.astype(float)).mean() / 2
     assert "clip.mkv frame 7 (0.280 s): " in out
     assert out.splitlines()[-1].startswith("30 images and frames, ")
 

@@ -268,13 +268,13 @@ def test_what_was_found_is_shown_where_it_cannot_be_written(run, photos, monkeyp
 def test_what_a_folder_leaves_out_is_one_line(run, photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name in ("a.txt", "b.txt", "c.mov"):
+    for name in ("a.txt", "b.txt", "c.mp3"):
         (folder / name).touch()
     (folder / "coffee.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
     status, _, err = run("detect", "photos", "--no-images")
-    assert (status, err) == (0, "ssd: left out of photos: 2 .txt, 1 .mov\n")
+    assert (status, err) == (0, "ssd: left out of photos: 2 .txt, 1 .mp3\n")
     status, _, err = run("detect", *map(str, sorted(folder.iterdir())), "--no-images")
-    assert (status, err) == (0, "ssd: left out of the sources: 2 .txt, 1 .mov\n")
+    assert (status, err) == (0, "ssd: left out of the sources: 2 .txt, 1 .mp3\n")
 
 
 def test_the_limit_of_pixels(run, photos):

@@ -1,20 +1,26 @@
-"""Films, which are no images, and animations, of which the first frame is one."""
+"""Films, which are no images but give theirs one by one, and animations, of which the first frame is one."""
 
 import io
+import math
+import os
 import random
 import struct
+import tempfile
 import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import av
 import numpy as np
+from made_films import drawn, write_film
 from PIL import Image
 
 import ssd
 from fuzz.engine import Case, some_bytes
 from ssd.errors import ImageError
-from ssd.sources import find_all, find_images
+from ssd.frames import frames_of
+from ssd.sources import Film, find_all, find_images, is_film
 
 SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".ts", ".jpg", ".png", ".gif", ".webp", "")
 FILM_SUFFIXES = SUFFIXES[:6]
@@ -65,14 +71,59 @@ def _animations() -> tuple[bytes, ...]:
     )
 
 
+@cache
+def _playable() -> tuple[tuple[str, bytes], ...]:
+    """Whole films of several containers and codecs, and their suffixes."""
+    made = []
+    for suffix, codec, pixels in (
+        (".mp4", "libx264", "yuv420p"),
+        (".mov", "mpeg4", "yuv420p"),
+        (".mkv", "ffv1", "yuv420p10le"),
+        (".webm", "libvpx-vp9", "yuv420p"),
+        (".avi", "mjpeg", "yuvj420p"),
+        (".ts", "mpeg2video", "yuv420p"),
+    ):
+        if codec in av.codecs_available:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"film{suffix}"
+                write_film(path, [drawn(i, (48, 32)) for i in range(8)], codec=codec, pixels=pixels)
+                made.append((suffix, path.read_bytes()))
+    return tuple(made)
+
+
+def _play(path: Path) -> str:
+    """Every frame is a whole picture, in order; what breaks off says so in a line that names the film."""
+    count = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage that is passed over, and of ten bits
+        try:
+            for count, frame in enumerate(frames_of(Film(str(path)), max_pixels=1 << 22), start=1):
+                assert frame.number == count - 1
+                assert frame.pixels.dtype == np.uint8
+                assert frame.pixels.shape[2] == 3
+                assert frame.pixels.shape[0] * frame.pixels.shape[1] <= 1 << 22
+                assert math.isfinite(frame.time)
+                if count == 1000:  # a damaged length of time may be long
+                    break
+        except ImageError as error:
+            told = str(error)
+            assert told.startswith(f"{path}: "), told
+            assert "\n" not in told, told
+            return "breaks off" if count else "refused"
+    return "played"
+
+
 def seeds() -> list[Case]:
+    playable = [{f"film{suffix}": content} for suffix, content in _playable()]
     films = [{f"film{SUFFIXES[i % len(SUFFIXES)]}": film} for i, film in enumerate(_films())]
-    return [*films, *({"film.png": animation} for animation in _animations())]
+    return [*playable, *films, *({"film.png": animation} for animation in _animations())]
 
 
 def mutate(rng: random.Random, case: Case) -> Case:
     """Another suffix, or other bytes behind the first ones, by which the kind is told."""
-    ((_, content),) = case.items()
+    ((name, content),) = case.items()
+    if (os.path.splitext(name)[1], content) in _playable():
+        return {name: some_bytes(rng, content)}
     name = f"film{rng.choice(SUFFIXES)}"
     if content in _films() and content[:1] != b"G":
         whole = rng.choice((32, 64, 128))
@@ -81,8 +132,9 @@ def mutate(rng: random.Random, case: Case) -> Case:
 
 
 def promise(case: Case, folder: Path) -> str:
-    """A film is told as that, with the way to its pictures; an animation is read as its first frame, or
-    refused; in a folder, files with the suffixes of films are left out and counted."""
+    """A film gives whole frames, up to where it breaks off, and as an image is told as that, with the way to
+    its pictures; an animation is read as its first frame, or refused; in a folder, files with the suffixes of
+    films are left out and counted where images are wanted."""
     ((name, content),) = case.items()
     path = folder / name
     counts: Counter[str] = Counter()
@@ -92,6 +144,7 @@ def promise(case: Case, folder: Path) -> str:
     assert counts == ({} if listed else {suffix or "file without suffix": 1})
     assert [each.name for each in find_images(path)] == [str(path)]
     list(find_all([str(path), str(path)]))
+    played = _play(path) if is_film(str(path)) else ""
     is_animation = content[:4] in (b"GIF8", b"\x89PNG") or content[8:12] == b"WEBP"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -106,7 +159,8 @@ def promise(case: Case, folder: Path) -> str:
                 assert "ffmpeg -i FILE" in told, told
                 return "told"
             assert content not in _animations(), error
-            return "refused"
+            assert (suffix, content) not in _playable() or played == "played", played
+            return played or "refused"
     assert is_animation, "a film is read as an image"
     if content in _animations():
         assert np.all(np.asarray(image) == (255, 0, 0)), "not the first frame"

@@ -68,16 +68,20 @@ def decoded(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Frame]:
         context = stream.codec_context
         require_size(context.width, context.height, path, max_pixels)
         context.thread_type = "AUTO"
+        # For sizes that change on the way, whose memory FFmpeg takes before a frame is seen here.
+        context.options = {"max_pixels": str(2 * max(max_pixels, context.width * context.height) + 65_536)}
         clock, reading = _Clock(container, stream), _Packets(container, stream, path)
         turned: str | None = None
         number = 0
         for each in reading.frames():
             require_size(each.width, each.height, path, max_pixels)
             if turned is None:
-                turned = _note(each)
+                turned = _note(each, context.color_trc)
                 if turned:
                     warnings.warn(as_line(f"{path}: {turned}"), stacklevel=2)
-            reading.shown = Frame(upright(_rgb(each), _display_matrix(each)), number, float(clock.of(each)))
+            reading.shown = Frame(
+                upright(_rgb(each, context.color_trc), _display_matrix(each)), number, float(clock.of(each))
+            )
             yield reading.shown
             number += 1
         if not number:
@@ -126,7 +130,7 @@ def live(
                         if number:  # by our clock, as the new connection's has another start
                             since = max(time.monotonic() - begin, shown + float(clock.step))
                     lost = 0
-                    pixels = upright(_rgb(each), _display_matrix(each))
+                    pixels = upright(_rgb(each, stream.codec_context.color_trc), _display_matrix(each))
                     shown = since + float(at - first)
                     yield Frame(pixels, number, shown)
                     number += 1
@@ -329,21 +333,21 @@ class _Clock:
 # --- Pixels -----------------------------------------------------------------------------------------------
 
 
-def _note(frame: Any) -> str:
+def _note(frame: Any, transfer: int) -> str:
     """What is said of how a film is converted; empty for what is as usual."""
-    if curve := {_TRANSFER_PQ: "PQ", _TRANSFER_HLG: "HLG"}.get(frame.color_trc):
+    if curve := {_TRANSFER_PQ: "PQ", _TRANSFER_HLG: "HLG"}.get(transfer):
         return f"has a high dynamic range ({curve}), which is mapped to the usual one"
     bits = max(each.bits for each in frame.format.components)
     return f"has {bits} bits a value, of which 8 are taken" if bits > 8 else ""
 
 
-def _rgb(frame: Any) -> npt.NDArray[np.uint8]:
-    """uint8 ``[H, W, 3]`` of a frame as it is stored."""
+def _rgb(frame: Any, transfer: int) -> npt.NDArray[np.uint8]:
+    """uint8 ``[H, W, 3]`` of a frame as it is stored, whose stream has these transfer characteristics."""
     matrix = None
     if frame.colorspace == _UNSPECIFIED and frame.height >= _HD and not frame.format.is_rgb:
         matrix = _BT709
-    if frame.color_trc in (_TRANSFER_PQ, _TRANSFER_HLG):
-        values: npt.NDArray[np.uint8] = _to_sdr(frame.color_trc)[_pixels(frame, "rgb48le", matrix)]
+    if transfer in (_TRANSFER_PQ, _TRANSFER_HLG):
+        values: npt.NDArray[np.uint8] = _to_sdr(transfer)[_pixels(frame, "rgb48le", matrix)]
         return values
     return _pixels(frame, "rgb24", matrix)
 

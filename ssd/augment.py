@@ -5,6 +5,7 @@ sample's window; `render` makes the pixels of it once, at the network's size, an
 that. torchvision's v2 transforms do the same on whole images, at about four times the cost.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ssd.choices import Recipe
-from ssd.tiles import cut
 from ssd.transforms import MEAN
 
 Floats = npt.NDArray[np.float32]
@@ -48,10 +48,10 @@ _YIQ = np.array([LUMA, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # as i
 
 
 def take_tile(sample: Sample, rng: Rng, *, side: int) -> Sample:
-    """Show a tile of the image, as detection in tiles sees it: anywhere, with the centre of some box in it.
+    """Cut out a tile, as detection in tiles sees the image: anywhere, with the centre of some box in it.
 
-    The whole image, which detection looks at besides, is as likely as any one of the tiles. Boxes stay if
-    their centre is in the tile.
+    The whole image, which detection looks at besides, stays about as often as any one of its tiles is taken.
+    Boxes stay if their centre is in the tile.
 
     Args:
         sample: fresh, its window the whole image.
@@ -59,7 +59,8 @@ def take_tile(sample: Sample, rng: Rng, *, side: int) -> Sample:
         side: of the tile in pixels; images that are no larger stay whole.
     """
     height, width = sample.image.shape[:2]
-    if rng.integers(len(cut(width, height, side))) == 0:
+    tiles = math.ceil(width / side) * math.ceil(height / side)
+    if tiles == 1 or rng.integers(1 + tiles) == 0:
         return sample
     free = np.maximum((width - side, height - side), 0)
     low, high = np.zeros(2, np.int64), free
@@ -69,9 +70,16 @@ def take_tile(sample: Sample, rng: Rng, *, side: int) -> Sample:
         low = np.clip(np.floor(center).astype(np.int64) + 1 - side, 0, free)
         high = np.clip(np.ceil(center).astype(np.int64) - 1, low, free)
     left, top = rng.integers(low, high + 1).tolist()
-    part = (left, top, left + min(side, width), top + min(side, height))
-    inside = _inside(centers, part)
-    return replace(sample, window=part, boxes=sample.boxes[inside], labels=sample.labels[inside])
+    right, bottom = left + min(side, width), top + min(side, height)
+    inside = _inside(centers, (left, top, right, bottom))
+    # Cut out, and not just the window moved: what lies around has lost its boxes, and must not be seen again.
+    return replace(
+        sample,
+        image=sample.image[top:bottom, left:right],
+        boxes=sample.boxes[inside] - np.array([left, top, left, top], np.float32),
+        labels=sample.labels[inside],
+        window=(0, 0, right - left, bottom - top),
+    )
 
 
 def zoom_out(sample: Sample, rng: Rng, *, probability: float = 0.5, most: float = 4.0) -> Sample:

@@ -32,6 +32,7 @@ _MAX_BOXES = 4_000_000
 _MOST_FITTED = 2.0
 _FITTED_BY = (1.5, 1.2, 1.1, 1.05)  # factors of the search, from coarse to fine
 _FITTED_BOXES = 2000  # that are looked at; more tell nothing new
+_AT_ONCE = 10_000  # boxes, for memory
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class Layout:
         >>> LAYOUTS["300"].best_overlaps(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
         tensor([0.9135])
         """
+        if len(boxes) > _AT_ONCE:
+            return torch.cat([self.best_overlaps(some) for some in boxes.split(_AT_ONCE)])
         center, side = to_centers(boxes.double()).split(2, dim=1)
         best = boxes.new_zeros(len(boxes), dtype=torch.float64)
         for cells, step, shapes in zip(self.maps, self.steps, self.shapes(), strict=True):
@@ -189,7 +192,7 @@ class Layout:
         """
         if not len(boxes):
             raise ValueError("a layout cannot be fitted to no boxes")
-        some = boxes[torch.linspace(0, len(boxes) - 1, min(len(boxes), _FITTED_BOXES)).long()]
+        some = evenly(boxes, _FITTED_BOXES)
 
         def fit(layout: Layout) -> float:
             best = layout.best_overlaps(some)
@@ -221,6 +224,11 @@ class Layout:
         if not isinstance(values, Mapping) or set(values) != names:
             raise ValueError(f"a layout has {', '.join(sorted(names))}")
         return cls(**values)
+
+
+def evenly(boxes: Tensor, most: int) -> Tensor:
+    """At most so many of the boxes, evenly spread."""
+    return boxes[torch.linspace(0, len(boxes) - 1, min(len(boxes), most), dtype=torch.float64).long()]
 
 
 def _neighbours(layout: Layout, origin: Layout, factor: float) -> Iterator[Layout]:

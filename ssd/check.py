@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ssd.boxes import FITTED, LAYOUTS, PUBLISHED_LAYOUT, Layout
+from ssd.boxes import FITTED, LAYOUTS, PUBLISHED_LAYOUT, Layout, evenly
 from ssd.data.annotations import Annotations, Problem
 from ssd.data.builder import read_bytes
 from ssd.data.formats import SPLITS, find_split, load
@@ -27,12 +27,13 @@ from ssd.data.judge import Purpose, is_without_images, judge_image, judge_split,
 from ssd.errors import AnnotationError, ImageError, as_line
 from ssd.images import load_image
 from ssd.pixels import DECODED
-from ssd.tiles import cut
+from ssd.tiles import in_tiles, number_of_windows
 
 _SHOWN = 5
 _ENOUGH = 0.02  # a costlier layout has to match more by this part of the boxes
 _TILED = 0.9  # with less of the boxes matched by any layout, tiles are looked at
 _TILES = (1280, 960, 640, 480, 320)  # sides in pixels
+_COMPARED = 5000  # boxes by which layouts are chosen; more tell nothing new
 _CHUNK = 1024  # images that are read ahead, of any number
 
 
@@ -244,38 +245,28 @@ def check_dataset(
 
 
 def _choices(annotations: Annotations) -> list[Choice]:
-    boxes = torch.from_numpy(annotations.normalised_boxes())
+    boxes, sizes = (evenly(torch.from_numpy(each), _COMPARED) for each in annotations.normalised_boxes())
     if not len(boxes):
         return []
 
-    def overlaps(name: str) -> Tensor:
-        layout = LAYOUTS[FITTED[name]].fitted(boxes) if name in FITTED else LAYOUTS[name]
-        return layout.best_overlaps(boxes)
+    def overlaps(name: str, boxes: Tensor) -> Tensor:
+        return (LAYOUTS[FITTED[name]].fitted(boxes) if name in FITTED else LAYOUTS[name]).best_overlaps(boxes)
 
     def share(overlaps: Tensor) -> float:
         return float((overlaps > 0.5).float().mean())
 
     choices = [
-        Choice(name, None, share(overlaps(name)), (LAYOUTS[FITTED.get(name, name)].size / 300) ** 2)
+        Choice(name, None, share(overlaps(name, boxes)), (LAYOUTS[FITTED.get(name, name)].size / 300) ** 2)
         for name in (*LAYOUTS, *FITTED)
     ]
     if max(choice.matched for choice in choices) < _TILED:
-        whole = overlaps("300")
+        images = Counter((width, height) for width, height in annotations.sizes.tolist())
         for side in (side for side in _TILES if side < annotations.sizes.max()):
-            in_tiles = LAYOUTS["300"].best_overlaps(torch.from_numpy(_in_tiles(annotations, side)))
-            sizes = Counter((width, height) for width, height in annotations.sizes.tolist())
-            views = sum(n * len(cut(*size, side)) for size, n in sizes.items()) / len(annotations)
-            choices.append(Choice("300", side, share(torch.maximum(whole, in_tiles)), views))
+            views = sum(n * number_of_windows(*size, side) for size, n in images.items()) / len(annotations)
+            tiled = in_tiles(boxes, sizes, side)
+            for name in ("300", "fitted"):
+                choices.append(Choice(name, side, share(overlaps(name, tiled)), views))
     return sorted(choices, key=lambda choice: choice.time)
-
-
-def _in_tiles(annotations: Annotations, side: int) -> npt.NDArray[np.float32]:
-    """Each box in parts of a tile that it is in, as `Annotations.normalised_boxes` of the whole image."""
-    shapes = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
-    corners = annotations.boxes[:, :2] % np.maximum(side - shapes, 1)
-    sides = np.where(annotations.sizes > 0, side, 0)
-    moved = replace(annotations, boxes=np.concatenate([corners, corners + shapes], 1), sizes=sides)
-    return moved.normalised_boxes()
 
 
 def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | None]]:
@@ -303,7 +294,7 @@ def _read_images(annotations: Annotations) -> Iterator[tuple[bytes, Problem | No
 def _report(name: str, annotations: Annotations, layout: Layout) -> SplitReport:
     purpose: Purpose = "training" if name == "train" else "evaluation"
     per_image = np.diff(annotations.starts)
-    boxes = torch.from_numpy(annotations.normalised_boxes())
+    boxes = torch.from_numpy(annotations.normalised_boxes()[0])
     matched = (layout.best_overlaps(boxes) > 0.5).numpy()
     sizes = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().numpy() * layout.size
     limits = size_limits(layout.size)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import safetensors.torch
 import torch
@@ -333,14 +333,31 @@ def _with_names(path: Path) -> str:
 def _score_thresholds(path: Path, noted: object, num_classes: int) -> tuple[float, ...]:
     if noted is None:
         return ()
-    thresholds = noted if isinstance(noted, list) else []
-    fine = all(type(each) in (int, float) and 0 <= each <= 1 for each in thresholds)
-    if not fine or len(thresholds) != num_classes - 1:
+    try:
+        return as_thresholds(noted if isinstance(noted, list | tuple) else [None], num_classes - 1)
+    except ValueError:
         raise CheckpointError(
             f'{path}: its "score_thresholds" give {shown(noted)}, not a number from 0 to 1 for each of '
             f"{num_classes - 1} classes. Save it without them, or with the right ones"
+        ) from None
+
+
+def as_thresholds(values: Sequence[Any], classes: int) -> tuple[float, ...]:
+    """Score thresholds: one in [0, 1] for each class but the background, or none.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    fine = all(
+        isinstance(each, SupportsFloat) and not isinstance(each, bool) and 0 <= float(each) <= 1
+        for each in values
+    )
+    if not fine or len(values) not in (0, classes):
+        raise ValueError(
+            f"score_thresholds are a number from 0 to 1 for each of {classes} classes, or none; "
+            f"got {shown(list(values))}"
         )
-    return tuple(map(float, thresholds))
+    return tuple(float(each) for each in values)
 
 
 def _category_ids(ids: object, num_classes: int) -> tuple[int, ...]:
@@ -385,8 +402,7 @@ def save(
         raise ValueError(
             f"the network has {classes} classes and the background; got {len(class_names)} names{drop}"
         )
-    if len(score_thresholds) not in (0, classes):
-        raise ValueError(f"{classes} classes need as many score_thresholds; got {len(score_thresholds)}")
+    score_thresholds = as_thresholds(score_thresholds, classes)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     notes: dict[str, Any] = {"category_ids": list(category_ids)} if category_ids else {}
     notes |= {"config": dict(config)} if config else {}

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ssd import backends
 from ssd.backends import Backend, Options
+from ssd.checkpoint import as_thresholds
 from ssd.choices import LEAST_TILE, Precision
 from ssd.detections import Detections
 from ssd.devices import choose_precision, usable_device
@@ -129,11 +130,7 @@ class Detector:
                 f"a model of {model.num_classes} classes, one of which is the background, needs "
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
-        if len(score_thresholds) not in (0, len(class_names)):
-            raise ValueError(
-                f"{len(class_names)} classes need as many score_thresholds; got {len(score_thresholds)}"
-            )
-        self.score_thresholds = tuple(score_thresholds)
+        self.score_thresholds = as_thresholds(score_thresholds, len(class_names))
         self.backend = model if isinstance(model, Backend) else backends.of_model(model)
         self.device, self.precision = self.backend.device, self.backend.precision
         self.layout = self.backend.layout
@@ -196,6 +193,8 @@ class Detector:
         batch_size: int = ...,
         max_pixels: int = ...,
         tiles: int | None = ...,
+        voting: bool = ...,
+        flips: bool = ...,
     ) -> list[Detections]: ...
     @overload
     def __call__(
@@ -209,6 +208,8 @@ class Detector:
         batch_size: int = ...,
         max_pixels: int = ...,
         tiles: int | None = ...,
+        voting: bool = ...,
+        flips: bool = ...,
     ) -> Detections: ...
     def __call__(
         self,
@@ -221,6 +222,8 @@ class Detector:
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,
+        voting: bool = False,
+        flips: bool = False,
     ) -> Detections | list[Detections]:
         """Detect objects in one image, or in each of a list.
 
@@ -235,6 +238,8 @@ class Detector:
             max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
             tiles: for objects that are small in large images: look at the whole image and at overlapping
                 tiles of so many pixels a side; see `ssd.tiles`.
+            voting: place each box at the mean of the candidates around it; see `ssd.postprocess.postprocess`.
+            flips: look at the mirror image, too, and choose among the boxes of both; takes twice the time.
 
         Returns:
             `Detections` for one image, a list of them for a list.
@@ -245,7 +250,7 @@ class Detector:
             NonFiniteError: the network gave NaN or infinity.
             ValueError: an option is out of range or a class unknown.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes)
+        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         reading = Reading(max_pixels, tiles=_checked_side(tiles))
         if isinstance(images, list | tuple) and not isinstance(images, Named):
             return list(self._stream(images, _positive(batch_size), options, None, reading))
@@ -268,6 +273,8 @@ class Detector:
         scaled_decoding: bool = False,
         max_pixels: int = MAX_PIXELS,
         tiles: int | None = None,
+        voting: bool = False,
+        flips: bool = False,
     ) -> Iterator[Detections]:
         """Detect objects in any number of images and films, one result at a time and in order.
 
@@ -294,8 +301,9 @@ class Detector:
                 their results have no image to draw on, and scores may differ a little.
             max_pixels: most pixels of an image that is to be decoded; see `ssd.load_image`.
             tiles: as for calling the detector; not with `scaled_decoding`.
+            voting, flips: as for calling the detector.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes)
+        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         if isinstance(sources, str | os.PathLike):
             sources = find_images(sources, films=True)
         elif _is_one_image(sources):
@@ -316,6 +324,8 @@ class Detector:
         iou_threshold: float,
         max_detections: int,
         classes: Sequence[str | int] | None,
+        voting: bool,
+        flips: bool,
     ) -> Options:
         of_classes = self._calibrated(score_threshold) if isinstance(score_threshold, str) else ()
         least = min(of_classes) if isinstance(score_threshold, str) else score_threshold
@@ -325,7 +335,7 @@ class Detector:
         if isinstance(classes, str):
             classes = [classes]
         wanted = None if classes is None else tuple(self._class_id(each) for each in classes)
-        options = Options(least, iou_threshold, max_detections, wanted, of_classes)
+        options = Options(least, iou_threshold, max_detections, wanted, of_classes, voting, flips)
         self.backend.require(options)
         return options
 
@@ -425,10 +435,11 @@ class Detector:
     def _detect(self, batch: list[Input], options: Options) -> list[Detections]:
         image_of = [i for i, each in enumerate(batch) for _ in each.windows]
         found: list[Found] = []
+        backend = self.backend.with_flips() if options.flips else self.backend
         with torch.inference_mode():
             for pixels in self.pixels(batch).split(max(_MOST_VIEWS, len(batch))):
                 try:
-                    some = self.backend.finish(self.backend.forward(pixels), options)
+                    some = backend.finish(backend.forward(pixels), options)
                 except NonFiniteError as error:
                     images = sorted({image_of[len(found) + i] for i in error.images})
                     names = ", ".join(batch[i].name or "image" for i in images)

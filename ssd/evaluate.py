@@ -58,8 +58,6 @@ class Evaluation:
     detections: int
     left_out: dict[str, int] = field(default_factory=dict)
     """Images and annotations that could not be used and do not count, by what is wrong with them."""
-    score_thresholds: tuple[float, ...] = ()
-    """Of each class; see `best_thresholds`."""
     sizes_by_box: int = field(default=0, compare=False)
     """Boxes that are small, medium or large by their own area: no other, or an impossible one, is given."""
 
@@ -100,6 +98,8 @@ def detect_all(
     score_threshold: float = SCORE_THRESHOLD,
     iou_threshold: float = IOU_THRESHOLD,
     tiles: int | None = None,
+    voting: bool = False,
+    flips: bool = False,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[Annotations, dict[int, Detections]]:
     """Detect on every image of a dataset; each process does its share, without overlap, and all get all.
@@ -110,7 +110,7 @@ def detect_all(
         world: this process among those of the run.
         batch_size: images in the network at a time.
         score_threshold, iou_threshold: of the detections, as published for validation.
-        tiles: see `Detector.__call__`.
+        tiles, voting, flips: see `Detector.__call__`.
         on_done: called after each image of this process.
 
     Returns:
@@ -149,6 +149,8 @@ def detect_all(
         iou_threshold=iou_threshold,
         max_detections=MOST_KEPT,
         tiles=tiles,
+        voting=voting,
+        flips=flips,
     )
     for i, each in zip(mine, results, strict=True):
         if isinstance(dataset, Annotations):
@@ -170,14 +172,23 @@ def evaluate_detector(
     *,
     batch_size: int = 8,
     tiles: int | None = None,
+    voting: bool = False,
+    flips: bool = False,
 ) -> Evaluation:
     """Detect on every image of a dataset and measure with the official COCO code; see `detect_all`.
 
     All images count, with and without boxes.
     """
     world = world or alone(detector.device)
-    truth, found = detect_all(detector, dataset, world, batch_size=batch_size, tiles=tiles)
-    measured = world.gather(measure(truth, found) if world.is_main else None)[0]
+    truth, found = detect_all(
+        detector, dataset, world, batch_size=batch_size, tiles=tiles, voting=voting, flips=flips
+    )
+    return measure_once(truth, found, world)
+
+
+def measure_once(annotations: Annotations, found: Mapping[int, Detections], world: World) -> Evaluation:
+    """`measure` in the main process, for all."""
+    measured = world.gather(measure(annotations, found) if world.is_main else None)[0]
     assert measured is not None
     return measured
 
@@ -265,7 +276,6 @@ def measure(annotations: Annotations, found: Mapping[int, Detections]) -> Evalua
         images=len(annotations),
         boxes=len(real),
         detections=detections,
-        score_thresholds=best_thresholds(annotations, found),
         left_out={kind: n for kind, n in annotations.left_out.items() if kind not in MISSHAPEN},
         sizes_by_box=_sizes_by_box(annotations),
     )

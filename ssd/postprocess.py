@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ssd.boxes import decode
 from ssd.errors import NonFiniteError
@@ -18,6 +19,9 @@ SCORE_THRESHOLD = 0.05
 IOU_THRESHOLD = 0.5
 MOST_KEPT = 200
 MOST_PER_CLASS = 200
+
+VOTING_IOU = 0.65
+"""Least IoU of a candidate with a box that it helps to place."""
 
 MAX_DETECTIONS = 10_000_000
 """Most detections of an image that can be asked for: far above any layout, whose own bound backends have."""
@@ -63,6 +67,7 @@ def postprocess(
     max_detections: int = MOST_KEPT,
     max_per_class: int = MOST_PER_CLASS,
     classes: Sequence[int] | None = None,
+    voting: bool = False,
 ) -> PaddedDetections:
     """Turn raw outputs into detections, as published: softmax, threshold, greedy NMS in each class, top n.
 
@@ -79,6 +84,9 @@ def postprocess(
         max_detections: most detections of an image, over all classes.
         max_per_class: most candidates of a class that take part in NMS.
         classes: 0-based class ids to look for, not negative; None for all.
+        voting: place each box that stays at the mean, weighted by score, of those candidates that take part
+            in NMS, are of its class and have an IoU of at least `VOTING_IOU` with it (Gidaris and Komodakis,
+            arXiv 1505.01749, "Iterative localization"; their IoU is 0.5). Scores stay as they are.
 
     Returns:
         Detections padded to ``D = max_detections``.
@@ -107,7 +115,16 @@ def postprocess(
     scores, order = padded(score, -1).sort(dim=1, descending=True, stable=True)
     box, class_id = padded(box, 0).gather(1, order), padded(class_id, -1).gather(1, order)
     return _greedy_nms(
-        loc, default_boxes, box, scores, class_id, counts, iou_threshold, max_detections, max_per_class
+        loc,
+        default_boxes,
+        box,
+        scores,
+        class_id,
+        counts,
+        iou_threshold,
+        max_detections,
+        max_per_class,
+        voting,
     )
 
 
@@ -131,7 +148,8 @@ def _candidates(
     """Image, class, default box and score of all that pass the threshold, sorted in this order."""
     # p_c > t implies exp(l_c) > t / (1 - t) * exp(l_background), so most boxes, which are background, are
     # left out before any exponential. The slack covers rounding; the softmax below decides.
-    lowest = score_threshold if isinstance(score_threshold, float | int) else min(score_threshold)
+    of_classes = tuple(score_threshold) if isinstance(score_threshold, Sequence) else ()
+    lowest = float(min(of_classes) if isinstance(score_threshold, Sequence) else score_threshold)
     odds = lowest / (1 - lowest) if lowest < 1 else math.inf
     margin = math.log(odds) - 1e-3 if odds > 0 else -math.inf
     likely = conf[:, 1:].amax(1).float() - conf[:, 0].float() > margin
@@ -146,7 +164,7 @@ def _candidates(
         wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device="cpu")
         wanted[list(classes)] = True
         scores = scores.where(wanted.to(scores.device)[:, None], 0)
-    limits = lowest if lowest is score_threshold else scores.new_tensor(score_threshold)[:, None]
+    limits = scores.new_tensor(of_classes)[:, None] if of_classes else lowest
     image, class_id, column = (scores > limits).nonzero(as_tuple=True)
     real = column < counts[image]
     image, class_id, column = image[real], class_id[real], column[real]
@@ -180,10 +198,12 @@ def _greedy_nms(
     iou_threshold: float,
     max_detections: int,
     max_per_class: int,
+    voting: bool,
 ) -> PaddedDetections:
     """Greedy NMS over candidates ``[N, K]`` in descending order of score, a block of them at a time.
 
-    A box depends only on better boxes of its class, so an image is done as soon as it has `max_detections`.
+    A box depends only on better boxes of its class, so an image is done as soon as it has `max_detections`;
+    but all candidates vote.
     """
     images, width = box.shape
     kept = PaddedDetections(
@@ -192,9 +212,12 @@ def _greedy_nms(
         class_ids.new_full((images, max_detections), -1),
         torch.zeros_like(counts),
     )
-    seen = class_ids.new_zeros(images, int(class_ids.max()) + 1 if images else 0)  # candidates of each class
+    most_id = int(class_ids.max()) if images else -1
+    seen = class_ids.new_zeros(images, max(most_id, 0) + 1)  # candidates of each class
+    votes: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, width, _BLOCK):
-        if bool(((kept.counts >= max_detections) | (counts <= start)).all()):
+        full = bool(((kept.counts >= max_detections) | (counts <= start)).all())
+        if full and not voting:
             break
         block = slice(start, start + _BLOCK)
         class_id = class_ids[:, block]
@@ -203,6 +226,11 @@ def _greedy_nms(
         better = (class_id[:, :, None] == class_id[:, None, :]).tril(-1)  # [N, i, j]: j may suppress i
         rank = seen.gather(1, class_id.clamp(min=0)) + better.sum(2)
         alive = (class_id >= 0) & (rank < max_per_class)
+        seen.scatter_add_(1, class_id.clamp(min=0), (class_id >= 0).long())
+        if voting:
+            votes.append((boxes, scores[:, block] * alive, class_id))
+        if full:
+            continue
         if start:
             most = int(kept.counts.max())
             rivals = class_id[:, :, None] == kept.class_ids[:, None, :most]
@@ -217,8 +245,23 @@ def _greedy_nms(
         kept.scores[target] = scores[:, block][row, column]
         kept.class_ids[target] = class_id[row, column]
         kept.counts.add_(keep.sum(1)).clamp_(max=max_detections)
-        seen.scatter_add_(1, class_id.clamp(min=0), (class_id >= 0).long())
+    if votes:
+        _vote(kept, votes)
     return kept._replace(class_ids=kept.class_ids.clamp(min=0))
+
+
+def _vote(kept: PaddedDetections, votes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Move boxes, in place, by candidates: of each block their boxes ``[N, K, 4]``, weights and class ids."""
+    boxes = kept.boxes[:, : max(kept.counts.tolist(), default=0)]
+    # In float64, as programs may have products of float32 computed in TF32 or bf16.
+    sums = boxes.new_zeros(*boxes.shape[:2], 5, dtype=torch.float64)
+    for candidates, weights, class_ids in votes:
+        near = kept.class_ids[:, : boxes.shape[1], None] == class_ids[:, None, :]
+        near &= overlap(boxes, candidates, VOTING_IOU)
+        sums += (weights[:, None] * near).double() @ functional.pad(candidates, (0, 1), value=1).double()
+    # Without area it has no IoU, and stays where it is.
+    moved = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True) > 0
+    boxes.copy_(torch.where(moved, sums[..., :4] / sums[..., 4:], boxes.double()))
 
 
 def survivors(better: Tensor, alive: Tensor) -> Tensor:

@@ -50,11 +50,34 @@ def cut(width: int, height: int, side: int | None) -> list[Window]:
     return [whole] if len(tiles) == 1 else [whole, *tiles]
 
 
+def number_of_windows(width: int, height: int, side: int) -> int:
+    """How many windows `cut` gives."""
+    tiles = (1 + _steps(width, side)) * (1 + _steps(height, side))
+    return tiles if tiles == 1 else 1 + tiles
+
+
 def _starts(length: int, side: int) -> list[int]:
-    if length <= side:
-        return [0]
-    steps = -(-(length - side) // max(1, int(side * (1 - OVERLAP))))
-    return [round(i * (length - side) / steps) for i in range(steps + 1)]
+    steps = _steps(length, side)
+    return [round(i * (length - side) / max(steps, 1)) for i in range(steps + 1)]
+
+
+def _steps(length: int, side: int) -> int:
+    return -(-max(0, length - side) // max(1, int(side * (1 - OVERLAP))))
+
+
+def in_tiles(boxes: Tensor, sizes: Tensor, side: int) -> Tensor:
+    """Boxes in parts of a tile that they are in, instead of their image; larger ones fill it.
+
+    Args:
+        boxes: float32 xyxy in parts of their images, ``[M, 4]``.
+        sizes: float32 width and height of their images in pixels, ``[M, 2]``.
+        side: of the tiles in pixels.
+    """
+    tiles = sizes.clamp(max=side)
+    shapes = (boxes[:, 2:] - boxes[:, :2]) * sizes
+    # Somewhere: where tiles lie does not matter.
+    corners = boxes[:, :2] * sizes % (tiles - shapes).clamp(min=1)
+    return (torch.cat([corners, corners + shapes], 1) / tiles.repeat(1, 2)).clamp(0, 1)
 
 
 def gather(

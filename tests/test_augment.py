@@ -9,7 +9,6 @@ from torchvision.transforms import v2
 
 from ssd.augment import STEPS, Sample, augment, color_jitter, iou_crop, render, take_tile, zoom_out
 from ssd.images import load_image
-from ssd.tiles import cut
 from ssd.transforms import MEAN, resize
 
 
@@ -215,51 +214,57 @@ def tiles_of(boxes, size, side, count=300):
     return [take_tile(sample, rng, side=side) for _ in range(count)]
 
 
-def test_tiles_lie_within_the_image_and_hold_the_centres_that_they_keep():
-    seen = tiles_of(DISJOINT, (640, 480), 320)
-    windows = [sample.window for sample in seen]
-    whole = windows.count((0, 0, 640, 480))
-    assert 300 / len(cut(640, 480, 320)) == pytest.approx(whole, abs=25)
-    for sample in seen:
-        left, top, right, bottom = sample.window
-        if sample.window == (0, 0, 640, 480):
-            assert len(sample.boxes) == 4
+def test_tiles_are_parts_of_the_image_and_hold_the_boxes_whose_centre_they_do():
+    """Told by the pixels: the columns and rows of the image count up."""
+    ramp = np.stack([*np.meshgrid(np.arange(640) // 4, np.arange(480) // 4), np.zeros((480, 640))], -1)
+    labels = np.arange(1, 5)
+    boxes = np.array(DISJOINT, np.float32)
+    sample = Sample(torch.from_numpy(ramp.astype(np.uint8)), boxes, labels, 300, (0, 0, 640, 480))
+    rng = np.random.default_rng(3)
+    whole, seen = 0, set()
+    for _ in range(300):
+        tile = take_tile(sample, rng, side=320)
+        assert tile.window == (0, 0, *tile.image.shape[1::-1])
+        if tile.image.shape == (480, 640, 3):
+            whole += 1
             continue
-        assert (right - left, bottom - top) == (320, 320)
-        assert left >= 0
-        assert right <= 640
-        assert top >= 0
-        assert bottom <= 480
-        x, y = ((sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2).T
-        assert len(sample.boxes) > 0
-        assert ((left < x) & (x < right) & (top < y) & (y < bottom)).all()
-        kept = {
+        assert tile.image.shape == (320, 320, 3)
+        left, top = 4 * tile.image[0, 0, :2].numpy().astype(int)  # to within 4 pixels
+        kept = tile.labels.tolist()
+        offset = boxes[[label - 1 for label in kept]] - tile.boxes
+        assert len(kept) > 0
+        assert (offset == offset[0]).all()
+        x, y = offset[0, :2].astype(int)
+        assert 0 <= x - left < 4
+        assert 0 <= y - top < 4
+        assert kept == [
             k
             for k, (a, b, c, d) in enumerate(DISJOINT, start=1)
-            if left < (a + c) / 2 < right and top < (b + d) / 2 < bottom
-        }
-        assert set(sample.labels.tolist()) == kept
-    assert {label for sample in seen for label in sample.labels.tolist()} == {1, 2, 3, 4}
+            if x < (a + c) / 2 < x + 320 and y < (b + d) / 2 < y + 320
+        ]
+        seen |= set(kept)
+    assert whole == pytest.approx(300 / (1 + 2 * 2), abs=25)
+    assert seen == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("size", [(900, 200), (200, 900)])
 def test_tiles_of_long_images_are_as_low_as_these(size):
     box = (size[0] - 9, size[1] - 9, size[0], size[1])
-    tiles = [sample for sample in tiles_of([box], size, 300) if sample.window != (0, 0, *size)]
-    for sample in tiles:
-        left, top, right, bottom = sample.window
-        assert (right - left, bottom - top) == (min(size[0], 300), min(size[1], 300))
-        assert len(sample.boxes) == 1
+    shapes = {sample.image.shape[1::-1] for sample in tiles_of([box], size, 300)}
+    assert shapes == {size, (min(size[0], 300), min(size[1], 300))}
 
 
 def test_tiles_of_images_without_boxes_are_anywhere():
-    windows = {sample.window for sample in tiles_of([], (900, 300), 300)}
-    assert len(windows) > 100
-    assert (0, 0, 900, 300) in windows
+    ramp = torch.arange(900).expand(300, 900)[..., None].repeat(1, 1, 3) // 4
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    sample = Sample(ramp.to(torch.uint8), *nothing, 300, (0, 0, 900, 300))
+    rng = np.random.default_rng(0)
+    starts = {int(take_tile(sample, rng, side=300).image[0, 0, 0]) for _ in range(300)}
+    assert len(starts) > 100
 
 
 def test_small_images_have_no_tiles():
-    assert {sample.window for sample in tiles_of(DISJOINT, (640, 480), 640, count=20)} == {(0, 0, 640, 480)}
+    assert {sample.image.shape for sample in tiles_of(DISJOINT, (640, 480), 640, 20)} == {(480, 640, 3)}
 
 
 def test_examples_of_tiles_show_small_objects_larger():

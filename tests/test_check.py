@@ -171,7 +171,25 @@ def test_small_boxes_of_large_images_need_tiles(tmp_path):
     assert best.tiles in (320, 480)
     assert best.matched > 0.9
     assert best.time == len(cut(2000, 1500, best.tiles))
-    assert f"--layout 300 --tiles {best.tiles}" in str(found)
+    assert f"{best.options()} " in str(found)
+
+
+def test_images_that_claim_to_be_huge_cost_nothing(tmp_path):
+    found = boxes_in_images(tmp_path, (320, 320), 4)
+    content = json.loads((tmp_path / "x.json").read_text())
+    content["images"][0] |= {"width": 3_000_000, "height": 3_000_000}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    again = check_dataset({"train": load(tmp_path / "x.json")})
+    assert again.choices[-1].time > 1e6 > found.choices[-1].time
+
+
+def test_boxes_outside_of_their_image_are_left_out_of_the_choices(tmp_path):
+    boxes_in_images(tmp_path, (2000, 1500), 24)
+    annotations = load(tmp_path / "x.json")
+    moved = annotations.boxes.copy()
+    moved[0] = (-5, 3, 1e-323, 20)
+    report = check_dataset({"train": replace(annotations, boxes=moved)})
+    assert report.recommended.tiles
 
 
 @pytest.mark.parametrize(

@@ -483,7 +483,7 @@ def test_thresholds_that_are_none_are_told(tmp_path, tiny_model, suffix, noted):
 
 
 def test_thresholds_must_fit_the_classes(tmp_path, tiny_model):
-    with pytest.raises(ValueError, match="3 classes need as many score_thresholds; got 2"):
+    with pytest.raises(ValueError, match=r"from 0 to 1 for each of 3 classes, or none; got \[0.5, 0.5\]"):
         checkpoint.save(
             tmp_path / "w.pt",
             tiny_model.state_dict(),

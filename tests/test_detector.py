@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import HAS_GPU, PHOTOS, SMALL_LAYOUT, made_model
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.ops import batched_nms
 
 from ssd import checkpoint
 from ssd import detector as detector_module
 from ssd.backends import of_model
-from ssd.boxes import PUBLISHED_LAYOUT, box_iou
+from ssd.boxes import PUBLISHED_LAYOUT, box_iou, decode
 from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.errors import ImageError, ImageMemoryError, NonFiniteError
@@ -178,8 +179,11 @@ def test_calibrated_without_thresholds_and_other_words_are_told(detector, small_
         detector(photo, score_threshold="calibrated")
     with pytest.raises(ValueError, match="""a number from 0 to 1, or "calibrated"; got 'best'"""):
         detector.stream([photo], score_threshold="best")
-    with pytest.raises(ValueError, match="3 classes need as many score_thresholds; got 1"):
-        Detector(small_model, ("a", "b", "c"), score_thresholds=[0.5])
+    for wrong in ([0.5], (0.2, 0.3, 5), [0.2, float("nan"), 0.3], ["x", "y", "z"]):
+        with pytest.raises(
+            ValueError, match="score_thresholds are a number from 0 to 1 for each of 3 classes"
+        ):
+            Detector(small_model, ("a", "b", "c"), score_thresholds=wrong)
 
 
 def test_wrong_batch_size_is_named(detector):
@@ -829,12 +833,13 @@ def test_tiles_of_an_image_that_is_no_larger_change_nothing(detector, photo):
     assert same(detector(photo, tiles=451, **LOW), detector(photo, **LOW))
 
 
-def test_each_tile_is_seen_as_an_image_of_its_own(detector, photo):
+@pytest.mark.parametrize("options", [{}, {"voting": True, "flips": True}])
+def test_each_tile_is_seen_as_an_image_of_its_own(detector, photo, options):
     image = load_image(photo)
     windows = cut(*image.size, 200)
-    found = detector([image.crop(each) for each in windows], iou_threshold=1, **LOW)
+    found = detector([image.crop(each) for each in windows], iou_threshold=1, **LOW, **options)
     expected = sum(len(each) for each in found)
-    tiled = detector(image, tiles=200, iou_threshold=1, **LOW)
+    tiled = detector(image, tiles=200, iou_threshold=1, **LOW, **options)
     assert 0 < len(tiled) <= expected
     for box, score in zip(tiled.boxes, tiled.scores, strict=True):
         assert any(
@@ -852,6 +857,56 @@ def test_tiles_in_streams_and_lists_are_those_of_single_images(detector, photos)
     ):
         assert [each.source for each in results] == [each.source for each in expected]
         assert all(close(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def pooled(model, image, iou_threshold):
+    """Boxes, scores and class ids from an image and, decoded by itself, its mirror image."""
+    parts = []
+    for view in (image, ImageOps.mirror(image)):
+        with torch.no_grad():
+            loc, conf = model(evaluation_transform(view, 300)[None])
+        boxes, scores = decode(loc[0].T, PUBLISHED_LAYOUT.default_boxes()), conf[0].softmax(0)[1:]
+        if view is not image:
+            boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+        class_ids, index = (scores > 0.3).nonzero(as_tuple=True)
+        parts.append((boxes[index], scores[class_ids, index], class_ids))
+    boxes, scores, class_ids = map(torch.cat, zip(*parts, strict=True))
+    kept = batched_nms(boxes, scores, class_ids, iou_threshold)[:100]
+    boxes = boxes[kept].clamp(0, 1) * torch.tensor([*image.size] * 2)
+    return boxes, scores[kept], class_ids[kept]
+
+
+def test_flips_are_what_is_found_in_both_images(detector, small_model, photo):
+    image = load_image(photo)
+    boxes, scores, class_ids = pooled(small_model, image, 0.5)
+    found = detector(image, flips=True, **LOW)
+    assert len(found) > len(detector(image, **LOW))
+    assert found.class_ids.tolist() == class_ids.tolist()
+    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    np.testing.assert_allclose(found.boxes, boxes, atol=0.05)
+
+
+@pytest.mark.parametrize("voting", [False, True])
+def test_with_flips_the_mirror_image_gives_the_mirrored_boxes(detector, photo, voting):
+    image = load_image(photo).resize((300, 300))
+    found, other = (
+        detector(each, flips=True, voting=voting, **LOW) for each in (image, ImageOps.mirror(image))
+    )
+    mirrored = np.stack(
+        [300 - other.boxes[:, 2], other.boxes[:, 1], 300 - other.boxes[:, 0], other.boxes[:, 3]]
+    )
+    assert len(found) > 3
+    assert close(found, replace(other, boxes=mirrored.T, image=None))
+
+
+@pytest.mark.parametrize("options", [{"voting": True}, {"flips": True}, {"voting": True, "flips": True}])
+def test_voting_and_flips_in_streams_are_those_of_single_images(detector, photos, options):
+    paths = sorted(photos.iterdir())
+    expected = [detector(path, **LOW, **options) for path in paths]
+    assert not all(close(a, b) for a, b in zip(expected, detector(paths, **LOW), strict=True))
+    found = list(detector.stream(photos, batch_size=2, **LOW, **options))
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    assert all((np.diff(each.scores) <= 0).all() for each in found)
 
 
 def test_small_objects_of_a_large_image_are_found_in_tiles():

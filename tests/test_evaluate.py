@@ -388,7 +388,6 @@ def test_no_threshold_has_a_higher_f1_than_the_best(scenes, crowd):
     found = blurred(annotations)
     found[3] = replace(found[3], scores=found[4].scores[:1].repeat(len(found[3])))  # equal scores
     thresholds = evaluation.best_thresholds(annotations, found)
-    assert measure(annotations, found).score_thresholds == thresholds
     assert len(set(thresholds)) > 3
     for class_id, threshold in enumerate(thresholds):
         scores = sorted(

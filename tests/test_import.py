@@ -18,21 +18,9 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *(
-        "data",
-        "backends",
-        "tiles",
-        "augment",
-        "detector",
-        "hub",
-        "shapes",
-        "check",
-        "evaluate",
-        "plots",
-        "benchmark",
-    ),
+    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {

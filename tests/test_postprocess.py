@@ -44,18 +44,20 @@ def test_figures(figures, regime, iou, most):
 # --- A slow oracle: the published rule, a box at a time, in plain Python and float32 ---
 
 
-def oracle(loc, conf, defaults, score_threshold, iou_threshold, max_detections, max_per_class):
+def oracle(loc, conf, defaults, score_threshold, iou_threshold, max_detections, max_per_class, voting=False):
     probabilities = torch.softmax(conf.float().T, -1).T
     kept = []
     for label in range(1, conf.shape[0]):
         candidates = [
             (-float(p), i) for i, p in enumerate(probabilities[label]) if p > torch.tensor(score_threshold)
         ]
-        chosen = []
-        for minus_score, i in sorted(candidates)[:max_per_class]:
-            box = oracle_box(loc[:, i].float().numpy(), defaults[i].numpy())
+        chosen, best = [], sorted(candidates)[:max_per_class]
+        boxes = [oracle_box(loc[:, i].float().numpy(), defaults[i].numpy()) for _, i in best]
+        for (minus_score, i), box in zip(best, boxes, strict=True):
             if all(oracle_iou(box, other) < np.float32(iou_threshold) for _, _, other in chosen):
                 chosen.append((minus_score, i, box))
+        if voting:
+            chosen = [(*each, oracle_vote(box, best, boxes)) for *each, box in chosen]
         kept += [(minus_score, i, label - 1, box) for minus_score, i, box in chosen]
     kept.sort(key=lambda each: (each[0], each[2], each[1]))
     return kept[:max_detections]
@@ -66,6 +68,14 @@ def oracle_box(offsets, default):
     w, h = np.exp(offsets[2:] * np.float32(0.2)) * default[2:]
     half = np.float32(0.5)
     return np.array([cx - half * w, cy - half * h, cx + half * w, cy + half * h], np.float32)
+
+
+def oracle_vote(kept, candidates, boxes):
+    total, weight = np.zeros(4), 0.0
+    for (minus_score, _), box in zip(candidates, boxes, strict=True):
+        if oracle_iou(kept, box) >= np.float32(module.VOTING_IOU):
+            total, weight = total - minus_score * box, weight - minus_score
+    return total / weight
 
 
 def oracle_iou(a, b):
@@ -113,21 +123,25 @@ def outputs(draw):
     st.sampled_from([1, 5, 200]),
     st.sampled_from([1, 4, 200]),
     st.sampled_from([1, 4, 256]),
+    st.sampled_from([None, 0.5, 0.65]),
 )
-def test_equals_the_oracle(tensors, score, iou, most, per_class, block):
+def test_equals_the_oracle(tensors, score, iou, most, per_class, block, voting):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", block)
+        patch.setattr(module, "VOTING_IOU", voting)
         assert_equals_oracle(
             *tensors,
             score_threshold=score,
             iou_threshold=iou,
             max_detections=most,
             max_per_class=per_class,
+            voting=voting is not None,
         )
 
 
+@pytest.mark.parametrize("voting", [False, True])
 @pytest.mark.parametrize("spread", [0.1, 1.0])
-def test_equals_the_oracle_when_dense(spread):
+def test_equals_the_oracle_when_dense(spread, voting):
     """Hundreds of candidates of a class, over many blocks, most suppressed (0.1) or few (1.0)."""
     random = np.random.RandomState(5)
     loc = torch.from_numpy((spread * random.standard_normal((2, 4, 600))).astype(np.float32))
@@ -135,8 +149,41 @@ def test_equals_the_oracle_when_dense(spread):
     centers = 0.5 + spread * random.uniform(-0.4, 0.4, (600, 2))
     defaults = torch.from_numpy(np.concatenate([centers, np.full((600, 2), 0.2)], 1).astype(np.float32))
     assert_equals_oracle(
-        loc, conf, defaults, score_threshold=0.05, iou_threshold=0.5, max_detections=50, max_per_class=200
+        loc,
+        conf,
+        defaults,
+        score_threshold=0.05,
+        iou_threshold=0.5,
+        max_detections=50,
+        max_per_class=200,
+        voting=voting,
     )
+
+
+def test_voting_by_hand(monkeypatch):
+    """With the first box the second has an IoU of 0.8, the third of 0.6; the last two have no area."""
+    centers, widths = [0.3, 0.34, 0.39, 0.8, 0.1], [0.36, 0.36, 0.36, 0, 0]
+    defaults = torch.tensor([[cx, 0.5, w, 0.4] for cx, w in zip(centers, widths, strict=True)])
+    scores = torch.tensor([0.8, 0.4, 0.6, 0.5, 0.3])
+    outputs = torch.zeros(1, 4, 5), torch.stack([1 - scores, scores])[None].log(), defaults
+    plain, voted = (postprocess(*outputs, voting=each) for each in (False, True))
+    assert torch.equal(plain.scores, voted.scores)
+    left = 0.12 + 0.04 * 0.4 / (0.8 + 0.4)
+    expected = [[left, 0.3, left + 0.36, 0.7], [0.8, 0.3, 0.8, 0.7]]  # without area it stays
+    np.testing.assert_allclose(voted.boxes[0, :2], expected, atol=1e-6)
+    assert voted.counts.tolist() == [2]
+    monkeypatch.setattr(module, "_BLOCK", 1)  # with one detection, none of the others is reached by NMS
+    first = postprocess(*outputs, max_detections=1, voting=True)
+    assert torch.equal(first.boxes[0, 0], voted.boxes[0, 0])
+
+
+def test_nothing_votes_for_nothing():
+    for images in (0, 2):
+        conf = torch.zeros(images, 4, 10)
+        conf[:, 0] = 20
+        found = postprocess(torch.zeros(images, 4, 10), conf, torch.ones(10, 4), voting=True)
+        assert found.counts.tolist() == [0] * images
+        assert not found.boxes.any()
 
 
 def test_a_long_chain_of_suppressions():
@@ -241,11 +288,12 @@ def test_runs_on_cuda_without_mixing_devices(fake_cuda):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("voting", [False, True])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_real_gpu_gives_what_the_cpu_gives(regime):
+def test_a_real_gpu_gives_what_the_cpu_gives(regime, voting):
     loc, conf = regime_outputs(regime)
-    expected = postprocess(loc, conf, PUBLISHED_LAYOUT.default_boxes())
-    found = postprocess(loc.cuda(), conf.cuda(), PUBLISHED_LAYOUT.default_boxes().cuda())
+    expected = postprocess(loc, conf, PUBLISHED_LAYOUT.default_boxes(), voting=voting)
+    found = postprocess(loc.cuda(), conf.cuda(), PUBLISHED_LAYOUT.default_boxes().cuda(), voting=voting)
     for (boxes, scores, class_ids), (their_boxes, their_scores, their_ids) in zip(
         found.per_image(), expected.per_image(), strict=True
     ):
@@ -275,3 +323,16 @@ def test_each_class_may_have_a_threshold_of_its_own():
         ours = zip((-scores).tolist(), class_ids.tolist(), boxes.tolist(), strict=True)
         assert sorted(ours) == sorted(expected)
         assert set(class_ids.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("number", [np.float32(0.4), np.float16(0.4), torch.tensor(0.4)], ids=repr)
+def test_a_threshold_may_be_any_number(number):
+    generator = torch.Generator().manual_seed(0)
+    loc, conf = torch.randn(2, 4, 40, generator=generator), 3 * torch.randn(2, 4, 40, generator=generator)
+    default_boxes = torch.rand(40, 4, generator=generator) * 0.5 + 0.1
+    found, expected = (
+        postprocess(loc, conf, default_boxes, score_threshold=each) for each in (number, float(number))
+    )
+    assert found.counts.sum() > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

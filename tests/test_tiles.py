@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssd.postprocess import overlap
-from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, merge
+from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, in_tiles, merge, number_of_windows
 
 
 @pytest.mark.parametrize("side", [100, 137, 300])
@@ -129,3 +129,28 @@ def test_the_most_detections_are_of_the_whole_image():
     objects = torch.tensor([[x, 20.0, x + 10, 40] for x in range(0, 400, 20)])
     assert len(found_in(objects, (420, 330), 200)[0]) == 20
     assert len(found_in(objects, (420, 330), 200, max_detections=7)[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "side"), [(640, 640, 320), (100, 90, 100), (7, 5000, 33), (999, 32, 32)]
+)
+def test_the_number_of_windows_is_that_of_cut(width, height, side):
+    assert number_of_windows(width, height, side) == len(cut(width, height, side))
+
+
+def test_boxes_in_tiles_by_hand():
+    """Of an image that is larger, one that is smaller, one that is lower, and of a box larger than a tile."""
+    pixels = torch.tensor([[700.0, 30, 716, 70], [50, 20, 200, 170], [0, 0, 40, 100], [0, 0, 900, 320]])
+    sizes = torch.tensor([[2000.0, 1500], [200, 200], [2000, 200], [1000, 640]])
+    found = in_tiles(pixels / sizes.repeat(1, 2), sizes, 320)
+    left = 700 % (320 - 16)
+    expected = [
+        [left / 320, 30 / 320, (left + 16) / 320, 70 / 320],
+        [0, 20 / 200, 150 / 200, 170 / 200],  # where in its tile it lies does not matter
+        [0, 0, 40 / 320, 100 / 200],
+        [0, 0, 1, 1],
+    ]
+    torch.testing.assert_close(
+        found[:, 2:] - found[:, :2], torch.tensor(expected)[:, 2:] - torch.tensor(expected)[:, :2]
+    )
+    torch.testing.assert_close(found[[0, 2, 3]], torch.tensor(expected)[[0, 2, 3]])

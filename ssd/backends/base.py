@@ -47,6 +47,8 @@ class Options:
     classes: tuple[int, ...] | None = None
     class_thresholds: tuple[float, ...] = ()
     """In place of `score_threshold`, which is the lowest of them; none of them where it holds for all."""
+    voting: bool = False
+    flips: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,8 @@ class Backend:
         problem = None
         if options.classes is not None:
             problem = "classes compete for its places before one can choose; filter what it finds"
+        elif options.voting or options.flips:
+            problem = "voting and flips cannot reach the candidates; leave them out"
         elif options.iou_threshold != self.nms.iou_threshold:
             problem = f"iou_threshold is {self.nms.iou_threshold}, not {options.iou_threshold}"
         elif options.score_threshold < self.nms.score_threshold:
@@ -280,7 +284,25 @@ class Backend:
             iou_threshold=options.iou_threshold,
             max_detections=options.max_detections,
             classes=options.classes,
+            voting=options.voting,
         )
+
+    def with_flips(self) -> "Backend":
+        """A backend that looks at each image and its mirror image, one after the other.
+
+        It gives loc and conf of twice as many default boxes: then come those of the mirror image, mirrored.
+        Not for one that ends with NMS.
+        """
+
+        def forward(pixels: Tensor) -> tuple[Tensor, ...]:
+            loc, conf = self.forward(pixels)
+            mirrored, its_conf = self.forward(pixels.flip(2))
+            mirrored = torch.cat([-mirrored[:, :1], mirrored[:, 1:]], 1)
+            return torch.cat([loc, mirrored], 2), torch.cat([conf, its_conf], 2)
+
+        boxes = self.default_boxes
+        mirrored_boxes = torch.cat([1 - boxes[:, :1], boxes[:, 1:]], 1)
+        return replace(self, forward=forward, default_boxes=torch.cat([boxes, mirrored_boxes]), rebuild=None)
 
 
 def _select(found: PaddedDetections, options: Options) -> PaddedDetections:

@@ -35,6 +35,12 @@ Tiles: TypeAlias = Annotated[
     int | None,
     typer.Option(min=LEAST_TILE, help="For small objects: look at tiles of so many pixels a side, too."),
 ]
+Voting: TypeAlias = Annotated[
+    bool, typer.Option("--voting", help="Place each box at the mean of the candidates around it.")
+]
+Flips: TypeAlias = Annotated[
+    bool, typer.Option("--flips", help="Look at the mirror image, too; takes twice the time.")
+]
 DATA_HELP = f"A dataset: {', '.join(title for each in FORMATS.values() for title in each.titles)}."
 Data: TypeAlias = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Images: TypeAlias = Annotated[Path | None, typer.Option(help="Folder of the images, if not found by itself.")]

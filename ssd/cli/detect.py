@@ -18,8 +18,10 @@ from ssd.cli.common import (
     AUTO,
     BatchSize,
     Device,
+    Flips,
     Precision,
     Tiles,
+    Voting,
     Weights,
     chosen_device,
     load_detector,
@@ -82,6 +84,8 @@ def detect(
     classes: Annotated[str | None, typer.Option(help="Only these, as in person,dog.")] = None,
     batch_size: BatchSize = 8,
     tiles: Tiles = None,
+    voting: Voting = False,
+    flips: Flips = False,
     output: Annotated[
         Path | None,
         typer.Option(help="Where to write; by default a new folder runs/detect-N.", file_okay=False),
@@ -170,6 +174,8 @@ def detect(
                 scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,
                 tiles=tiles,
+                voting=voting,
+                flips=flips,
             )
         listed = [] if total is None else [each.name for each in found_images]
         coco_ids = _coco_ids(annotations, listed, detector.class_names)

@@ -14,15 +14,18 @@ from ssd.cli.common import (
     BatchSize,
     Data,
     Device,
+    Flips,
     Follow,
     Images,
     Json,
     Precision,
     Tiles,
+    Voting,
     Weights,
     chosen_device,
     load_detector,
     results_folder,
+    usage_errors,
 )
 from ssd.cli.options import OneOf
 from ssd.data import SPLITS, load, usable_for_evaluation
@@ -45,6 +48,8 @@ def evaluate(
     precision: Precision = AUTO,
     batch_size: BatchSize = 8,
     tiles: Tiles = None,
+    voting: Voting = False,
+    flips: Flips = False,
     output: Annotated[
         Path | None, typer.Option(help="Where to write; by default a new folder runs/evaluate-N.")
     ] = None,
@@ -72,15 +77,22 @@ def evaluate(
                 typer.echo(f"{split}: {line}", err=as_json)
         share = len(world.share(len(annotations), batch_size))
         hidden = True if not world.is_main or as_json else None
-        with tqdm(total=share, unit="image", disable=hidden) as bar:
+        with usage_errors(), tqdm(total=share, unit="image", disable=hidden) as bar:
             truth, found = detect_all(
-                detector, annotations, world, batch_size=batch_size, tiles=tiles, on_done=bar.update
+                detector,
+                annotations,
+                world,
+                batch_size=batch_size,
+                tiles=tiles,
+                voting=voting,
+                flips=flips,
+                on_done=bar.update,
             )
         if not world.is_main:
             return
         result = measure(truth, found)
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
-        facts |= {"precision": detector.precision}
+        facts |= {"precision": detector.precision, "tiles": tiles, "voting": voting, "flips": flips}
         typer.echo(json.dumps(facts, indent=2) if as_json else result)  # whatever becomes of the files
         contents: dict[str, bytes | memoryview] = {
             **(draw_plots(truth, found) if plots else {}),

@@ -111,15 +111,25 @@ class Annotations:
             problems=tuple(problem for problem in self.problems if problem.file not in gone),
         )
 
-    def normalised_boxes(self) -> npt.NDArray[np.float32]:
-        """What training matches: boxes in parts of their images, xyxy, clipped to [0, 1], ``[M, 4]``.
+    def normalised_boxes(
+        self, *, crowd: bool = False
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """What training matches: boxes, and width and height of their images in pixels.
 
-        Crowd, boxes that cannot be used, and those of images whose size is not known are not among them.
+        Boxes that cannot be used, and those of images whose size is not known, are not among them.
+
+        Args:
+            crowd: whether crowd boxes are.
+
+        Returns:
+            xyxy in parts of the image, clipped to [0, 1], ``[M, 4]``; and ``[M, 2]``.
         """
-        sides = np.repeat(self.sizes, np.diff(self.starts), axis=0).astype(np.float64)
-        known = self.usable & ~self.crowd & (sides > 0).all(1)
-        boxes: npt.NDArray[np.float32] = (self.boxes[known] / np.tile(sides[known], 2)).clip(0, 1)
-        return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)].astype(np.float32)
+        sides = np.repeat(self.sizes, np.diff(self.starts), axis=0)
+        known = self.usable & (~self.crowd | crowd) & (sides > 0).all(1)
+        sides = sides[known]
+        boxes = (self.boxes[known] / np.tile(sides, 2)).clip(0, 1).astype(np.float32)
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return boxes[seen], sides[seen].astype(np.float32)
 
     def of_image(self, i: int) -> slice:
         """Where the boxes of an image are."""

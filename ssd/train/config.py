@@ -10,6 +10,8 @@ from typing import Literal, get_args, get_origin
 
 from ssd.choices import LEAST_TILE, Backbone, Precision, Recipe
 
+_LONGEST = 5_000_000  # minutes; ten years
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -23,12 +25,6 @@ class TrainConfig:
 
     epochs: int = 60
     """Times that each image is seen; see `time`."""
-    time: float | None = None
-    """Minutes after which the run ends, evaluated as usual, in place of `epochs`, which then do not count.
-
-    Training and evaluations between its epochs take part, also those before the run was resumed; the learning
-    rate falls over this time. A run that was interrupted does then not end with the same weights as one that
-    was not."""
     batch_size: int = 8
     """Images in the network at a time, in each process; at least 2, for BatchNorm."""
     accumulate: int = 1
@@ -57,10 +53,6 @@ class TrainConfig:
     """Name of the loss: batch takes negatives where the batch has the hardest, multibox image by image.
 
     With multibox, as published, images without objects teach nothing."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the loss: balanced makes rare ones count more.
-
-    Those are 1 / sqrt(boxes of the class in the training split), scaled so that the mean box counts 1."""
     iou_threshold: float = 0.5
     """Overlap (IoU) above which a default box takes a ground truth."""
     precision: Literal["auto", Precision] = "auto"
@@ -69,10 +61,6 @@ class TrainConfig:
     """Name of the layout of default boxes, which is also the size of the input.
 
     By default that of `weights`, or 300."""
-    tiles: int | None = None
-    """Side, in pixels, of the tiles in which larger images are seen, for small objects; by default whole.
-
-    Evaluations see the whole image and its tiles, as `ssd detect --tiles` does."""
     backbone: Backbone | None = None
     """Trunk of the network; by default that of `weights`, or resnet50."""
     weights: str | None = None
@@ -99,10 +87,24 @@ class TrainConfig:
     """Processes that read and augment images; by default half of the cores, at most 8."""
     evaluate_every: int = 5
     """Epochs between evaluations; the last epoch is always evaluated."""
-    patience: int = 0
-    """Epochs without a higher AP after which the run ends, at an evaluation; 0 for never."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
+    time: float | None = None
+    """Minutes after which the run ends, evaluated as usual, in place of `epochs`, which then do not count.
+
+    Training and evaluations between its epochs take part, also those before the run was resumed; the learning
+    rate falls over this time. A run that was interrupted does then not end with the same weights as one that
+    was not."""
+    patience: int = 0
+    """Epochs without a higher AP after which the run ends, at an evaluation; 0 for never."""
+    tiles: int | None = None
+    """Side, in pixels, of the tiles in which larger images are seen, for small objects; by default whole.
+
+    Evaluations see the whole image and its tiles, as `ssd detect --tiles` does."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss: balanced makes rare ones count more.
+
+    Those are 1 / sqrt(boxes of the class in the training split), scaled so that the mean box counts 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where they come from JSON
@@ -114,8 +116,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be above 0; got {self.lr}")
-        if self.time is not None and not (self.time > 0 and math.isfinite(self.time)):
-            raise ValueError(f"time must be above 0; got {self.time}")
+        if self.time is not None and not 0 < self.time <= _LONGEST:
+            raise ValueError(f"time must be above 0 and at most {_LONGEST:,} minutes; got {self.time}")
         if self.tiles is not None and self.tiles < LEAST_TILE:
             raise ValueError(f"tiles must be at least {LEAST_TILE}; got {self.tiles}")
         if self.workers is not None and self.workers < 0:

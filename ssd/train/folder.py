@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 from torch.utils.data import Dataset
 
 from ssd import checkpoint
@@ -16,7 +17,7 @@ from ssd.backends import Options
 from ssd.data import Annotations, item_name
 from ssd.data.dataset import as_targets
 from ssd.detector import Detector
-from ssd.drawing import draw_detections, encoded, side_by_side
+from ssd.drawing import CELL, draw_detections, encoded, side_by_side
 from ssd.errors import MissingExtra
 from ssd.files import clear_leftovers, write_file
 from ssd.plots import draw_curves
@@ -125,12 +126,15 @@ class RunFolder:
                 source, target = val[i]
                 boxes, labels = as_targets(target, item_name(val, i))
             found = detector(source, tiles=tiles)
-            assert found.image is not None
+            picture = found.image
+            assert picture is not None
             corners = np.hstack(
                 [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])]
             )
             names = [" ".join(self._names[label - 1].split()) for label in labels]
-            rows.append((draw_detections(found.image, corners, names, labels - 1), found.draw()))
+            # Made small one by one: photos are large.
+            truth = draw_detections(picture, corners, names, labels - 1)
+            rows.append([ImageOps.contain(each, CELL) for each in (truth, found.draw())])
         headings = ("truth", f"detected after epoch {epoch}, score {Options.score_threshold} or more")
         (self._path / "samples").mkdir(exist_ok=True)
         write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", encoded(side_by_side(rows, headings)))

@@ -23,7 +23,7 @@ from ssd.detector import Detector
 from ssd.devices import DTYPES, usable_device
 from ssd.distributed import World, alone
 from ssd.errors import AnnotationError, ImageError, LostContactError
-from ssd.evaluate import Evaluation, evaluate_detector
+from ssd.evaluate import Evaluation, best_thresholds, detect_all, measure_once
 from ssd.train.config import TrainConfig
 from ssd.train.examples import Batch, loading, whole_steps
 from ssd.train.folder import RunFolder
@@ -139,7 +139,7 @@ def fit(
         on_epoch: called in the main process after the files of each epoch are written, with its row, a dict
             of numbers by the names of the columns of ``metrics.csv``, of which those of METRICS are only in
             rows of epochs that were evaluated. For loggers; what it raises is raised here, and the run can be
-            resumed. For MLflow::
+            resumed with the next epoch. For MLflow::
 
                 with mlflow.start_run():
                     fit(..., on_epoch=lambda row: mlflow.log_metrics(row, step=int(row["epoch"])))
@@ -174,20 +174,13 @@ def fit(
     run, names = ready.run, ready.class_names
     files = RunFolder(folder, names, ready.category_ids, is_main=world.is_main)
     with contextlib.ExitStack() as closing:
-        hooks = [on_epoch] if on_epoch and world.is_main else []
-        if tensorboard and world.is_main:
-            hooks.append(closing.enter_context(tensorboard_hook(folder)))
+        hooks = [closing.enter_context(tensorboard_hook(folder))] if tensorboard and world.is_main else []
+        hooks += [on_epoch] if on_epoch and world.is_main else []
         files.write_config(run.config, source)
         for line in ready.introduction:
             say(line)
-        measured = _go_on(ready, files, folder, partial(item_name, train), hooks, world, say)
-    is_measured = measured is not None and not run.progress.batch and "AP" in run.progress.history[-1]
-    detector = Detector(
-        copy.deepcopy(run.evaluated()).cpu(),
-        names,
-        ready.category_ids,
-        measured.score_thresholds if measured and is_measured else (),
-    )
+        measured, thresholds = _go_on(ready, files, folder, partial(item_name, train), hooks, world, say)
+    detector = Detector(copy.deepcopy(run.evaluated()).cpu(), names, ready.category_ids, thresholds)
     finished = bool(ready.limits.ending(run.progress))
     return Result(finished, measured, run.progress.best, folder, detector)
 
@@ -200,10 +193,14 @@ def _go_on(
     hooks: Sequence[OnEpoch],
     world: World,
     say: Say,
-) -> Evaluation | None:
-    """Epochs up to the end of the run, or until it is asked to stop; gives the last evaluation, if any."""
+) -> tuple[Evaluation | None, tuple[float, ...]]:
+    """Epochs up to the end of the run, or until it is asked to stop.
+
+    Gives the last evaluation, and the score thresholds of the weights as they are, if there are any.
+    """
     run, limits = ready.run, ready.limits
     measured: Evaluation | None = None
+    thresholds: tuple[float, ...] = ()
     curves = True
     stop, clock = Stop(), Clock(run.progress, world)
 
@@ -217,6 +214,7 @@ def _go_on(
     with stop.listening(), loader_of_all as loader:
         while not limits.ending(run.progress):
             ready.batches.epoch, ready.batches.start = run.progress.epoch, run.progress.batch
+            thresholds = ()
             watch = Watch(
                 run,
                 loader,
@@ -249,21 +247,22 @@ def _go_on(
             if stop.asked:
                 break
             number = run.progress.epoch + 1
-            _tell_background(watch, first=number == 1 and ready.batches.start == 0, world=world, say=say)
+            whole = ready.batches.start == 0 and run.progress.batch == ready.batches.steps * ready.accumulate
+            _tell_background(watch, first=number == 1 and whole, world=world, say=say)
             is_last = limits.is_last(number, run.progress)
             due = ready.val is not None and (number % ready.evaluate_every == 0 or is_last)
             if due:
                 files.write_state(run)  # an evaluation may take long, or fail
             row = close_epoch(run, ready.rate, world)
             if due:
-                measured = _evaluate(ready, files, world)
+                measured, thresholds = _evaluate(ready, files, world)
                 row |= measured.metrics
                 is_over()  # for the time that this took
             if curves and (due or is_last):
                 curves = files.write_curves(run.progress.history)
                 if not curves:
                     say(_WITHOUT_CURVES)
-            files.write_epoch(run, row, measured.score_thresholds if measured and due else ())
+            files.write_epoch(run, row, thresholds)
             say(_line(row, limits))
             for hook in hooks:
                 hook(dict(row))
@@ -274,7 +273,7 @@ def _go_on(
             saved = files.write_state(run)
             what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
             say(f"stopped; {what}. Go on with: ssd train --resume {shlex.quote(str(folder))}")
-    return measured
+    return measured, thresholds
 
 
 @contextlib.contextmanager
@@ -295,15 +294,16 @@ def _saving(run: Run, files: RunFolder, folder: Path, world: World) -> Iterator[
         raise
 
 
-def _evaluate(ready: Setup, files: RunFolder, world: World) -> Evaluation:
-    """Measure the run as it is, and draw samples."""
+def _evaluate(ready: Setup, files: RunFolder, world: World) -> tuple[Evaluation, tuple[float, ...]]:
+    """Measure the run as it is, find the score thresholds of its classes, and draw samples."""
     assert ready.val is not None
     model = ready.run.evaluated()
     world.share_weights(model)
     detector = Detector(of_model(model, ready.precision), ready.class_names)
-    measured = evaluate_detector(detector, ready.val, world, batch_size=ready.batch_size, tiles=ready.tiles)
+    truth, found = detect_all(detector, ready.val, world, batch_size=ready.batch_size, tiles=ready.tiles)
+    measured = measure_once(truth, found, world)
     files.write_samples(detector, ready.val, ready.run.progress.epoch, ready.tiles)
-    return measured
+    return measured, best_thresholds(truth, found)
 
 
 def train_epoch(

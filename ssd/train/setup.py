@@ -35,10 +35,11 @@ from ssd.errors import AnnotationError, CheckpointError
 from ssd.images import lacks_memory
 from ssd.loss import LOSSES, Losses
 from ssd.model import SSD, build, transfer
+from ssd.tiles import in_tiles
 from ssd.train.config import TrainConfig
 from ssd.train.examples import EpochBatches, Examples
 from ssd.train.optim import freeze, learning_rate, make_optimizer
-from ssd.train.state import Limits, Progress, Run, instead_of, read_state, restore, with_loss_of
+from ssd.train.state import Limits, Progress, Run, instead_of, read_state, restore, with_choices_of
 
 _WITHOUT_VAL = (
     "there is no val split: nothing will be evaluated, and there will be no best weights, only the last. "
@@ -122,7 +123,7 @@ def set_up(
 
     state = read_state(state_file) if resume else None
     if state:
-        config = with_loss_of(state, config)
+        config = with_choices_of(state, config)
     else:
         require_free(state_file)
     run, origin = _begin(train, names, config, state_file, world, state)
@@ -225,7 +226,8 @@ def balanced_weights(boxes: npt.NDArray[np.int64]) -> Tensor:
 
     Of a class with n boxes 1 / sqrt(n), as labels are sampled in Mahajan et al., "Exploring the Limits of
     Weakly Supervised Pretraining" (2018); scaled so that the mean box has 1, which keeps the balance
-    of positives and negatives. A class without boxes has 1.
+    of positives and negatives, and at most 10, since a few boxes would shake all weights. A class without
+    boxes has 1.
 
     >>> balanced_weights(np.array([100, 4, 0]))
     tensor([1.0000, 0.8667, 4.3333, 1.0000])
@@ -233,7 +235,7 @@ def balanced_weights(boxes: npt.NDArray[np.int64]) -> Tensor:
     known = boxes > 0
     weights = np.ones(len(boxes) + 1)
     rarity = boxes[known] ** -0.5
-    weights[1:][known] = rarity * boxes.sum() / (boxes[known] * rarity).sum()
+    weights[1:][known] = np.minimum(rarity * boxes.sum() / (boxes[known] * rarity).sum(), 10)
     return torch.from_numpy(weights).float()
 
 
@@ -339,8 +341,16 @@ def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Rate:
 # --- The network ------------------------------------------------------------------------------------------
 
 
-def layout_of(name: str | None, train: Dataset[Any]) -> Layout | None:
+def layout_of(
+    name: str | None, train: Dataset[Any], *, crowd: bool = False, tiles: int | None = None
+) -> Layout | None:
     """The layout of a name, fitted to the boxes to train on where it says so; None where nothing is named.
+
+    Args:
+        name: of `LAYOUTS` or `FITTED`.
+        train: the images to train on.
+        crowd: whether crowd boxes are trained on.
+        tiles: side of the tiles in which images are seen.
 
     Raises:
         ValueError: the boxes are not known without reading the images, or there are none.
@@ -348,13 +358,18 @@ def layout_of(name: str | None, train: Dataset[Any]) -> Layout | None:
     if name not in FITTED:
         return LAYOUTS[name] if name else None
     known = _annotations_of_parts(train)
-    boxes = [each.normalised_boxes() for each in known if each is not None]
-    if None in known or not sum(map(len, boxes)):
+    parts = [each.normalised_boxes(crowd=crowd) for each in known if each is not None]
+    if None in known or not sum(len(boxes) for boxes, _ in parts):
         raise ValueError(
             f"layout {name} is fitted to boxes that are known, with the sizes of their images, before these "
-            f"are read, as those of a ssd.data.DetectionDataset; choose layout {FITTED[name]}"
+            f"are read, as those of a ssd.data.DetectionDataset; there are none: choose layout {FITTED[name]}"
         )
-    return LAYOUTS[FITTED[name]].fitted(torch.from_numpy(np.concatenate(boxes)))
+    boxes, sizes = (torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
+    return LAYOUTS[FITTED[name]].fitted(boxes if tiles is None else in_tiles(boxes, sizes, tiles))
+
+
+def _name_of(layout: Layout) -> str | None:
+    return next((name for name, known in LAYOUTS.items() if known == layout), None)
 
 
 def new_network(config: TrainConfig, class_names: tuple[str, ...], layout: Layout | None) -> tuple[SSD, str]:
@@ -424,7 +439,9 @@ def _begin(
     if state:
         model, origin = saved_network(file, state)
     else:
-        model, origin = new_network(config, names, layout_of(config.layout, train))
+        layout = layout_of(config.layout, train, crowd=config.crowd, tiles=config.tiles)
+        model, origin = new_network(config, names, world.gather(layout)[0])  # one for all, to the bit
+        config = replace(config, layout=config.layout or _name_of(model.layout))
     run = _start(model.to(world.device), config, world, names, len(train))  # type: ignore[arg-type]
     if state:
         restore(file, state, run)

@@ -19,7 +19,7 @@ from ssd.model import SSD
 from ssd.train.config import TrainConfig
 
 _LASTING = ("backbone", "weights", "backbone_weights", "head_norm", "freeze", "layout")
-"""Choices that a run keeps to its end; a layout that is not chosen is the one that it has."""
+"""Choices that a run keeps to its end."""
 
 _OF_OLD = {"layout": "300", "loss": "multibox"}  # of states that do not say theirs
 
@@ -154,9 +154,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
-def with_loss_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
-    """The config, with the loss that a run has which began before there was another."""
-    return config if "loss" in state["config"] else replace(config, loss=_OF_OLD["loss"])
+def with_choices_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
+    """The config with what the run has: its layout, if none is named, and its loss, if there was no other."""
+    earlier = _OF_OLD | state["config"]
+    loss = config.loss if "loss" in state["config"] else earlier["loss"]
+    return replace(config, loss=loss, layout=config.layout or earlier["layout"])
 
 
 def restore(path: Path, state: dict[str, Any], run: Run) -> None:
@@ -225,7 +227,7 @@ def _require_same_choices(path: Path, state: dict[str, Any], run: Run) -> None:
     earlier = _OF_OLD | state["config"]
     for name in _LASTING:
         before, wanted = earlier.get(name), run.config[name]
-        if before != wanted and (name, wanted) != ("layout", None):
+        if before != wanted:
             theirs = as_line(str(before), 60)
             raise CheckpointError(
                 f"{path} is of a run with {name} {theirs}, and goes on with it, not {wanted}"

@@ -150,12 +150,33 @@ def test_every_kind_is_tried():
         ({"score_threshold": 0.01}, "score_threshold is at least 0.05; got 0.01"),
         ({"max_detections": 300}, "max_detections is at most 200; got 300"),
         ({"classes": ["cat"]}, "classes compete for its places"),
+        ({"voting": True}, "voting and flips cannot reach the candidates"),
+        ({"flips": True}, "voting and flips cannot reach the candidates"),
     ],
 )
 def test_options_that_a_file_with_nms_cannot_serve_are_named(tiny_exported, photos, options, message):
     loaded = Detector.load(tiny_exported["torchscript nms"])
     with pytest.raises(ValueError, match=rf"NMS is inside .* {message}.*export it without NMS"):
         loaded(photos / "coffee.jpg", **options)
+
+
+def test_voting_and_flips_with_a_file_of_one_batch_size(tiny_model, photos):
+    sizes = []
+
+    def run(images):
+        sizes.append(len(images))
+        return tiny_model(images)
+
+    names = ("cat", "cup", "person")
+    metadata = Metadata(names, (), "resnet18", "fp32", False, 2, None, SMALL_LAYOUT)
+    loaded = Detector(of_file("made up", metadata, CPU, run), names)
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    options = LOW | {"voting": True, "flips": True}
+    found = loaded(paths, batch_size=3, **options)
+    assert sizes == [2] * 4
+    expected = Detector(tiny_model, names)(paths, **options)
+    assert sum(map(len, expected)) > 10
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("most", [0, 3 * 8732 + 1, 10**12])

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import threading
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -318,6 +319,19 @@ def test_tiles_are_those_of_the_detector(run, photos, weights_file, tmp_path):
     status, _, err = run("detect", photos, "--no-images", "--tiles", 200, "--scaled-decoding")
     assert status == 2
     assert "tiles need the whole image" in err
+
+
+def test_voting_and_flips_are_those_of_the_detector(run, photos, weights_file, tmp_path):
+    written = []
+    for options in ((), ("--voting",), ("--flips",), ("--voting", "--flips")):
+        out = tmp_path / f"out{len(written)}"
+        status, _, _ = run("detect", photos, "--no-images", "--output", out, *options)
+        assert status == 0
+        written.append(json.loads((out / "detections.json").read_text()))
+        wanted = {name[2:]: True for name in options}
+        expected = Detector.load(weights_file).stream(photos, score_threshold=0.35, **wanted)
+        assert written[-1] == [each.to_dict() for each in expected]
+    assert all(a != b for a, b in combinations(written, 2))
 
 
 def test_thresholds_of_the_weights(run, photos, tmp_path, tiny_model):

@@ -2,6 +2,11 @@ import json
 import os
 import shutil
 
+from ssd.data import load
+from ssd.detector import Detector
+from ssd.evaluate import evaluate_detector
+from ssd.export import export
+
 
 def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "data")
@@ -19,6 +24,28 @@ def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
     status, _, err = run(*arguments)
     assert status == 2
     assert "e holds an evaluation already" in " ".join(err.replace("│", " ").split())
+
+
+def test_voting_and_flips_are_those_of_the_detector(run, scenes, tmp_path):
+    detector, data, found = Detector.load("shapes"), load(scenes, "val"), []
+    for options in ((), ("--voting",), ("--flips",)):
+        out = tmp_path / f"e{len(found)}"
+        status, _, _ = run("evaluate", scenes, "--weights", "shapes", "--output", out, *options)
+        assert status == 0
+        facts = json.loads((out / "metrics.json").read_text())
+        assert [facts[name] for name in ("voting", "flips")] == ["--voting" in options, "--flips" in options]
+        wanted = {name[2:]: True for name in options}
+        assert facts["metrics"] == evaluate_detector(detector, data, **wanted).metrics
+        found.append(facts["metrics"]["AP"])
+    assert len(set(found)) == 3
+
+
+def test_options_that_a_file_with_nms_cannot_serve_are_a_mistake(run, scenes, tmp_path):
+    path = export("shapes", tmp_path / "nms.torchscript", "torchscript", nms=True)
+    status, out, err = run("evaluate", scenes, "--weights", path, "--voting")
+    assert (status, out) == (2, "")
+    assert "NMS is inside this exported file" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluation_with_plots(run, scenes, tmp_path):

@@ -21,7 +21,7 @@ from ssd.model import SSD
 from ssd.train.config import TrainConfig
 from ssd.train.loop import close_epoch
 from ssd.train.optim import make_optimizer
-from ssd.train.state import Progress, Run, read_state, restore, save_state, with_loss_of
+from ssd.train.state import Progress, Run, read_state, restore, save_state, with_choices_of
 
 _FILE = "state.pt"
 
@@ -111,7 +111,7 @@ def _go_on(run: Run) -> None:
     close_epoch(run, lambda step, seconds: 1 / (step + 2), alone(torch.device("cpu")))
     assert [f"{value:.6g}" for row in run.progress.history for value in row.values()]
     "".join(key for row in run.progress.history for key in row).encode()
-    with_loss_of({"config": run.config}, TrainConfig())
+    with_choices_of({"config": run.config}, TrainConfig())
 
 
 def _all_of(run: Run) -> dict[str, Any]:

@@ -509,13 +509,13 @@ def test_an_evaluation_may_use_up_the_time(scenes, images, tmp_path, monkeypatch
     now = [0.0]
     monkeypatch.setattr(loop, "monotonic", lambda: now[0])
     fake_evaluations(monkeypatch, [0.1])
-    real = loop.evaluate_detector
+    real = loop._evaluate
 
-    def evaluate(*given, **rest):
+    def evaluate(*given):
         now[0] += 100
-        return real(*given, **rest)
+        return real(*given)
 
-    monkeypatch.setattr(loop, "evaluate_detector", evaluate)
+    monkeypatch.setattr(loop, "_evaluate", evaluate)
     timed = replace(SMALL, time=1.0, evaluate_every=2)
     result = fit(Subset(images, [0, 1]), load(scenes, "val"), timed, tmp_path, say=None)
     assert (result.finished, len(rows(tmp_path)), result.evaluation.metrics["AP"]) == (True, 2, 0.1)

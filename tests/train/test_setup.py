@@ -79,12 +79,13 @@ def test_boxes_are_counted_as_they_are_trained_on(images):
 
 
 def test_balanced_weights_leave_the_mean_box_at_1():
-    boxes = np.array([900, 100, 0, 1])
+    boxes = np.array([900, 100, 0, 25])
     weights = balanced_weights(boxes).double().numpy()
     assert (weights[0], weights[3]) == (1, 1)
-    np.testing.assert_allclose(weights[[2, 4]] / weights[1], [3, 30], rtol=1e-6)
+    np.testing.assert_allclose(weights[[2, 4]] / weights[1], [3, 6], rtol=1e-6)
     np.testing.assert_allclose((weights[1:] * boxes).sum() / boxes.sum(), 1, rtol=1e-6)
     assert balanced_weights(np.zeros(2, np.int64)).tolist() == [1, 1, 1]
+    assert balanced_weights(np.array([1_000_000, 1])).tolist() == [1, pytest.approx(0.999, abs=1e-4), 10]
 
 
 def test_class_weights_reach_the_loss(images, tmp_path, monkeypatch):

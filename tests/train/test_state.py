@@ -15,7 +15,7 @@ from ssd import checkpoint
 from ssd.boxes import LAYOUTS
 from ssd.train import fit
 from ssd.train.optim import make_optimizer
-from ssd.train.state import read_state, restore, save_state
+from ssd.train.state import read_state, restore, save_state, with_choices_of
 
 HELPERS = str(Path(__file__).parent.parent)
 
@@ -180,7 +180,9 @@ def test_a_state_from_before_layouts_is_of_the_published_one(tmp_path):
     state = read_state(tmp_path / "state.pt")
     assert state["layout"] == LAYOUTS["300"].to_dict()
     del state["layout"], state["config"]["layout"], state["config"]["loss"]
-    restored = make_run()
+    config = with_choices_of(state, QUICK)
+    assert (QUICK.layout, config.layout, config.loss) == (None, "300", "multibox")
+    restored = make_run(config)
     restore(tmp_path / "state.pt", state, restored)
     other = make_run()
     other.config["layout"] = "512"

@@ -21,7 +21,7 @@ IntArray = npt.NDArray[np.int64]
 
 # Pixels of the shorter and the longer side under which a picture is enlarged before it is drawn on.
 _SMALLEST_PICTURE = (160, 320)
-CELL, _GAP = (480, 360), 8  # of a sheet of pictures, in pixels
+_CELL, _GAP = (480, 360), 8  # of a sheet of pictures, in pixels
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
 
@@ -65,19 +65,19 @@ def draw_detections(
     return picture
 
 
-def side_by_side(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
+def side_by_side(rows: Iterable[Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
     """A sheet of pictures in columns, each under its heading; they are made as large as its cells."""
     top = 32
-    fitted = [[ImageOps.contain(each, CELL) for each in row] for row in rows]
+    fitted = [[ImageOps.contain(each, _CELL) for each in row] for row in rows]
     heights = [max(each.height for each in row) + _GAP for row in fitted]
-    sheet = Image.new("RGB", (len(headings) * (CELL[0] + _GAP) - _GAP, top + sum(heights)), "white")
+    sheet = Image.new("RGB", (len(headings) * (_CELL[0] + _GAP) - _GAP, top + sum(heights)), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     for column, heading in enumerate(headings):
-        left = column * (CELL[0] + _GAP)
-        canvas.text((left + CELL[0] // 2, top // 2), heading, "black", font, anchor="mm")
+        left = column * (_CELL[0] + _GAP)
+        canvas.text((left + _CELL[0] // 2, top // 2), heading, "black", font, anchor="mm")
         for number, row in enumerate(fitted):
             above, picture = top + sum(heights[:number]), row[column]
-            sheet.paste(picture, (left + (CELL[0] - picture.width) // 2, above))
+            sheet.paste(picture, (left + (_CELL[0] - picture.width) // 2, above))
     return sheet
 
 

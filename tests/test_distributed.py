@@ -140,10 +140,10 @@ from ssd.distributed import join
 from ssd.train import TrainConfig, fit, setup
 config = TrainConfig(epochs=50, batch_size=2, backbone="resnet18", precision="fp32", workers=0)
 real = setup.learning_rate
-def rate(step, **values):
+def rate(step, *rest, **values):
     if step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(step, **values)
+    return real(step, *rest, **values)
 setup.learning_rate = rate
 with join("cpu") as world:
     fit(DetectionDataset(load(sys.argv[1], "train")), None, config, sys.argv[2], world=world)

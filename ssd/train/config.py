@@ -104,7 +104,8 @@ class TrainConfig:
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the loss: balanced makes rare ones count more.
 
-    Those are 1 / sqrt(boxes of the class in the training split), scaled so that the mean box counts 1."""
+    Those are 1 / sqrt(boxes of the class in the training split), scaled so that the mean box counts 1,
+    and at most 10."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where they come from JSON

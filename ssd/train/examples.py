@@ -208,9 +208,12 @@ class Loader:
     def _told_death(self, error: Exception) -> str:
         """What to say and do when a worker died."""
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
-        multiprocessing.connection.wait([each.sentinel for each in workers], timeout=5)
+        ended = multiprocessing.connection.wait([each.sentinel for each in workers], timeout=5)
+        for each in workers:
+            if each.sentinel in ended:
+                each.join(timeout=5)  # a sentinel is closed a moment before the process has its status
         codes = [each.exitcode for each in workers if each.exitcode is not None]
-        reason = _told_exit(codes[0]) if codes else str(error)
+        reason = _told_exit(codes[0]) if codes else str(error) or type(error).__name__
         if reason == "SIGBUS":
             remedy = "--workers 0 does without shared memory, and docker run --shm-size gives more of it"
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ssd import checkpoint
@@ -17,7 +17,7 @@ from ssd.backends import Options
 from ssd.data import Annotations, item_name
 from ssd.data.dataset import as_targets
 from ssd.detector import Detector
-from ssd.drawing import CELL, draw_detections, encoded, side_by_side
+from ssd.drawing import draw_detections, encoded, side_by_side
 from ssd.errors import MissingExtra
 from ssd.files import clear_leftovers, write_file
 from ssd.plots import draw_curves
@@ -117,24 +117,26 @@ class RunFolder:
         if not self._is_main:
             return
         count = len(val)  # type: ignore[arg-type]
-        rows = []
-        for i in sorted({count * k // 4 for k in range(4)}):
-            if isinstance(val, Annotations):
-                part = val.of_image(i)
-                source, boxes, labels = val.path(i), val.boxes[part].astype(np.float32), val.labels[part]
-            else:
-                source, target = val[i]
-                boxes, labels = as_targets(target, item_name(val, i))
-            found = detector(source, tiles=tiles)
-            picture = found.image
-            assert picture is not None
-            corners = np.hstack(
-                [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])]
-            )
-            names = [" ".join(self._names[label - 1].split()) for label in labels]
-            # Made small one by one: photos are large.
-            truth = draw_detections(picture, corners, names, labels - 1)
-            rows.append([ImageOps.contain(each, CELL) for each in (truth, found.draw())])
+        # Drawn one by one, as the sheet takes them: photos are large.
+        rows = (self._sample(detector, val, i, tiles) for i in sorted({count * k // 4 for k in range(4)}))
         headings = ("truth", f"detected after epoch {epoch}, score {Options.score_threshold} or more")
+        sheet = encoded(side_by_side(rows, headings))
         (self._path / "samples").mkdir(exist_ok=True)
-        write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", encoded(side_by_side(rows, headings)))
+        write_file(self._path / "samples" / f"epoch-{epoch:03}.jpg", sheet)
+
+    def _sample(
+        self, detector: Detector, val: Annotations | Dataset[Any], i: int, tiles: int | None
+    ) -> tuple[Image.Image, Image.Image]:
+        """An image with its truth, and with what is detected."""
+        if isinstance(val, Annotations):
+            part = val.of_image(i)
+            source, boxes, labels = val.path(i), val.boxes[part].astype(np.float32), val.labels[part]
+        else:
+            source, target = val[i]
+            boxes, labels = as_targets(target, item_name(val, i))
+        found = detector(source, tiles=tiles)
+        picture = found.image
+        assert picture is not None
+        corners = np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
+        names = [" ".join(self._names[label - 1].split()) for label in labels]
+        return draw_detections(picture, corners, names, labels - 1), found.draw()

@@ -68,7 +68,7 @@ def test_train_usage_errors(run, scenes, tmp_path):
         ((scenes, "--milestones", "a,b"), "give numbers"),
         ((scenes, "--device", "foo"), "device 'foo' cannot be used here"),
         ((scenes, "--iou-threshold", "7"), "iou_threshold must be in [0, 1]"),
-        ((scenes, "--time", "0"), "time must be above 0; got 0.0"),
+        ((scenes, "--time", "0"), "time must be above 0 and at most 5,000,000 minutes; got 0.0"),
         ((scenes, "--patience", "-1"), "patience must be at least 0; got -1"),
         ((scenes, "--class-weights", "mine"), "class_weights 'mine' is none of none, balanced"),
         ((scenes, "--batch-size", "1"), "batch_size must be at least 2"),

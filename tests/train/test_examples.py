@@ -133,12 +133,15 @@ def test_a_batch_that_cannot_be_read_comes_between_two_steps():
 
 
 class Process:
-    """One of a loader's, that has ended."""
+    """One of a loader's, that has ended; as the real ones, it may have its status only when it is waited for."""
 
     def __init__(self, exitcode):
         self.sentinel, other = os.pipe()
         os.close(other)
-        self.exitcode = exitcode
+        self.exitcode, self._status = None, exitcode
+
+    def join(self, timeout):
+        self.exitcode = self._status
 
     def is_alive(self):
         return False
@@ -174,6 +177,7 @@ LATE = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
         (ConnectionResetError("reset by peer"), [-9], "(SIGKILL); where"),
         (ConnectionResetError("reset by peer"), [], "(reset by peer); where"),
         (EOFError("ended"), [], "(ended); where"),
+        (EOFError(), [], "(EOFError); where"),
     ],
 )
 @pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="there are no such signals here")

@@ -9,7 +9,7 @@ import safetensors
 from conftest import SMALL_LAYOUT
 from PIL import Image
 from torch.utils.data import Subset
-from training import SMALL, Interrupting, fake_evaluations, rows
+from training import SMALL, fake_evaluations, fit_cut_short, rows
 
 from ssd import checkpoint, plots, shapes
 from ssd.data import DetectionDataset, load
@@ -77,14 +77,7 @@ def test_curves_are_of_the_whole_history_at_each_evaluation_and_at_the_end(
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     config, two, val = replace(SMALL, epochs=4, evaluate_every=2), Subset(images, [0, 1]), load(scenes, "val")
     fake_evaluations(monkeypatch, [0.1])
-    fit(
-        Subset(Interrupting(images, 5), [0, 1]),
-        val,
-        config,
-        tmp_path,
-        class_names=images.class_names,
-        say=None,
-    )
+    fit_cut_short(images, 5, val, config, tmp_path)
     assert [len(each) for each in drawn] == [2]
     fit(two, None, config, tmp_path, say=None, resume=True)
     assert [len(each) for each in drawn] == [2, 4]
@@ -108,7 +101,7 @@ def test_without_matplotlib_a_run_goes_on_and_says_once_what_would_draw(
 def test_samples_are_the_truth_beside_the_detections(scenes, tmp_path, monkeypatch):
     val, sheets = load(scenes, "val"), []
     monkeypatch.setattr(
-        "ssd.train.folder.side_by_side", lambda rows, headings: sheets.append(rows) or rows[0][0]
+        "ssd.train.folder.side_by_side", lambda rows, headings: sheets.append([*rows]) or sheets[-1][0][0]
     )
     of_boxes = []
     real = folder.draw_detections
@@ -150,10 +143,7 @@ def test_tensorboard_is_an_extra(images, tmp_path, monkeypatch):
 def test_thresholds_are_saved_with_the_weights_that_were_evaluated(scenes, images, tmp_path, monkeypatch):
     fake_evaluations(monkeypatch, [0.1, 0.2])
     config, two, val = replace(SMALL, epochs=4, evaluate_every=2), Subset(images, [0, 1]), load(scenes, "val")
-    names = images.class_names
-    result = fit(
-        Subset(Interrupting(images, 7), [0, 1]), val, config, tmp_path, class_names=names, say=None
-    )  # of epoch 4
+    result = fit_cut_short(images, 7, val, config, tmp_path)  # in epoch 4
     found = [checkpoint.read(tmp_path / f"{name}.safetensors") for name in ("last", "best")]
     assert [each.score_thresholds for each in found] == [(), (0.3,) * 6]
     assert result.detector.score_thresholds == ()

@@ -23,6 +23,7 @@ from training import (
     Interrupting,
     assert_equal,
     fake_evaluations,
+    fit_cut_short,
     rows,
     weights,
 )
@@ -414,8 +415,7 @@ def test_a_run_ends_where_its_ap_was_not_exceeded_and_says_what_goes_on(
     val, two, lines = load(scenes, "val"), Subset(images, [0, 1]), []
     patient = replace(SMALL, epochs=9, evaluate_every=1, patience=2)
     fake_evaluations(monkeypatch, [0.1, 0.3, 0.3, 0.2, 0.25])
-    first = Subset(Interrupting(images, 5), [0, 1])  # in the third epoch
-    assert not fit(first, val, patient, tmp_path, class_names=images.class_names, say=None).finished
+    assert not fit_cut_short(images, 5, val, patient, tmp_path).finished  # in the third epoch
     result = fit(two, val, patient, tmp_path, resume=True, say=lines.append)
     assert (result.finished, result.best, len(rows(tmp_path))) == (True, 0.3, 4)
     told = (
@@ -483,14 +483,7 @@ def test_the_rate_falls_over_the_time_and_the_run_ends_within_an_epoch(
 
 def test_the_time_counts_over_interruptions_and_a_state_without_it_has_none(images, tmp_path, clock, done):
     timed, two = replace(SMALL, time=40 / 60), Subset(images, [0, 1])
-    fit(
-        Subset(Interrupting(images, 5), [0, 1]),
-        None,
-        timed,
-        tmp_path,
-        class_names=images.class_names,
-        say=None,
-    )
+    fit_cut_short(images, 5, None, timed, tmp_path)
     saved = read_state(tmp_path / "state.pt")["progress"]["seconds"]
     assert saved == 30  # two looks an epoch
     done.clear()

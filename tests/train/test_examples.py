@@ -133,7 +133,7 @@ def test_a_batch_that_cannot_be_read_comes_between_two_steps():
 
 
 class Process:
-    """One of a loader's, that has ended; as the real ones, it may have its status only when it is waited for."""
+    """One of a loader's that has ended; as of a real one, its status may come only to who waits for it."""
 
     def __init__(self, exitcode):
         self.sentinel, other = os.pipe()

@@ -21,7 +21,7 @@ ORDER = [
     *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "export", "train", "cli"),
+    *("triton", "export", "standalone", "browser", "train", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -55,7 +55,7 @@ ONLY = {
     "apex": {"train.optim"},
     "onnx": set(),
     "onnxscript": {"backends.onnx"},
-    "onnxruntime": {"backends.onnx"},
+    "onnxruntime": {"backends.onnx", "templates.detect"},
     "openvino": {"backends.openvino"},
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import torch
 
+from ssd import web
 from ssd.backends.base import load
 from ssd.errors import DownloadError
 from ssd.export import export
 from ssd.files import gone_if_unused, temporary_folder, write_file
-from ssd.pretrained import fetch
+from ssd.pretrained import cache_dir
 from ssd.standalone import TEMPLATES, check_of
 
 RUNTIME_URL = "https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-1.30.0.tgz"
 """ONNX Runtime for browsers (MIT licence), as npm has it; another version takes other digests."""
 
+_MOST_BYTES = 64 << 20
 RUNTIME_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 RUNTIME_FILES = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
@@ -28,8 +31,9 @@ RUNTIME_FILES = {
 }
 """Those of its dist/ that a page holds, and their SHA-256."""
 
-# What gives the runtime's names to other modules; here, to what follows in the same one.
+# What makes the runtime a module. Pages from files can start no worker of one, so it becomes a script.
 _EXPORTS = re.compile(r"export\{([^}]*)\};?")
+_ADDRESS = "import.meta.url"
 
 
 def write_page(
@@ -56,6 +60,8 @@ def write_page(
         ExportError, MissingExtra, ValueError, CheckpointError: see `ssd.export.export`.
     """
     path = Path(file)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path}: the name of a page has to end in .html")
     script, wasm = runtime_files(runtime)
     with gone_if_unused(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +83,7 @@ def runtime_files(folder: str | os.PathLike[str] | None = None) -> tuple[bytes, 
     """
     found = {}
     if folder is None:
-        archive = fetch(RUNTIME_URL, sha256=RUNTIME_SHA256)
-        with tarfile.open(archive) as package:
+        with tarfile.open(fileobj=io.BytesIO(_package())) as package:
             for name in RUNTIME_FILES:
                 member = package.extractfile(f"package/dist/{name}")
                 assert member is not None  # the archive has its digest
@@ -98,6 +103,30 @@ def runtime_files(folder: str | os.PathLike[str] | None = None) -> tuple[bytes, 
                 raise DownloadError(f"{place}: is not the file of onnxruntime-web {_version()}; get that")
     script, wasm = (found[name] for name in RUNTIME_FILES)
     return script, wasm
+
+
+def _package() -> bytes:
+    """The npm package, from the cache of weights or else from npm."""
+    path = cache_dir() / RUNTIME_URL.rsplit("/", 1)[1]
+    if path.is_file() and hashlib.sha256(content := path.read_bytes()).hexdigest() == RUNTIME_SHA256:
+        return content
+    body = bytearray()
+    try:
+        with web.open_url(RUNTIME_URL) as response:
+            for chunk in web.chunks(response):
+                body += chunk
+                if len(body) > _MOST_BYTES:
+                    break
+        if hashlib.sha256(body).hexdigest() != RUNTIME_SHA256:
+            raise ConnectionError("it is another file than the one that is known")
+    except web.READ_ERRORS as error:
+        raise DownloadError(
+            f"could not download {RUNTIME_URL}: {web.reason(error)}. Try again; or get that file on another "
+            f"machine, and put it at {path}, or unpack it, and give the folder: --onnxruntime-web FOLDER"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, body)
+    return bytes(body)
 
 
 def _version() -> str:
@@ -125,9 +154,9 @@ def _page(about: object, picture: bytes, model: bytes, runtime: bytes, wasm: byt
         "style": style,
         "about": json.dumps(about, ensure_ascii=True).replace("<", "\\u003c"),
         "picture": base64.b64encode(picture).decode(),
-        "wasm": base64.b64encode(gzip.compress(wasm, mtime=0)).decode(),
-        "model": base64.b64encode(gzip.compress(model, mtime=0)).decode(),
-        "worker": f"{text}\n{worker}",
+        "wasm": base64.b64encode(gzip.compress(wasm, 6, mtime=0)).decode(),
+        "model": base64.b64encode(gzip.compress(model, 6, mtime=0)).decode(),
+        "worker": f"{text.replace(_ADDRESS, 'self.location.href')}\n{worker}",
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page).encode()

@@ -127,9 +127,9 @@ pip install numpy "pillow>=10.1" onnxruntime
 python detect.py photo.jpg
 ```
 
-Python 3.9 or later; neither torch nor ssd300 is needed. `python detect.py --verify` proves on this machine that
-all works: what is found in `check.png` is compared with `check.json`, and the exit status is 1 where it differs.
-`python detect.py --help` tells `--score-threshold 0.5`, `--json` and `--draw FOLDER`. In Python:
+Python 3.9 or later; neither torch nor ssd300 is needed. `python detect.py --verify` proves on this machine
+that all works: what is found in `check.png` is compared with `check.json`, and the exit status is 1 where it
+differs. `python detect.py --help` tells of `--score-threshold 0.5`, `--json` and `--draw FOLDER`. In Python:
 
 ```python
 import detect

@@ -21,7 +21,7 @@ ORDER = [
     *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "export", "standalone", "browser", "train", "cli"),
+    *("triton", "proof", "export", "standalone", "browser", "train", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -41,7 +41,7 @@ FOLDERS = {
         "options",
         "common",
         "results",
-        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights"},
+        {"detect", "train", "evaluate", "data", "demo", "export", "verify", "benchmark", "weights"},
     ],
 }
 

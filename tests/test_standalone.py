@@ -1,5 +1,6 @@
 """The folder of `ssd export --standalone`, run where neither torch nor this package can be imported."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -88,6 +89,10 @@ def run(packages, folder, tmp_path):
         )
 
     return run
+
+
+def test_the_script_is_for_python_3_9():
+    ast.parse((TEMPLATES / "detect.py").read_text(), feature_version=(3, 9))
 
 
 def test_torch_and_this_package_are_out_of_reach(run, tmp_path):

@@ -56,6 +56,7 @@ VERBS = {
     "export": Verb(
         "ssd.cli.export:export_weights", "Export weights to ONNX, OpenVINO, torch.export or TorchScript."
     ),
+    "verify": Verb("ssd.cli.verify:verify_export", "Prove an exported file again, on this machine."),
     "benchmark": Verb(
         "ssd.cli.benchmark:benchmark",
         "Measure images a second, latency, and the time and memory of each stage.",

@@ -16,9 +16,7 @@ function bytesOf(id) {
   return bytes;
 }
 
-const worker = new Worker(URL.createObjectURL(new Blob([find("worker").textContent], { type: "text/javascript" })), {
-  type: "module",
-});
+const worker = new Worker(URL.createObjectURL(new Blob([find("worker").textContent], { type: "text/javascript" })));
 const waiting = new Map();
 let asked = 0;
 function ask(message, transfer = []) {
@@ -112,18 +110,28 @@ function draw(canvas, image, found, some) {
   const scale = canvas.width / found.width, line = 2.5 * ratio, text = 14 * ratio;
   pencil.font = `600 ${text}px system-ui, sans-serif`;
   pencil.textBaseline = "middle";
-  for (const { name, class_id, score, box } of [...some].reverse()) {
-    const [left, top, right, bottom] = box.map((side) => side * scale);
-    for (const [color, width] of [["#0008", line + 2 * ratio], [`hsl(${hue(class_id)} 90% 60%)`, line]]) {
+  const boxes = some.map((each) => each.box.map((side) => side * scale));
+  for (const [i, [left, top, right, bottom]] of [...boxes.entries()].reverse())
+    for (const [color, width] of [["#0008", line + 2 * ratio], [`hsl(${hue(some[i].class_id)} 90% 60%)`, line]]) {
       pencil.strokeStyle = color;
       pencil.lineWidth = width;
       pencil.strokeRect(left, top, right - left, bottom - top);
     }
-    const label = `${name} ${score.toFixed(2)}`;
+  // The best choose their places first: above, below, at the top inside, or over what is there.
+  const taken = [];
+  const labels = boxes.map(([left, top, , bottom], i) => {
+    const label = `${some[i].name} ${some[i].score.toFixed(2)}`;
     const width = pencil.measureText(label).width + text * 0.8, height = text * 1.5;
     const x = Math.max(0, Math.min(left - line / 2, canvas.width - width));
-    const y = top - height < 0 ? Math.max(0, top) : top - height;
-    pencil.fillStyle = `hsl(${hue(class_id)} 75% 28%)`;
+    const places = [top - height, bottom, top].filter((y) => y >= 0 && y + height <= canvas.height);
+    const free = (y) => taken.every((each) => x + width <= each.x || each.x + each.width <= x ||
+      y + height <= each.y || each.y + height <= y);
+    const place = { label, x, y: places.find(free) ?? Math.max(0, top - height), width, height };
+    taken.push(place);
+    return place;
+  });
+  for (const [i, { label, x, y, width, height }] of [...labels.entries()].reverse()) {
+    pencil.fillStyle = `hsl(${hue(some[i].class_id)} 75% 28%)`;
     pencil.fillRect(x, y, width, height);
     pencil.fillStyle = "#fff";
     pencil.fillText(label, x + text * 0.4, y + height / 2);

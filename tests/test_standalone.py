@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(run, tmp_path):
     [
         ([], "name photos, or --verify"),
         (["a.jpg", "--score-threshold", "0.01"], "--score-threshold is from 0.05 to 1"),
-        (["a.jpg", "--score-threshold", "many"], "invalid _threshold value"),
+        (["a.jpg", "--score-threshold", "many"], "invalid score value"),
     ],
 )
 def test_wrong_arguments(run, arguments, message):

@@ -217,7 +217,8 @@ def _share(a: float, b: float, side: int) -> float:
     return abs(a - b) / side
 
 
-def _threshold(text: str) -> float | str:
+def score(text: str) -> float | str:
+    """What --score-threshold takes; errors call it by this function's name."""
     return text if text == "calibrated" else float(text)
 
 
@@ -226,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", nargs="*", type=Path)
     threshold_help = 'least score of an object, or "calibrated": that of its class'
-    parser.add_argument("--score-threshold", type=_threshold, default=0.4, help=threshold_help)
+    parser.add_argument("--score-threshold", type=score, default=0.4, help=threshold_help)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each photo")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write pictures with boxes there")
     parser.add_argument("--verify", action="store_true", help="prove that all works on this machine")

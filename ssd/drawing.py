@@ -57,7 +57,7 @@ def draw_detections(
         boxes: float32 xyxy in pixels of the image, ``[K, 4]``.
         labels: K texts.
         class_ids: int64 ``[K]``, or other ids, which choose the colours.
-        marks: drawn over the boxes.
+        marks: drawn below the boxes; their texts, at their upper left points, above all.
         font: a font file for the labels; see `missing_letters`.
         in_place: draw on the image itself if it need not be enlarged, to save the memory of a copy.
         enlarge: whether small images are.
@@ -74,15 +74,19 @@ def draw_detections(
     else:
         picture = image if in_place else image.copy()
     fonts = _fonts_of(labels, font)
+    marks = [each._replace(points=each.points * factor) for each in marks]
+    for each in marks:
+        _draw_mark(picture, each)
     _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()], fonts)
-    for mark in marks:
-        _draw_mark(picture, mark._replace(points=mark.points * factor))
+    for each in marks:
+        x, y = each.points[each.points.sum(1).argmin()]
+        _write(picture, (float(x), float(y)), each.text)
     return picture
 
 
 def write_on(picture: Image.Image, text: str) -> None:
     """Write a line of plain letters into the upper left corner of a picture."""
-    _write(ImageDraw.Draw(picture), (0, 0), text, _letter_size(picture), picture.size)
+    _write(picture, (0, 0), text)
 
 
 def side_by_side(rows: Iterable[Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
@@ -171,20 +175,16 @@ def _draw_mark(picture: Image.Image, mark: Mark) -> None:
     for color, width in (("black", line + 4), ("white", line)):
         for each in lines:
             canvas.line(each, fill=color, width=width, joint="curve")
-    beside = middle + np.array([0.5, 0.4]) * size
-    at = mark.points[mark.points.sum(1).argmin()] if mark.is_closed else beside
-    _write(canvas, (float(at[0]), float(at[1])), mark.text, size, picture.size)
 
 
-def _write(
-    canvas: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: float, within: tuple[int, int]
-) -> None:
-    """Write plain letters on a black area whose upper left corner is near a place."""
+def _write(picture: Image.Image, at: tuple[float, float], text: str) -> None:
+    """Write plain letters on a black area whose upper left corner is at a place, or as near as it fits."""
+    canvas, size = ImageDraw.Draw(picture), _letter_size(picture)
     font = ImageFont.load_default(size)
     left, top, right, bottom = canvas.textbbox((0, 0), text, font)
     margin = size / 4
     width, height = right - left + 2 * margin, bottom - top + 2 * margin
-    x, y = (max(0, min(a, b - c - 1)) for a, b, c in zip(at, within, (width, height), strict=True))
+    x, y = (max(0, min(a, b - c - 1)) for a, b, c in zip(at, picture.size, (width, height), strict=True))
     canvas.rectangle((x, y, x + width, y + height), fill="black")
     canvas.text((x + margin - left, y + margin - top), text, "white", font)
 

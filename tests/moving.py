@@ -86,7 +86,7 @@ def crowd(seed: int, rate: float, seconds: float = 8, count: int = 6) -> tuple[n
 def detected(
     times: np.ndarray, objects: list[Moving], seed: int, source: str = "film", noise: float = 1.5
 ) -> Iterator[Detections]:
-    """As a detector sees them: not exactly, with lower scores where less is seen; some missed, some made up."""
+    """As a detector sees them: not exactly, scores lower where less is seen; some missed, some made up."""
     rng = np.random.default_rng([seed, 1])
     for number, time in enumerate(times):
         boxes, scores, class_ids = [], [], []

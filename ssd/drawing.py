@@ -57,7 +57,7 @@ def draw_detections(
         boxes: float32 xyxy in pixels of the image, ``[K, 4]``.
         labels: K texts.
         class_ids: int64 ``[K]``, or other ids, which choose the colours.
-        marks: drawn below the boxes; their texts, at their upper left points, above all.
+        marks: drawn below the boxes, with their texts at their upper left points.
         font: a font file for the labels; see `missing_letters`.
         in_place: draw on the image itself if it need not be enlarged, to save the memory of a copy.
         enlarge: whether small images are.
@@ -77,10 +77,12 @@ def draw_detections(
     marks = [each._replace(points=each.points * factor) for each in marks]
     for each in marks:
         _draw_mark(picture, each)
-    _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()], fonts)
-    for each in marks:
-        x, y = each.points[each.points.sum(1).argmin()]
-        _write(picture, (float(x), float(y)), each.text)
+    corners = [each.points[each.points.sum(1).argmin()] for each in marks]
+    taken = [
+        _write(picture, (float(x), float(y)), each.text) for (x, y), each in zip(corners, marks, strict=True)
+    ]
+    colors = [class_color(i) for i in class_ids.tolist()]
+    _draw_boxes(picture, boxes * factor, labels, colors, fonts, taken)
     return picture
 
 
@@ -130,8 +132,9 @@ def _draw_boxes(
     labels: list[str],
     colors: list[tuple[int, int, int]],
     fonts: "dict[str, _FontFile | None]",
+    taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """Draw boxes and labels, best first, on a picture."""
+    """Draw boxes and labels, best first, on a picture; labels keep off the areas that are taken."""
     canvas = ImageDraw.Draw(picture)
     font_size = _letter_size(picture)
     texts = _lay_out(labels, font_size, fonts)
@@ -143,7 +146,7 @@ def _draw_boxes(
         left, top, right, bottom = (float(value) for value in box)
         canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
 
-    taken: list[tuple[float, float, float, float]] = []
+    taken = list(taken)
     for box, text, color in zip(boxes, texts, colors, strict=True):
         area = _label_area(box, text.box, line, picture.size, taken)
         taken.append(area)
@@ -177,8 +180,8 @@ def _draw_mark(picture: Image.Image, mark: Mark) -> None:
             canvas.line(each, fill=color, width=width, joint="curve")
 
 
-def _write(picture: Image.Image, at: tuple[float, float], text: str) -> None:
-    """Write plain letters on a black area whose upper left corner is at a place, or as near as it fits."""
+def _write(picture: Image.Image, at: tuple[float, float], text: str) -> tuple[float, float, float, float]:
+    """Write plain letters on a black area, which is given, with its corner at a place or as near as fits."""
     canvas, size = ImageDraw.Draw(picture), _letter_size(picture)
     font = ImageFont.load_default(size)
     left, top, right, bottom = canvas.textbbox((0, 0), text, font)
@@ -187,6 +190,7 @@ def _write(picture: Image.Image, at: tuple[float, float], text: str) -> None:
     x, y = (max(0, min(a, b - c - 1)) for a, b, c in zip(at, picture.size, (width, height), strict=True))
     canvas.rectangle((x, y, x + width, y + height), fill="black")
     canvas.text((x + margin - left, y + margin - top), text, "white", font)
+    return x, y, x + width, y + height
 
 
 def _label_area(

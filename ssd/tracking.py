@@ -29,6 +29,8 @@ FloatArray = npt.NDArray[np.float64]
 LOW = 0.1
 """Least score of what may go on with an object that is known already; ByteTrack's (arXiv 2110.06864)."""
 
+_LOW_OVERLAP = 0.3  # IoU that such a one has with an object; others are often of none
+
 LONGEST_GAP = 4.0
 """Seconds that an object may be hidden and keep its id: 2, and the time that it takes to go behind something
 and come out again, when what is seen of it is not found either."""
@@ -138,12 +140,16 @@ class Tracker:
         is_sure = found.scores >= self._least[found.class_ids]
         # Boxes of each class in a place of their own, for nothing else keeps the tracker from mixing them.
         shift = found.class_ids * 16.0 * max(found.image_size)
+        boxes = found.boxes + np.outer(shift, [1.0, 0.0, 1.0, 0.0])
+        known = np.reshape([each.get_state_bbox() for each in self._tracker.tracks], (-1, 4))
+        fits = supervision.box_iou_batch(known, boxes).max(0, initial=0) >= _LOW_OVERLAP
+        index = np.flatnonzero(is_sure | fits)
         tracked = self._tracker.update(
             supervision.Detections(
-                xyxy=found.boxes + np.outer(shift, [1.0, 0.0, 1.0, 0.0]),
-                confidence=is_sure.astype(np.float32),
-                class_id=found.class_ids.astype(int),
-                data={"index": np.arange(len(found))},
+                xyxy=boxes[index],
+                confidence=is_sure[index].astype(np.float32),
+                class_id=found.class_ids[index].astype(int),
+                data={"index": index},
             ),
             timestamp=self._time,
         )

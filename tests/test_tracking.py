@@ -3,6 +3,7 @@ import pickle
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +326,26 @@ def test_trackers_of_their_own():
     numbers = [counter(tracker(one(moved(i), i))).track_ids.tolist() for i in range(3)]
     assert numbers == [[-1], [7], [7]]
     assert tracker.next_id == 8
+
+
+def test_low_scores_go_on_with_what_they_overlap_alone():
+    """A faint box that is several times as large, while the object is out of sight, does not lead it away."""
+
+    def frame(i):
+        large = [moved(i)[0] - 60, 20, moved(i)[0] + 140, 280]
+        return one(large, i, score=0.15) if 10 <= i < 15 else one(moved(i), i)
+
+    results = list(tracked((frame(i) for i in range(25)), LEAST))
+    assert ids_of(results) == [[-1], *[[1]] * 9, *[[]] * 5, *[[1]] * 10]
+
+
+@pytest.mark.slow
+def test_the_page_is_true(film, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "video.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0].replace('"coco"', '"shapes"')
+    (tmp_path / "clip.mp4").write_bytes(film[0].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "video.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "clip.mp4 24 1.92 1 circle, 1 square" in out
+    assert "24 1 " in out

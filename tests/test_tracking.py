@@ -103,18 +103,13 @@ def test_boxes_stay_with_their_scores_classes_and_ids():
 
 
 def test_classes_do_not_share_ids():
-    """Two objects at one place, one of which is seen now and then."""
-
-    def frame(i):
-        box = moved(i)
-        count = 1 + i % 2
-        return replace(one(box, i), boxes=[box] * count, scores=[0.9] * count, class_ids=[0, 5][:count])
-
+    """What is of one class for some frames, and of another for the next, in the same place."""
     classes = {}
-    for each in tracked((frame(i) for i in range(20)), LEAST):
+    for each in tracked((one(moved(i), i, class_id=i // 5 % 2 * 5) for i in range(20)), LEAST):
         for class_id, number in zip(each.class_ids.tolist(), each.track_ids.tolist(), strict=True):
             if number >= 0:
                 assert classes.setdefault(number, class_id) == class_id
+    assert sorted(classes.values()) == [0, 5]
 
 
 def test_films_one_after_the_other_share_no_ids_also_where_they_are_called_the_same():
@@ -332,7 +327,7 @@ def test_low_scores_go_on_with_what_they_overlap_alone():
     """A faint box that is several times as large, while the object is out of sight, does not lead it away."""
 
     def frame(i):
-        large = [moved(i)[0] - 60, 20, moved(i)[0] + 140, 280]
+        large = [moved(i)[0] - 25, 55, moved(i)[0] + 75, 205]
         return one(large, i, score=0.15) if 10 <= i < 15 else one(moved(i), i)
 
     results = list(tracked((frame(i) for i in range(25)), LEAST))

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking"),
+    *("transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
     *("triton", "proof", "export", "standalone", "browser", "train", "cli"),
@@ -41,6 +42,7 @@ FOLDERS = {
         "options",
         "common",
         "results",
+        "window",
         {"detect", "train", "evaluate", "data", "demo", "export", "verify", "benchmark", "weights"},
     ],
 }
@@ -51,7 +53,9 @@ ONLY = {
     "pycocotools": {"evaluate", "plots"},
     "faster_coco_eval": {"evaluate"},
     "torchvision": set(),
-    "supervision": {"detections"},
+    "supervision": {"detections", "tracking"},
+    "trackers": {"tracking"},
+    "tkinter": {"cli.window"},
     "apex": {"train.optim"},
     "onnx": set(),
     "onnxscript": {"backends.onnx"},
@@ -158,7 +162,7 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'trackers', 'tkinter'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

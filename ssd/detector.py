@@ -156,7 +156,8 @@ class Detector:
 
         Args:
             weights: "coco" for NVIDIA's published weights, "shapes" for those that come with the package, a
-                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``,
+                path, an http(s) URL, or ``hf://owner/repo[/file][@revision]`` for weights of the Hugging Face
+                Hub (`ssd.pretrained.fetch`). An exported file runs in its runtime: ``.onnx``, ``.pt2``,
                 ``.torchscript``, or OpenVINO's folder. Such a file is a program: load those of people you
                 trust.
             device: by default CUDA where there is one, else the CPU.

@@ -19,8 +19,8 @@ ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
     *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
-    *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
+    *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots", "benchmark"),
     *("triton", "export", "train", "cli"),
 ]
 FOLDERS = {
@@ -41,7 +41,7 @@ FOLDERS = {
         "options",
         "common",
         "results",
-        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights"},
+        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights", "push"},
     ],
 }
 
@@ -60,6 +60,7 @@ ONLY = {
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
     "av": {"video"},
+    "huggingface_hub": {"card", "hf"},
 }
 """Packages that only some modules import."""
 
@@ -158,7 +159,7 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

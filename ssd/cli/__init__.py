@@ -63,6 +63,10 @@ VERBS = {
     "download": Verb(
         "ssd.cli.weights:download", "Fetch weights ahead of use, check them, and say where they are."
     ),
+    "push": Verb(
+        "ssd.cli.push:push_weights",
+        "Put weights, with a model card, into a repository of the Hugging Face Hub.",
+    ),
     "info": Verb(
         "ssd.cli.weights:info",
         "Show versions, devices, the precisions that run well on them, and cached weights.",

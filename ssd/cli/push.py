@@ -73,6 +73,7 @@ def push_weights(
             config=without_paths(found.config),
             layout=found.layout,
             score_thresholds=found.score_thresholds,
+            calibration=found.calibration,
         )
         files: dict[str, bytes | Path] = {WEIGHTS: file, CARD: card.encode()}
         title = f"Weights: {model.backbone}, {len(found.class_names)} classes"

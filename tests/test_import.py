@@ -64,6 +64,7 @@ FOLDERS = {
         "options",
         "common",
         "results",
+        "shards",
         {
             "detect",
             "train",

@@ -45,9 +45,8 @@ def main() -> None:
         assert merged == OBJECTS * count
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(f"{count:,} images of {OBJECTS} objects: {size / count:.0f} bytes an image")
-    print(
-        f"write {(written - start) / count * 1e6:.0f} us, merge {(end - written) / count * 1e6:.0f} us an image"
-    )
+    each = [f"{seconds / count * 1e6:.0f} us" for seconds in (written - start, end - written)]
+    print(f"an image takes {each[0]} to write and {each[1]} to merge")
     print(f"merging takes {grown * 1024 / count:.0f} bytes of memory an image")
 
 

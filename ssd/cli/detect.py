@@ -365,7 +365,7 @@ def _names(
     format: str,
     listed: list[str],
     world: World,
-    given: dict[str, str] | None,
+    given: dict[str, str] | None = None,
     *,
     pictures: bool,
 ) -> FreeNames:

@@ -35,7 +35,7 @@ ray_batch.Detect = Dying
 try:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 except Exception as error:  # its processes have 30 seconds to come up
-    sys.exit(f"no local Ray: {error}")
+    sys.exit("no local Ray: " + str(error))
 images = sys.argv[3:]
 print(ray_batch.detect(images, ray_batch.Path(sys.argv[1]), weights=sys.argv[2], threshold=0.3, batch_size=2))
 """

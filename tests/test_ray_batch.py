@@ -124,7 +124,11 @@ def test_on_a_local_ray_a_worker_that_dies_loses_nothing(collection, tmp_path):
             check=False,
             timeout=240,
             env=os.environ
-            | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "150"},
+            | {
+                "OMP_NUM_THREADS": "1",
+                "RAY_AUTH_MODE": "disabled",
+                "PYTHONPATH": os.pathsep.join([str(EXAMPLE.parent), str(EXAMPLE.parents[1])]),
+            },
         )
         if "no local Ray: " in done.stderr:
             pytest.skip("a local Ray does not start on this machine, or not in its time")

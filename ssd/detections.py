@@ -266,6 +266,19 @@ class Detections:
         ids = [-1] * len(self) if self.track_ids is None else self.track_ids.tolist()
         return [f"#{i} {name}" if i >= 0 else name for i, name in zip(ids, self.names.tolist(), strict=True)]
 
+    def widened(self, margin: float) -> "Detections":
+        """The same with boxes that reach further on each side, by a share of their own width and height.
+
+        They may reach outside of the image. With the margin of a detector's `calibration`, they hold the true
+        ones as often as it says.
+
+        >>> Detections([[10, 20, 50, 60]], [0.9], [0], ("cat",), (100, 200)).widened(0.1).boxes
+        array([[ 6., 16., 54., 64.]], dtype=float32)
+        """
+        by = margin * (self.boxes[:, 2:] - self.boxes[:, :2])
+        boxes = np.hstack([self.boxes[:, :2] - by, self.boxes[:, 2:] + by])
+        return replace(self, boxes=boxes, image=self._kept)
+
     @property
     def names(self) -> npt.NDArray[np.str_]:
         """The class name of each object, ``[K]``: ``found[found.names == "cat"]`` are the cats."""

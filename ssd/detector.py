@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ssd import backends
 from ssd.backends import Backend, Options
+from ssd.calibration import Calibration
 from ssd.checkpoint import as_thresholds
 from ssd.choices import LEAST_TILE, Precision
 from ssd.detections import Detections
@@ -115,6 +116,7 @@ class Detector:
         class_names: one for each class but the background.
         category_ids: the id of each class in COCO files; see `Detections.category_ids`.
         score_thresholds: one for each class but the background, in [0, 1], as training finds them; or none.
+        calibration: what makes probabilities of the scores of "calibrated" detection; or None.
 
     >>> detector = Detector(SSD(num_classes=3, backbone="resnet18"), ["cat", "dog"])
     >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
@@ -127,6 +129,7 @@ class Detector:
         class_names: Sequence[str],
         category_ids: Sequence[int] = (),
         score_thresholds: Sequence[float] = (),
+        calibration: Calibration | None = None,
     ) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
@@ -134,6 +137,7 @@ class Detector:
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
         self.score_thresholds = as_thresholds(score_thresholds, len(class_names))
+        self.calibration = calibration
         self.backend = model if isinstance(model, Backend) else backends.of_model(model)
         self.device, self.precision = self.backend.device, self.backend.precision
         self.layout = self.backend.layout
@@ -159,7 +163,8 @@ class Detector:
 
         Args:
             weights: "coco" for NVIDIA's published weights, "shapes" for those that come with the package, a
-                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``,
+                path, an http(s) URL, or ``hf://owner/repo[/file][@revision]`` for weights of the Hugging Face
+                Hub (`ssd.pretrained.fetch`). An exported file runs in its runtime: ``.onnx``, ``.pt2``,
                 ``.torchscript``, or OpenVINO's folder. Such a file is a program: load those of people you
                 trust.
             device: by default CUDA where there is one, else the CPU.
@@ -176,13 +181,15 @@ class Detector:
             if compile:
                 raise ValueError(f"{weights} is compiled already, in a way; leave compile out")
             target = None if device is None else usable_device(device)
-            backend, metadata = backends.load(weights, target, precision)
-            return cls(backend, metadata.class_names, metadata.category_ids, metadata.score_thresholds)
+            backend, about = backends.load(weights, target, precision)
+            return cls(
+                backend, about.class_names, about.category_ids, about.score_thresholds, about.calibration
+            )
         target = usable_device(device)
         precision = choose_precision(precision, target)
         model, found = load_model(weights, progress=progress)
         backend = backends.of_model(model.to(target), precision, compile=compile)
-        return cls(backend, found.class_names, found.category_ids, found.score_thresholds)
+        return cls(backend, found.class_names, found.category_ids, found.score_thresholds, found.calibration)
 
     @overload
     def __call__(
@@ -233,7 +240,8 @@ class Detector:
         Args:
             images: anything that `ssd.load_image` takes, or a list of such.
             score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page. Or
-                "calibrated": that of its class among the detector's `score_thresholds`.
+                "calibrated": that of its class among the detector's `score_thresholds`; scores are then
+                probabilities where the detector has a `calibration`; else, as with a number, the network's.
             iou_threshold: of two overlapping boxes of a class, the lower score goes at this IoU.
             max_detections: most objects of an image.
             classes: names or 0-based ids to look for, or one name; None for all.
@@ -616,9 +624,12 @@ class Detector:
             max_detections=options.max_detections,
         )
         width, height = of.size
+        values = scores.numpy()
+        if options.class_thresholds and self.calibration:
+            values = self.calibration.probabilities(values)
         return Detections(
             boxes=boxes.numpy(),
-            scores=scores.numpy(),
+            scores=values,
             class_ids=class_ids.numpy(),
             class_names=self.class_names,
             image_size=(height, width),

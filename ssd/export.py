@@ -99,6 +99,7 @@ def export(
         nms=NMS(max_detections=most) if nms else None,
         layout=model.layout,
         score_thresholds=found.score_thresholds,
+        calibration=found.calibration,
     )
     pictures = calibration_images(calibrate, model.layout.size) if calibrate is not None else None
     with gone_if_unused(path.parent):

@@ -18,11 +18,11 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking", "calibration"),
     *("transforms", "augment"),
-    *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "proof", "export", "standalone", "browser", "train", "cli"),
+    *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
+    *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -43,7 +43,11 @@ FOLDERS = {
         "common",
         "results",
         "window",
-        {"detect", "train", "evaluate", "data", "demo", "export", "verify", "benchmark", "weights"},
+        "shards",
+        {
+            *("detect", "train", "evaluate", "data", "demo", "export", "verify", "benchmark", "weights"),
+            *("push", "calibrate"),
+        },
     ],
 }
 
@@ -64,6 +68,7 @@ ONLY = {
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
     "av": {"video"},
+    "huggingface_hub": {"card", "hf"},
 }
 """Packages that only some modules import."""
 
@@ -162,7 +167,8 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'trackers', 'tkinter'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'trackers', 'tkinter', 'huggingface_hub'}"
+        " & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

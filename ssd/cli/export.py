@@ -19,7 +19,9 @@ _PRECISIONS = tuple(dict.fromkeys(name for kind in BACKENDS.values() for name in
 
 
 def export_weights(
-    weights: Annotated[str, typer.Argument(help='"coco", "shapes", a checkpoint file, or its URL.')],
+    weights: Annotated[
+        str, typer.Argument(help='"coco", "shapes", a checkpoint file, its URL, hf://owner/repo.')
+    ],
     format: Annotated[str, OneOf(BACKENDS), typer.Option(help="Where it is to run.")] = "onnx",
     output: Annotated[
         Path | None, typer.Option(help="File to write, or OpenVINO's folder; by default named as WEIGHTS.")

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,20 +44,23 @@ class FreeNames:
     def __init__(self, folder: Path, *, pictures: bool, labels: Path | None) -> None:
         self._folder, self._pictures, self._labels = folder, pictures, labels
         self._taken: set[str] = set()
-        self._given: dict[str, str] = {}
+        self.given: dict[str, str] = {}
+        """The name of each source that has one."""
+        self.is_resumed = False
+        """Whether the run goes on: what a name has may be what a process wrote that was then killed."""
 
     def __call__(self, source: str) -> str:
         """The name for a source, the same each time."""
-        return self._given[source] if source in self._given else self.another(source)
+        return self.given[source] if source in self.given else self.another(source)
 
     def another(self, source: str) -> str:
         """Another name for a source: the one that it had is now something else's."""
-        self._given[source] = self._next(source)
-        return self._given[source]
+        self.given[source] = self._next(source)
+        return self.given[source]
 
     def take_over(self, given: dict[str, str]) -> None:
         """Take the names that another process gives to all sources."""
-        self._given = dict(given)
+        self.given = dict(given)
         self._taken = {os.path.splitext(name)[0].casefold() for name in given.values()}
 
     def _next(self, source: str) -> str:
@@ -78,6 +81,11 @@ class FreeNames:
         return (self._pictures and os.path.lexists(self._folder / f"{stem}{suffix}")) or (
             self._labels is not None and os.path.lexists(self._labels / f"{stem}.txt")
         )
+
+
+def _hold(files: Mapping[Path, Any]) -> bool:
+    """Whether files with these contents are there."""
+    return all(path.is_file() and path.read_bytes() == bytes(content) for path, content in files.items())
 
 
 class Results:
@@ -117,7 +125,7 @@ class Results:
         self._film: _Film | None = None
         self.films: list[Path] = []
         """Those that are written, and whole or can be played."""
-        self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
+        self._folder, self._format, self.names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()  # of what the block holds
         self._file: Draft | None = None
@@ -173,22 +181,25 @@ class Results:
         if found.frame is not None:
             self._write_frame(found)
             return
-        name = self._names(found.source)
+        name = self.names(found.source)
         picture = found.picture_for(name, font=self._font) if self._pictures and found.has_image else None
         labels = found.to_yolo().encode() if self._format == "yolo" else None
         while True:
             label_file = self.path / f"{os.path.splitext(name)[0]}.txt"
             contents = {self._folder / name: picture, label_file: labels}
+            files = {path: content for path, content in contents.items() if content is not None}
             try:
-                write_new({path: content for path, content in contents.items() if content is not None})
+                write_new(files)
                 return
             except FileExistsError:  # another process was faster
-                name = self._names.another(found.source)
+                if self.names.is_resumed and _hold(files):
+                    return
+                name = self.names.another(found.source)
 
     def _write_frame(self, found: Detections) -> None:
         if self._pictures and found.has_image:
             if not self._film:
-                stem = os.path.splitext(self._names(found.source))[0]
+                stem = os.path.splitext(self.names(found.source))[0]
                 self._film = _Film(found.source, self._folder / f"{stem}.mp4")
             try:
                 self._film.add(found, self._font)
@@ -196,12 +207,12 @@ class Results:
                 self._on_film_error(found.source, error)
         labels = found.to_yolo().encode() if self._format == "yolo" else None
         while labels is not None:
-            stem = os.path.splitext(self._names(found.source))[0]
+            stem = os.path.splitext(self.names(found.source))[0]
             try:
                 write_new({self.path / f"{stem}-{found.frame:06d}.txt": labels})
                 return
             except FileExistsError:
-                self._names.another(found.source)
+                self.names.another(found.source)
 
     def _end_film(self) -> None:
         film, self._film = self._film, None

@@ -164,6 +164,28 @@ def test_a_film_that_breaks_off(detect, film, tmp_path):
     assert ", 1 left out" in out
 
 
+def test_a_film_with_sound_that_is_left_out(detect, tmp_path):
+    write_film(tmp_path / "clip.avi", FRAMES[:9], sound="adpcm_ms")
+    status, _, err = detect("clip.avi")
+    assert status == 0
+    assert (
+        err.count("ssd: clip.avi: MP4 cannot hold its sound, of adpcm_ms; the film with boxes has none") == 1
+    )
+    assert len(numbers(tmp_path / "out" / "clip.mp4")) == 9
+
+
+def test_a_film_that_cannot_be_encoded(detect, tmp_path):
+    """Its results are written all the same."""
+    pictures = [Image.new("RGB", (20_000, 101), color) for color in ("red", "blue")]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    status, out, err = detect("a.gif", "--all-frames", "--format", "jsonl")
+    assert status == 1
+    assert err.count("ssd: the film with boxes of a.gif ends early: ") == 1
+    assert "does not encode pictures of 20000x101" in err
+    assert os.listdir(tmp_path / "out") == ["detections.jsonl"]
+    assert out.splitlines()[-1].startswith("2 images and frames, ")
+
+
 def test_a_full_disk_ends_the_film_and_not_the_results(detect, film, tmp_path, monkeypatch):
     real, count = video.FilmWriter.add, []
 
@@ -179,7 +201,7 @@ def test_a_full_disk_ends_the_film_and_not_the_results(detect, film, tmp_path, m
     assert status == 1
     assert err.count("the film with boxes of clip.mkv ends early: No space left on device") == 1
     assert len((tmp_path / "out" / "detections.jsonl").read_text().splitlines()) == 30
-    assert len(count) == 21
+    assert len(count) == 21  # nothing is written after the first error
     assert [each for each in os.listdir(tmp_path / "out") if each.endswith(".tmp")] == []
 
 

@@ -139,8 +139,7 @@ def detect(
         raise typer.BadParameter("names no class", param_hint="--classes")
     found_images, total = _find(sources)
     has_films = _has_films(found_images, total, all_frames=all_frames)
-    failures: list[str] = []
-    broken_films: list[str] = []
+    failures, broken_films = list[str](), list[str]()
 
     def report(name: str, error: Exception) -> None:
         reason = (
@@ -210,7 +209,8 @@ def detect(
         if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
             raise stopped
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
-        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
+        has_pictures = out.has_pictures or (images and world.size > 1)
+        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if has_pictures else ""))
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures or broken_films else 0)
 
 
@@ -247,14 +247,14 @@ def _write(
     with out, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
         try:
             for found in results:
+                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 try:
                     add(found)
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
-                    report(found.source, error)
+                    report(f"{found.source}{at}", error)
                 else:
                     counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
                 counts.frames = counts.frames or found.frame is not None
-                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))

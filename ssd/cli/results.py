@@ -115,8 +115,8 @@ class Results:
     ) -> None:
         self._frames, self._on_film_error = frames, on_film_error
         self._film: _Film | None = None
-        self.films: list[Path] = []
-        """Those that are written, and whole or can be played."""
+        self.has_pictures = False
+        """Whether there are any, of films those that can be played."""
         self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()  # of what the block holds
@@ -183,6 +183,7 @@ class Results:
             contents = {self._folder / name: picture, label_file: labels}
             try:
                 write_new({path: content for path, content in contents.items() if content is not None})
+                self.has_pictures = self.has_pictures or picture is not None
                 return
             except FileExistsError:  # another process was faster
                 name = self._names.another(found.source)
@@ -209,11 +210,10 @@ class Results:
         film, self._film = self._film, None
         if film:
             try:
-                path = film.end()
-            except OSError as error:
+                film.end()
+            except (OSError, UserError) as error:
                 self._on_film_error(film.source, error)
-            else:
-                self.films += [path] if path else []
+            self.has_pictures = self.has_pictures or film.is_kept
 
     def enter(self, found: Detections) -> None:
         """Write one result into the file of all, if there is one."""
@@ -270,6 +270,8 @@ class _Film:
         self._writer: Any = None
         self._thread: Behind | None = None
         self._is_told = False
+        self.is_kept = False
+        """Whether it ended, and can be played."""
 
     def add(self, found: Detections, font: Path | None) -> None:
         """Write the picture of a frame, unless an earlier one could not be written.
@@ -297,18 +299,17 @@ class _Film:
         with writing(self._path):
             self._writer.add(*picture_and_time)
 
-    def end(self) -> Path | None:
-        """End it; the name that it has taken, or None where nothing can be played.
+    def end(self) -> None:
+        """End it; what can be played takes its name.
 
         Raises:
-            OSError: its end cannot be written; then what can be played has taken its name.
+            OSError: its end cannot be written; what can be played has taken its name all the same.
         """
         from ssd.video import is_playable  # noqa: PLC0415 (an extra)
 
         with self._stack:
             if self._thread is None or self._draft is None:
-                return None
-            path = None
+                return
             try:
                 self._thread.end()
                 self._writer.close()
@@ -318,8 +319,8 @@ class _Film:
                 if is_playable(self._draft.path):
                     with suppress(OSError):
                         self._draft.finish()
-                    path = self._draft.take_free()
-        return path
+                    self._draft.take_free()
+                    self.is_kept = True
 
 
 class CocoIds:

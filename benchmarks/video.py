@@ -1,6 +1,7 @@
 """A film to detections and a film with boxes: what overlaps, and beside ultralytics' `predict`.
 
 python benchmarks/video.py [--rounds 5] [--frames 240] [--sizes 1280x720 640x360] [--precision auto]
+    [--peer-python PYTHON]
 
 The film is a window that goes over drawn scenes, in H.264. "detection alone" has its frames in memory and
 draws nothing; "decoding and encoding alone" writes each frame as it is read; "the whole" is what ssd detect
@@ -13,7 +14,10 @@ import argparse
 import contextlib
 import io
 import os
+import statistics
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -105,6 +109,31 @@ def on_half(function: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
+PEER = """
+import sys, time
+from ultralytics import YOLO
+model = YOLO("yolov8n.yaml")
+def run():
+    for _ in model.predict(sys.argv[1], stream=True, save=True, project=sys.argv[2], verbose=False): pass
+run()
+start = time.perf_counter()
+run()
+print(time.perf_counter() - start)
+"""
+"""yolov8n with random weights; the first run warms it up."""
+
+
+def times_of_peer(python: str, film: Path) -> float:
+    code = [python, "-c", PEER, str(film), str(film.parent)]
+    return float(subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def once(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 ALONE = ("detection alone", "decoding and encoding alone")
 
 
@@ -121,9 +150,13 @@ def measure(detector: Detector, size: tuple[int, int], options: argparse.Namespa
         }
         if hasattr(os, "sched_setaffinity"):
             functions |= {f"{each}, half of the cores": on_half(functions[each]) for each in ALONE}
-        if options.peer_python:
-            functions |= {"ultralytics": lambda: None}
         times = medians(functions, options.rounds)
+        if options.peer_python:  # in turn with ours, so that both meet the same machine
+            peer = options.peer_python
+            pairs = [(times_of_peer(peer, film), once(functions["the whole"])) for _ in range(3)]
+            per = 1e3 / options.frames
+            theirs, ours = (per * statistics.median(each) for each in zip(*pairs, strict=True))
+            print(f"  ultralytics predict, yolov8n at 640: {theirs:.2f} ms a frame; ssd in turn: {ours:.2f}")
     show(f"{size[0]}x{size[1]}, {options.frames} frames, ms a frame", times, "the whole", per=options.frames)
     for which in ("", ", half of the cores"):
         slower = max(times.get(f"{each}{which}", 0) for each in ALONE)

@@ -243,7 +243,8 @@ def detect(
         if shards and not stopped:
             shards.finish()
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
-        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
+        has_pictures = out.has_pictures or (images and shards is not None)
+        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if has_pictures else ""))
         typer.echo("".join(f"{as_line(text)}\n" for text in counts.at_places()), nl=False)
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures.names or failures.films else 0)
 
@@ -342,14 +343,14 @@ def _write(
     with out, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
         try:
             for found in results:
+                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 try:
                     add(found)
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
-                    report(found.source, error)
+                    report(f"{found.source}{at}", error)
                 else:
                     counts.add(found)
                 counts.frames = counts.frames or found.frame is not None
-                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))

@@ -16,6 +16,7 @@ from ssd.data.names import loose, named_parts, written_parts
 from ssd.detections import Detections, csv_columns
 from ssd.errors import AnnotationError, UserError
 from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
+from ssd.frames import Behind
 from ssd.sources import is_film
 
 RESULT_FORMATS = {
@@ -28,6 +29,7 @@ RESULT_FORMATS = {
 """The file, or the folder, that each format of results is written to."""
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_BEHIND = 4  # pictures of a film that wait to be written
 _LINES = ("csv", "jsonl")
 """Formats whose entries are lines, so that nothing has to end the file."""
 
@@ -123,8 +125,8 @@ class Results:
     ) -> None:
         self._frames, self._tracks, self._on_film_error = frames, tracks, on_film_error
         self._film: _Film | None = None
-        self.films: list[Path] = []
-        """Those that are written, and whole or can be played."""
+        self.has_pictures = False
+        """Whether there are any, of films those that can be played."""
         self._folder, self._format, self.names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()  # of what the block holds
@@ -160,11 +162,13 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         with self._stack:
-            self._end_film()
-            if self._file:
-                self._file.put(self._end, self._last())  # where an entry was cut, that is gone
-                self._file.finish()
-                self.path = self._file.take_free()
+            try:
+                self._end_film()
+            finally:
+                if self._file:
+                    self._file.put(self._end, self._last())  # where an entry was cut, that is gone
+                    self._file.finish()
+                    self.path = self._file.take_free()
 
     def add(self, found: Detections) -> None:
         """Write one result, and what it has files of its own for."""
@@ -190,6 +194,7 @@ class Results:
             files = {path: content for path, content in contents.items() if content is not None}
             try:
                 write_new(files)
+                self.has_pictures = self.has_pictures or picture is not None
                 return
             except FileExistsError:  # another process was faster
                 if self.names.is_resumed and _hold(files):
@@ -218,11 +223,10 @@ class Results:
         film, self._film = self._film, None
         if film:
             try:
-                path = film.end()
-            except OSError as error:
+                film.end()
+            except (OSError, UserError) as error:
                 self._on_film_error(film.source, error)
-            else:
-                self.films += [path] if path else []
+            self.has_pictures = self.has_pictures or film.is_kept
 
     def enter(self, found: Detections) -> None:
         """Write one result into the file of all, if there is one."""
@@ -267,7 +271,7 @@ class Results:
 
 
 class _Film:
-    """A film that is being written.
+    """A film that is being written, a few pictures behind, by a thread of its own.
 
     It takes its name when it ends, be it early or because no more can be written, if it can be played.
     """
@@ -277,48 +281,59 @@ class _Film:
         self._stack = ExitStack()
         self._draft: Draft | None = None
         self._writer: Any = None
-        self._failed = False
+        self._thread: Behind | None = None
+        self._is_told = False
+        self.is_kept = False
+        """Whether it ended, and can be played."""
 
     def add(self, found: Detections, font: Path | None) -> None:
         """Write the picture of a frame, unless an earlier one could not be written.
 
         Raises:
-            OSError: it cannot be written; this comes but once.
+            OSError: it, or an earlier one, cannot be written; this comes but once.
         """
-        if self._failed:
+        if self._is_told:
             return
-        self._failed = True  # also where this is interrupted
-        if self._writer is None:
+        self._is_told = True  # also where this is interrupted
+        if self._thread is None:
             from ssd.video import FilmWriter  # noqa: PLC0415 (an extra)
 
             like = self.source if is_film(self.source) else None
             self._draft = self._stack.enter_context(draft(self._path))
             self._writer = FilmWriter(self._draft, found.image_size[::-1], like)
-        assert found.time is not None
-        with writing(self._path):
-            self._writer.add(found.draw(font=font, enlarge=False), found.time)
-        self._failed = False
+            self._thread = Behind(self._write, _BEHIND)
+        picture = found.draw(font=font, enlarge=False)
+        self._thread.put((picture, found.time))
+        if self._thread.error:
+            raise self._thread.error
+        self._is_told = False
 
-    def end(self) -> Path | None:
-        """End it; the name that it has taken, or None where nothing can be played.
+    def _write(self, picture_and_time: tuple[Any, float]) -> None:
+        with writing(self._path):
+            self._writer.add(*picture_and_time)
+
+    def end(self) -> None:
+        """End it; what can be played takes its name.
 
         Raises:
-            OSError: its end cannot be written; then what can be played has taken its name.
+            OSError: its end cannot be written; what can be played has taken its name all the same.
         """
         from ssd.video import is_playable  # noqa: PLC0415 (an extra)
 
         with self._stack:
-            if self._writer is None or self._draft is None:
-                return None
+            if self._thread is None or self._draft is None:
+                return
             try:
+                self._thread.end()
                 self._writer.close()
+                if self._thread.error and not self._is_told:
+                    raise self._thread.error
             finally:
-                path = None
                 if is_playable(self._draft.path):
                     with suppress(OSError):
                         self._draft.finish()
-                    path = self._draft.take_free()
-        return path
+                    self._draft.take_free()
+                    self.is_kept = True
 
 
 class CocoIds:

@@ -56,6 +56,9 @@ VERBS = {
     "export": Verb(
         "ssd.cli.export:export_weights", "Export weights to ONNX, OpenVINO, torch.export or TorchScript."
     ),
+    "serve": Verb(
+        "ssd.cli.serve:serve", "Detect over HTTP: a page for people, an API for programs, batches for both."
+    ),
     "benchmark": Verb(
         "ssd.cli.benchmark:benchmark",
         "Measure images a second, latency, and the time and memory of each stage.",

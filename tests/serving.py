@@ -1,5 +1,6 @@
 """A real server of `ssd.serve.app` on loopback, for the tests."""
 
+import socket
 import threading
 from contextlib import contextmanager
 
@@ -12,9 +13,8 @@ from ssd.serve.app import make_app
 def serving(detector, **options):
     """The address of a server in a thread, on a free port."""
     app = make_app(detector, **options)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import binascii
-import functools
 import hashlib
 import hmac
 import ipaddress
@@ -12,28 +10,30 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from ssd import __version__
+from ssd.detections import Detections
 from ssd.detector import Detector
 from ssd.drawing import class_color, encoded
 from ssd.errors import ImageMemoryError, MissingExtra, NonFiniteError, UserError, as_line
 from ssd.labels import category_ids
 from ssd.serve.batches import Batches, Busy
-from ssd.web import is_web_url
+from ssd.serve.bodies import images_of
 
 try:
-    import python_multipart  # noqa: F401 (what fastapi reads forms with)
     from fastapi import FastAPI, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from pydantic import BaseModel, ConfigDict, Field
-    from starlette.datastructures import Headers, MutableHeaders, UploadFile
+    from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,8 +44,12 @@ T = TypeVar("T")
 
 PAGE = Path(__file__).with_name("page.html")
 
-RETRY_AFTER = {"Retry-After": "1"}
-"""Seconds, with each 503."""
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},  # or the rest of the body would go on coming
+    413: {"Connection": "close"},
+    503: {"Retry-After": "1"},  # seconds
+}
 
 _TOLD = 200  # letters of a name that a stranger gives an image
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # of latency, in seconds
@@ -155,7 +159,7 @@ class Refused(Exception):
 
 
 def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status, RETRY_AFTER if status == 503 else None)
+    return JSONResponse({"error": message}, status, _HEADERS.get(status))
 
 
 # --- The application --------------------------------------------------------------------------------------
@@ -279,37 +283,48 @@ def make_app(
         except ValueError as error:
             raise Refused(400, as_line(str(error))) from error
         try:
-            images = await asyncio.wait_for(_images_of(request, allow_urls), limits.timeout)
+            body = await asyncio.wait_for(request.body(), limits.timeout)
         except asyncio.TimeoutError as error:
             raise Refused(408, f"the request did not come in within {limits.timeout:g} s") from error
+        kind, read = request.headers.get("content-type", ""), partial(images_of, most=limits.queue)
+        try:
+            images = await asyncio.to_thread(read, kind, body, allow_urls=allow_urls)
+        except ValueError as error:
+            raise Refused(400, str(error)) from error
         if choices.annotate and len(images) != 1:
             raise Refused(400, f"annotate=1 gives one picture, of one image; got {len(images)}")
-        if len(images) > limits.queue:
-            raise Refused(413, f"{len(images)} images; a request may have {limits.queue}")
         try:
             futures = batches.submit(images, options)
         except Busy as error:
             raise Refused(503, "too many images are under way; try again") from error
-        del images
-        work = asyncio.gather(*map(asyncio.wrap_future, futures))
-        found = await _unless_gone(request, work, limits.timeout)
+        del images, body
+        found = await _unless_gone(request, _results(futures), limits.timeout)
         if not choices.annotate:
-            body = json.dumps({"results": [each.to_dict() for each in found]}, ensure_ascii=False)
-            return Response(body, media_type="application/json")
+            text = json.dumps({"results": [each.to_dict() for each in found]}, ensure_ascii=False)
+            return Response(text, media_type="application/json")
         drawn = asyncio.to_thread(lambda: bytes(encoded(found[0].draw())))
         return Response(await _unless_gone(request, drawn, limits.timeout), media_type="image/jpeg")
 
     return app
 
 
-async def _unless_gone(request: Request, work: Awaitable[T], timeout: float) -> T:
+async def _results(futures: "list[Future[Detections]]") -> list[Detections]:
+    """Of all images; where this is cancelled, or one of them fails, the others leave the queue."""
+    try:
+        return [await asyncio.wrap_future(each) for each in futures]
+    finally:
+        for each in futures:
+            each.cancel()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T], timeout: float) -> T:
     """What is waited for, unless the client goes or it takes too long; it is then cancelled."""
 
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    tasks = doing, leaving = asyncio.create_task(work), asyncio.create_task(leave())
     try:
         await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
@@ -324,70 +339,6 @@ async def _unless_gone(request: Request, work: Awaitable[T], timeout: float) -> 
     finally:
         for task in tasks:
             task.cancel()
-
-
-# --- The images of a request ------------------------------------------------------------------------------
-
-
-async def _images_of(request: Request, allow_urls: bool) -> list[tuple[str, bytes | str]]:
-    """Name and content, or URL, of each image of a request."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        images = await _of_form(request)
-    elif kind == "application/json":
-        body = await request.body()
-        images = await asyncio.to_thread(_of_json, body, allow_urls)
-    else:  # whatever it calls itself: curl --data-binary says it were a form
-        images = [("image 0", await request.body())]
-    if not images:
-        raise Refused(400, "no image in the request")
-    return images
-
-
-async def _of_form(request: Request) -> list[tuple[str, bytes | str]]:
-    images: list[tuple[str, bytes | str]] = []
-    async with request.form(max_files=math.inf, max_fields=0) as form:
-        for field, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                raise Refused(
-                    400, f"{as_line(field, _TOLD)}: a form has files alone; options are in the query"
-                )
-            name = as_line(value.filename or "", _TOLD) or f"image {len(images)}"
-            images.append((name, await value.read()))
-    return images
-
-
-def _of_json(body: bytes, allow_urls: bool) -> list[tuple[str, bytes | str]]:
-    try:
-        listed = json.loads(body)["images"]
-        entries = [dict(each) for each in listed]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise Refused(400, 'JSON has to be as {"images": [{"name": "a.jpg", "data": "BASE64"}]}') from error
-    images: list[tuple[str, bytes | str]] = []
-    for number, entry in enumerate(entries):
-        url, data, name = (entry.pop(key, None) for key in ("url", "data", "name"))
-        name = as_line(str(name if name is not None else url or f"image {number}"), _TOLD)
-        if entry or (url is None) == (data is None):
-            raise Refused(400, f"{name}: an image has either data or url, and may have a name; nothing else")
-        images.append((name, _of_base64(name, data) if url is None else _allowed(url, allow_urls)))
-    return images
-
-
-def _of_base64(name: str, data: object) -> bytes:
-    try:
-        if not isinstance(data, str):
-            raise ValueError("it is no text")
-        return base64.b64decode(re.sub(r"^data:[^,]{0,200},|\s+", "", data), validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise Refused(400, f"{name}: its data is not base64 ({error})") from error
-
-
-def _allowed(url: object, allow_urls: bool) -> str:
-    if not allow_urls:
-        raise Refused(400, "images by URL are not fetched here; ssd serve --allow-urls does")
-    if not isinstance(url, str) or not is_web_url(url):
-        raise Refused(400, f"{as_line(str(url), _TOLD)}: only http and https URLs are fetched")
-    return url
 
 
 # --- Before and after each request ------------------------------------------------------------------------
@@ -446,11 +397,9 @@ class _Guard:
             return _refusal(403, "requests of pages of other sites are not answered")
         if self.token is not None and path not in ("/", "/healthz", "/favicon.ico"):
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode(), self.token)
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.token)
             if scheme.lower() != "bearer" or not right:
-                answer = _refusal(401, "this needs a token: Authorization: Bearer TOKEN")
-                answer.headers["WWW-Authenticate"] = "Bearer"
-                return answer
+                return _refusal(401, "this needs a token: Authorization: Bearer TOKEN")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.limits.max_bytes:
             return _refusal(413, self._too_large())
@@ -488,7 +437,6 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
     return True
 
 
-@functools.cache
 def _policy_of(page: str) -> str:
     """The Content-Security-Policy under which a page's own scripts and styles run, and nothing else."""
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import numpy as np
 from timing import heading
@@ -65,6 +66,12 @@ def load(port: int, images: list[bytes], clients: int) -> tuple[float, list[floa
     return time.perf_counter() - start, times, answers
 
 
+def _images_a_batch(port: int) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        values = dict(line.split() for line in answer.read().decode().splitlines() if line[0] != "#")
+    return int(values["ssd_images_total"]) / int(values["ssd_batches_total"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("weights", nargs="?", default="shapes")
@@ -95,12 +102,15 @@ def main() -> None:
             ratios.append(alone / seconds)
             rates.append((len(images) / alone, len(images) / seconds))
             latencies += times
-            print(f"  Detector {rates[-1][0]:6.1f} images/s, server {rates[-1][1]:6.1f}, ratio {ratios[-1]:.3f}")
+            print(
+                f"  Detector {rates[-1][0]:6.1f} images/s, server {rates[-1][1]:6.1f}, ratio {ratios[-1]:.3f}"
+            )
         median = [statistics.median(each) for each in zip(*rates, strict=True)]
         print(f"Detector {median[0]:.1f} images/s, server {median[1]:.1f} (medians)")
         print(f"server / Detector: {statistics.median(ratios):.3f} (median of {options.rounds})")
         p50, p99 = (1e3 * float(np.percentile(latencies, p)) for p in (50, 99))
         print(f"{len(latencies)} requests, all answered; p50 {p50:.0f} ms, p99 {p99:.0f} ms")
+        print(f"{_images_a_batch(port):.1f} images a batch")
         print(f"{changed} of them with other objects than the Detector's")
     finally:
         server.terminate()

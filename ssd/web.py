@@ -78,17 +78,18 @@ def is_public(address: str) -> bool:
     (True, False, False)
     """
     found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        if found in _NAT64:
-            found = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
-        elif found not in _UNICAST or found in _6TO4:
-            return False
-    return found.is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address) and found in _NAT64:
+        found = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+    if found.version == 6 and found not in _UNICAST:
+        return False
+    return found.is_global and not found.is_multicast and not any(found in each for each in _SPECIAL)
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; all else is special
-_6TO4 = ipaddress.IPv6Network("2002::/16")  # RFC 3056
+# Of IANA's registries of special addresses, what Python does not know in all versions: protocols, Teredo,
+# 6to4 and documentation.
+_SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "2001::/23", "2002::/16", "3fff::/20")]
 
 
 def _connect(deadline: _Deadline, public_only: bool, address: tuple[str, int], *_: object) -> socket.socket:

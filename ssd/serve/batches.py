@@ -75,12 +75,10 @@ class Batches:
         self._max_wait, self._max_bytes, self._how = max_wait, max_bytes, Reading(max_pixels)
         self._reading = 0
         self._ready: deque[_Job] = deque()
-        self._closed = False
         self._changed = threading.Condition()
         self._readers = ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1), "ssd-read")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "ssd-fetch")
-        self._worker = threading.Thread(target=self._work, name="ssd-detect")
-        self._worker.start()
+        self._worker = ThreadPoolExecutor(1, "ssd-detect")
 
     def submit(
         self, images: Sequence[tuple[str, bytes | str]], options: Options
@@ -111,12 +109,8 @@ class Batches:
 
     def close(self) -> None:
         """End the threads, after all that is under way."""
-        self._fetchers.shutdown()
-        self._readers.shutdown()
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._worker.join()
+        for each in (self._fetchers, self._readers, self._worker):
+            each.shutdown()
 
     def _begin(self, job: _Job) -> None:
         with self._changed:
@@ -153,23 +147,24 @@ class Batches:
             self._changed.notify_all()
         if job.input is None:
             self._end(job, problem)
+        else:
+            self._worker.submit(self._work)
 
     def _work(self) -> None:
-        while batch := self._next():
-            wanted = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            start = time.perf_counter()
-            self._detect(wanted)
-            with self._changed:
-                self.counts.detecting += time.perf_counter() - start
-                self.counts.images += len(wanted)
-                self.counts.batches += bool(wanted)
-            for job in set(batch) - set(wanted):
-                self._end(job)
+        """Detect on the images that are ready, if those before have left any."""
+        batch = self._next()
+        wanted = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        start = time.perf_counter()
+        self._detect(wanted)
+        with self._changed:
+            self.counts.detecting += time.perf_counter() - start
+            self.counts.images += len(wanted)
+            self.counts.batches += bool(wanted)
+        for job in set(batch) - set(wanted):
+            self._end(job)
 
     def _next(self) -> list[_Job]:
-        """Images to detect on together; none at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._closed)
             end = time.monotonic() + self._max_wait
             while (
                 0 < len(batch := self._alike()) < self.batch_size

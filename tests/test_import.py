@@ -21,7 +21,7 @@ ORDER = [
     *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "export", "train", "cli"),
+    *("triton", "export", "train", "serve", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -37,11 +37,12 @@ FOLDERS = {
         "openvino",
     ],  # which is made of ONNX
     "train": ["config", "memory", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
+    "serve": ["batches", "bodies", "app"],
     "cli": [
         "options",
         "common",
         "results",
-        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights"},
+        {"detect", "train", "evaluate", "data", "demo", "export", "serve", "benchmark", "weights"},
     ],
 }
 
@@ -60,6 +61,11 @@ ONLY = {
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
     "av": {"video"},
+    "fastapi": {"serve.app"},
+    "starlette": {"serve.app"},
+    "pydantic": {"serve.app"},
+    "python_multipart": {"serve.bodies"},
+    "uvicorn": {"cli.serve"},
 }
 """Packages that only some modules import."""
 

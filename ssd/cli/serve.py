@@ -87,10 +87,11 @@ def serve(
 
 def _listening(host: str, port: int) -> socket.socket:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or os.strerror(error.errno or 0)
+        is_systems = isinstance(error.errno, int) and error.errno > 0  # whose own words repeat the address
+        reason = os.strerror(error.errno or 0) if is_systems else error.strerror
         raise UserError(
             f"cannot listen on port {port} of {host} ({reason}); choose another --port, or 0 for a free one"
         ) from error

@@ -53,6 +53,8 @@ def test_a_signal_ends_it_after_what_is_under_way(started, photos, name):
     response = connection.getresponse()
     assert response.status == 200
     assert response.read().startswith(b'{"results": [{"source": "image 0", "width": 600')
+    for each in (connection, asked):
+        each.close()
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
 

@@ -148,6 +148,28 @@ class Layout:
             levels.append(torch.cat([grid, sides], dim=-1).reshape(-1, 4))
         return torch.cat(levels).float().clamp(0, 1)
 
+    def halved(self) -> "Layout | None":
+        """The layout of the same network over images of half the size, which has fewer maps.
+
+        It has those that the trunk and the first blocks make there, as far as they have as many cells as the
+        next map has here. Default boxes keep their width and height in pixels. None where not even the first
+        map has.
+
+        >>> LAYOUTS["300"].halved().maps, LAYOUTS["512"].halved().maps
+        ((19, 10, 5, 3, 1), (32, 16, 8, 4, 2))
+        """
+        size, maps = self.size // 2, list(self.maps[1:2])
+        if maps != [math.ceil(size / 8)]:
+            return None
+        for larger, smaller, wanted in zip(self.maps, self.maps[1:], self.maps[2:], strict=False):
+            # What the block that makes the second map out of the first makes of the second.
+            if wanted != (maps[-1] - 2 if smaller == larger - 2 else math.ceil(maps[-1] / 2)):
+                break
+            maps.append(wanted)
+        count = len(maps)
+        steps = tuple(step / 2 for step in self.steps[1 : count + 1])
+        return Layout(size, tuple(maps), steps, self.scales[: count + 1], self.aspect_ratios[:count])
+
     def best_overlaps(self, boxes: Tensor) -> Tensor:
         """The IoU of each box with the default box that fits it best.
 

@@ -1,5 +1,6 @@
 """SSD: a ResNet trunk, additional blocks, and a pair of heads for each feature map."""
 
+import copy
 import os
 from collections.abc import Collection, Sequence
 from itertools import pairwise
@@ -98,6 +99,23 @@ class SSD(nn.Module):
 
         if backbone_weights is not None:
             _load_backbone(self.feature_extractor.feature_extractor, backbone, backbone_weights)
+
+    def at_half_size(self) -> "SSD":
+        """The same network for images of half the size: without its last maps, and with the same tensors.
+
+        Raises:
+            ValueError: the layout has no half; see `ssd.boxes.Layout.halved`.
+        """
+        layout = self.layout.halved()
+        if layout is None:
+            raise ValueError(f"a layout of {self.layout.size} with maps {self.layout.maps} has no half")
+        part = copy.copy(self)
+        part.layout, part._modules = layout, dict(self._modules)
+        count = len(layout.maps)
+        part.additional_blocks = self.additional_blocks[: count - 1]
+        part.loc, part.loc_norm = self.loc[:count], self.loc_norm[:count]
+        part.conf, part.conf_norm = self.conf[:count], self.conf_norm[:count]
+        return part
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Raw outputs of a batch.

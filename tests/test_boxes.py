@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -50,6 +51,40 @@ def test_layouts_go_through_plain_data():
         assert hash(layout) == hash(Layout.from_dict(layout.to_dict()))
         assert layout.default_boxes().shape == (layout.num_default_boxes, 4)
         assert sum(layout.boxes_per_map) == layout.num_default_boxes
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_half_a_layout_has_the_same_boxes_in_pixels_of_the_next_maps(name):
+    """Each map's boxes are those of that map, centred where the next one has its cells."""
+    layout = LAYOUTS[name]
+    half = layout.halved()
+    assert half is not None
+    assert half.size == layout.size // 2
+    assert half.maps == layout.maps[1 : len(half.maps) + 1]
+    whole, part = layout.default_boxes(), half.default_boxes()
+    starts = np.cumsum([0, *layout.boxes_per_map])
+    begin = 0
+    for k, cells in enumerate(half.maps):
+        of_map = part[begin : begin + half.boxes_per_map[k]].view(-1, cells**2, 4)
+        begin += half.boxes_per_map[k]
+        here = whole[starts[k] : starts[k + 1]].view(-1, layout.maps[k] ** 2, 4)
+        following = whole[starts[k + 1] : starts[k + 2]].view(-1, cells**2, 4)
+        torch.testing.assert_close(of_map[0, :, :2], following[0, :, :2])
+        torch.testing.assert_close(of_map[:, 0, 2:], (2 * here[:, 0, 2:]).clamp(max=1))
+    assert begin == len(part)
+
+
+def test_layouts_without_a_half():
+    layout = LAYOUTS["300"]
+    one = Layout(8, (1,), (8,), (4, 8), ((2,),))
+    assert one.halved() is None
+    # The second map of 257 pixels has 17 cells, the first one of 128 pixels 16.
+    odd = replace(layout, size=257, maps=(33, 17, 9, 5, 3, 1))
+    assert odd.halved() is None
+    # The blocks make 17, 9, 5, 3 cells of 17; the next one, made for 5 to 3, makes 1 of 3.
+    assert replace(odd, size=260).halved().maps == (17, 9, 5, 3, 1)
+    # From 6 cells to 3 a block has a stride of 2, by which 3 become 2, and not 1.
+    assert SMALL_LAYOUT.halved().maps == (6, 3)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS.values(), SMALL_LAYOUT], ids=lambda layout: str(layout.size))

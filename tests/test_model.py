@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_LAYOUT, made_model, made_weights
+from conftest import OTHER_LAYOUTS, SMALL_LAYOUT, made_model, made_weights
 from torch._subclasses import FakeTensorMode
 from training import assert_equal
 
 from ssd import checkpoint, pretrained
-from ssd.boxes import LAYOUTS
+from ssd.boxes import LAYOUTS, PUBLISHED_LAYOUT
 from ssd.devices import native_precisions
 from ssd.errors import CheckpointError, DownloadError
 from ssd.model import SSD, load_model, set_precision, transfer
@@ -35,6 +35,35 @@ def test_state_dict_of_plain_heads_is_the_published_one(checkpoint_keys, backbon
         state = SSD(backbone=backbone, head_norm=False).state_dict()
     ours = [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in state.items()]
     assert ours == checkpoint_keys[backbone]
+
+
+def _first_maps(model, images, count):
+    """The outputs of `SSD.at_half_size`, put together from the whole network's parts."""
+    maps = [model.feature_extractor(images)]
+    for block in list(model.additional_blocks)[: count - 1]:
+        maps.append(block(maps[-1]))
+    heads = (model.loc, model.loc_norm), (model.conf, model.conf_norm)
+    return [
+        torch.cat(
+            [norms[i](convs[i](each)).unflatten(1, (k, -1)).flatten(2) for i, each in enumerate(maps)], 2
+        )
+        for (convs, norms), k in zip(heads, (4, model.num_classes), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("layout", "maps"), [("300", 5), ("512", 5), ("small", 2)])
+def test_at_half_size_it_is_the_network_without_its_last_maps(layout, maps):
+    model = made_model(layout=OTHER_LAYOUTS.get(layout, PUBLISHED_LAYOUT), head_norm=True)
+    part = model.at_half_size()
+    images = torch.randn(2, 3, part.layout.size, part.layout.size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        loc, conf = part(images)
+        wanted = _first_maps(model, images, maps)
+    assert loc.shape[2] == conf.shape[2] == part.layout.num_default_boxes
+    torch.testing.assert_close([loc, conf], wanted)
+    whole = dict(model.named_parameters())
+    assert all(whole[name] is parameter for name, parameter in part.named_parameters())
+    assert len(part.loc) == len(part.conf_norm) == maps < len(model.loc)
 
 
 @pytest.mark.parametrize("head_norm", [False, True], ids=["plain heads", "normed heads"])

@@ -27,7 +27,14 @@ ALONE = World(0, 1, CPU)
 
 
 QUICK = TrainConfig(
-    epochs=2, batch_size=2, backbone="resnet18", precision="fp32", workers=0, evaluate_every=100, lr=0.02
+    epochs=2,
+    batch_size=2,
+    backbone="resnet18",
+    precision="fp32",
+    workers=0,
+    evaluate_every=100,
+    lr=0.02,
+    half_size=0.0,
 )
 SMALL = replace(QUICK, layout="small")
 """The same with smaller images, for what does not depend on their size; see `tests/train/conftest.py`."""

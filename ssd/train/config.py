@@ -23,8 +23,12 @@ class TrainConfig:
         ValueError: a value is out of range; the message names the field.
     """
 
-    epochs: int = 60
+    epochs: int = 90
     """Times that each image is seen; see `time`."""
+    half_size: float | None = None
+    """Part of the run, at its start, in which images are half as wide and high, for a third of the time.
+
+    By default 0.5, and 0 where `weights` are given, or `layout` has no half."""
     batch_size: int = 8
     """Images in the network at a time, in each process; at least 2, for BatchNorm."""
     accumulate: int = 1
@@ -112,6 +116,7 @@ class TrainConfig:
         least: dict[str, float] = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1}
         least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze"), 0)
         least |= dict.fromkeys(("patience", "seed"), 0)
+        least |= {name: 0 for name in ("half_size", "workers") if getattr(self, name) is not None}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
@@ -121,10 +126,8 @@ class TrainConfig:
             raise ValueError(f"time must be above 0 and at most {_LONGEST:,} minutes; got {self.time}")
         if self.tiles is not None and self.tiles < LEAST_TILE:
             raise ValueError(f"tiles must be at least {LEAST_TILE}; got {self.tiles}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must be at least 0; got {self.workers}")
-        if self.ema >= 1 or self.momentum >= 1:
-            raise ValueError("ema and momentum must be below 1")
+        if max(self.ema, self.momentum, self.half_size or 0) >= 1:
+            raise ValueError("ema, momentum and half_size must be below 1")
         if self.freeze > 4:
             raise ValueError(f"freeze is at most 4, the whole trunk; got {self.freeze}")
         if not 0 <= self.iou_threshold <= 1:
@@ -179,6 +182,7 @@ PRESETS = {
     # NVIDIA DeepLearningExamples, SSD300 v1.1: `main.py`'s defaults and the 65 epochs of its README.
     "published": TrainConfig(
         epochs=65,
+        half_size=0.0,
         lr=2.6e-3,
         schedule="multistep",
         augmentation="published",

@@ -47,8 +47,18 @@ Example = tuple[Tensor, Tensor, Tensor, int]
 """Image, boxes and labels as in `Batch`, and the index in the dataset."""
 
 
+class Key(NamedTuple):
+    """What an example is made by."""
+
+    epoch: int
+    item: int
+    """Its number in the dataset."""
+    size: int
+    """Width and height of the image."""
+
+
 class Examples(Dataset[Example | Exception]):
-    """Augmented examples of a dataset, by (epoch, index): the same ones in any process, in any order.
+    """Augmented examples of a dataset, by `Key`: the same ones in any process, in any order.
 
     An item that cannot be used is given as its exception: raised in a worker, it would come with the worker's
     traceback for a message.
@@ -58,7 +68,6 @@ class Examples(Dataset[Example | Exception]):
         num_classes: with the background.
         recipe: a name in `ssd.augment.STEPS`.
         seed: of the augmentation.
-        size: width and height of the images.
         tiles: side of the tiles that are shown of larger images; None for whole ones.
     """
 
@@ -68,13 +77,12 @@ class Examples(Dataset[Example | Exception]):
         num_classes: int,
         recipe: Recipe,
         seed: int,
-        size: int,
         tiles: int | None = None,
     ) -> None:
         self.dataset, self.num_classes, self.recipe = dataset, num_classes, recipe
-        self.seed, self.size, self.tiles = seed, size, tiles
+        self.seed, self.tiles = seed, tiles
 
-    def __getitem__(self, key: tuple[int, int]) -> Example | Exception:
+    def __getitem__(self, key: Key) -> Example | Exception:
         try:
             return self._example(*key)
         except ImageMemoryError as error:
@@ -84,10 +92,10 @@ class Examples(Dataset[Example | Exception]):
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            name = item_name(self.dataset, key[1])
+            name = item_name(self.dataset, key.item)
             return ImageError(f"{name}: there is not enough memory to read it; {_LESS_MEMORY}")
 
-    def _example(self, epoch: int, index: int) -> Example:
+    def _example(self, epoch: int, index: int, size: int) -> Example:
         name = item_name(self.dataset, index)
         source, target = self.dataset[index]
         boxes, labels = as_targets(target, name)
@@ -101,7 +109,7 @@ class Examples(Dataset[Example | Exception]):
         except TypeError as error:
             raise ImageError(f"{name}: {error}") from error
         require_in_pixels(boxes, image.size, self.dataset, index)
-        pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, self.size, self.tiles)
+        pixels, boxes, labels = augment(image, boxes, labels, self.recipe, rng, size, self.tiles)
         return pixels, torch.from_numpy(boxes), torch.from_numpy(labels), index
 
 
@@ -121,10 +129,11 @@ def collate(items: Sequence[Example | Exception]) -> Batch | Exception:
     )
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
+class EpochBatches(Sampler[list[Key]]):
     """This process's batches of an epoch: a shuffle that depends on seed and epoch alone, without a rest.
 
-    Every process has as many. `epoch` and `start` (batches to pass over) are set before each iteration.
+    Every process has as many. `epoch`, `start` (batches to pass over) and `size` (of the images) are set
+    before each iteration.
 
     Args:
         images: of the dataset.
@@ -137,7 +146,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, images: int, *, batch_size: int, accumulate: int, seed: int, world: World) -> None:
         self._images, self._batch_size, self._accumulate = images, batch_size, accumulate
         self._seed, self._world = seed, world
-        self.epoch = self.start = 0
+        self.epoch = self.start = self.size = 0
         self.images_per_step = batch_size * accumulate * world.size
         """Images, of all processes, that a step of the optimiser sees."""
         self.steps = images // self.images_per_step
@@ -146,12 +155,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.steps * self._accumulate - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images)
         size, world = self._batch_size, self._world
         for number in range(self.start, self.steps * self._accumulate):
             first = (number * world.size + world.rank) * size
-            yield [(self.epoch, int(index)) for index in order[first : first + size]]
+            yield [Key(self.epoch, int(index), self.size) for index in order[first : first + size]]
 
 
 class Loader:

@@ -213,7 +213,9 @@ def _go_on(
     )
     with stop.listening(), loader_of_all as loader:
         while not limits.ending(run.progress):
-            ready.batches.epoch, ready.batches.start = run.progress.epoch, run.progress.batch
+            half = limits.is_half(run.progress)
+            stage, batches = ready.stage(half), ready.batches
+            batches.epoch, batches.start, batches.size = run.progress.epoch, run.progress.batch, stage.size
             thresholds = ()
             watch = Watch(
                 run,
@@ -228,11 +230,11 @@ def _go_on(
             with _saving(run, files, folder, world):
                 train_epoch(
                     run,
-                    ready.forward,
-                    ready.loss,
+                    stage.forward,
+                    stage.loss,
                     whole_steps(watch.batches(), ready.accumulate),
                     ready.rate,
-                    assign=ready.assign,
+                    assign=stage.assign,
                     accumulate=ready.accumulate,
                     dtype=DTYPES[ready.precision],
                     memory_format=ready.memory_format,
@@ -247,12 +249,13 @@ def _go_on(
             if stop.asked:
                 break
             number = run.progress.epoch + 1
-            whole = ready.batches.start == 0 and run.progress.batch == ready.batches.steps * ready.accumulate
+            whole = batches.start == 0 and run.progress.batch == batches.steps * ready.accumulate
             _tell_background(watch, first=number == 1 and whole, world=world, say=say)
             is_last = limits.is_last(number, run.progress)
             due = ready.val is not None and (number % ready.evaluate_every == 0 or is_last)
             if due:
                 files.write_state(run)  # an evaluation may take long, or fail
+            run.progress.half_epochs += half
             row = close_epoch(run, ready.rate, world)
             if due:
                 measured, thresholds = _evaluate(ready, files, world)
@@ -263,7 +266,7 @@ def _go_on(
                 if not curves:
                     say(_WITHOUT_CURVES)
             files.write_epoch(run, row, thresholds)
-            say(_line(row, limits))
+            say(_line(row, limits, stage.size if half else None))
             for hook in hooks:
                 hook(dict(row))
             ending = limits.ending(run.progress)
@@ -407,9 +410,11 @@ def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
 
-def _line(row: Mapping[str, float], limits: Limits) -> str:
+def _line(row: Mapping[str, float], limits: Limits, half: int | None) -> str:
+    """An epoch in words, with the size of its images where that is half of the network's."""
+    at = f" at {half} pixels" if half else ""
     text = (
-        f"epoch {limits.numbered(int(row['epoch']))}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
+        f"epoch {limits.numbered(int(row['epoch']))}{at}  loss {row['loss']:.3f} (loc {row['loc_loss']:.3f}, "
         f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
     )
     return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")

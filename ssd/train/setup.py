@@ -5,7 +5,7 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,18 @@ Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What images of one size are trained with."""
+
+    size: int
+    """Their width and height."""
+    forward: Forward
+    """The model, compiled or spread over processes where that was chosen."""
+    loss: Loss
+    assign: Assign
+
+
+@dataclass(frozen=True)
 class Setup:
     """All that training consists of, ready to go on."""
 
@@ -80,10 +92,8 @@ class Setup:
     batches: EpochBatches
     workers: int
     """Processes that load examples."""
-    forward: Forward
-    """The model, compiled or spread over processes where that was chosen."""
-    loss: Loss
-    assign: Assign
+    stage: Callable[[bool], Stage]
+    """That of images of half the size, or of the whole."""
     rate: Rate
     batch_size: int
     accumulate: int
@@ -136,13 +146,25 @@ def set_up(
         )
     if not run.progress.batch:  # an epoch that begins may have other steps than those before it
         run.progress.step = run.progress.epoch * batches.steps
-    layout = run.model.layout
-    default_boxes = layout.default_boxes().to(world.device)
+    config = replace(config, half_size=half_size_of(config, run.model.layout))
+    run.config["half_size"] = config.half_size
     weights: dict[str, Tensor] = {}
     if config.class_weights == "balanced":
         counted = boxes_of_classes(train, len(names), crowd=config.crowd)
         weights = {"class_weights": balanced_weights(counted).to(world.device)}
-    limits = Limits(config.epochs, config.time, config.patience)
+    limits = Limits(config.epochs, config.time, config.patience, config.half_size or 0.0)
+
+    @lru_cache(maxsize=1)  # a run changes from one to the other once
+    def stage(half: bool) -> Stage:
+        model = run.model.at_half_size() if half else run.model
+        default_boxes = model.layout.default_boxes().to(world.device)
+        return Stage(
+            model.layout.size,
+            _wrap(model, world, compiled=config.compile),
+            LOSSES[config.loss](default_boxes, **weights),
+            partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
+        )
+
     assert config.precision != "auto"
     return Setup(
         run=run,
@@ -153,12 +175,10 @@ def set_up(
         limits=limits,
         evaluate_every=config.evaluate_every,
         tiles=config.tiles,
-        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, layout.size, config.tiles),
+        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, config.tiles),
         batches=batches,
         workers=config.workers or 0,
-        forward=_wrap(run.model, world, compiled=config.compile),
-        loss=LOSSES[config.loss](default_boxes, **weights),
-        assign=partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
+        stage=stage,
         rate=rate_of(config, batches.steps * config.epochs, batches.images_per_step),
         batch_size=config.batch_size,
         accumulate=config.accumulate,
@@ -319,6 +339,22 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     precision = choose_precision(config.precision, device)
     layout = config.layout or (None if config.weights else "300")
     return replace(config, precision=precision, workers=workers, lr=config.peak_lr(), layout=layout)
+
+
+def half_size_of(config: TrainConfig, layout: Layout) -> float:
+    """The part of the run in which images are of half the size.
+
+    Raises:
+        ValueError: one is asked for, but the layout has no half.
+    """
+    if config.half_size and layout.halved() is None:
+        raise ValueError(
+            f"half_size {config.half_size}: a network of {layout.size} pixels and {len(layout.maps)} maps "
+            "has no half; leave half_size out"
+        )
+    if config.half_size is not None:
+        return config.half_size
+    return 0.0 if config.weights or layout.halved() is None else 0.5
 
 
 def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Rate:

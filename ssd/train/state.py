@@ -21,7 +21,9 @@ from ssd.train.config import TrainConfig
 _LASTING = ("backbone", "weights", "backbone_weights", "head_norm", "freeze", "layout")
 """Choices that a run keeps to its end."""
 
-_OF_OLD = {"layout": "300", "loss": "multibox"}  # of states that do not say theirs
+_OF_OLD = {"layout": "300", "loss": "multibox", "half_size": 0.0}  # of states that do not say theirs
+
+_COST_OF_HALF = 1 / 3  # of an epoch at half the size, of one at the whole; for what is told of the time left
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Progress:
     """Steps in a row, up to the last one, that were not finite."""
     seconds: float = 0.0
     """That training and evaluations have taken."""
+    half_epochs: int = 0
+    """Finished epochs of images of half the size."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,24 @@ class Limits:
     """In place of epochs, where there are any."""
     patience: int
     """Epochs without a higher AP; 0 for any number."""
+    half_size: float = 0.0
+    """Part of the run, at its start, in which images are of half the size."""
+
+    def is_half(self, progress: Progress) -> bool:
+        """Whether the images of the epoch under way are of half the size."""
+        if self.minutes is None:
+            return progress.epoch < int(self.half_size * self.epochs)
+        return progress.seconds < self.half_size * self.seconds
+
+    def epochs_left(self, progress: Progress) -> float:
+        """Of all epochs those that are not done, in such as take the time of the one under way.
+
+        >>> Limits(60, None, 0, half_size=0.5).epochs_left(Progress(epoch=20))
+        100.0
+        """
+        half = max(int(self.half_size * self.epochs) - progress.epoch, 0)
+        left = self.epochs - progress.epoch - half
+        return half + left / _COST_OF_HALF if half else float(left)
 
     @property
     def seconds(self) -> float:
@@ -75,9 +97,10 @@ class Limits:
             return f"all {self.epochs} epochs are done already; --epochs asks for more"
         reached = {epoch: row["AP"] for epoch, row in enumerate(progress.history, start=1) if "AP" in row}
         best = max(reached, key=lambda epoch: reached[epoch], default=0)  # the first of equals
-        without = progress.epoch - best
+        without = progress.epoch - max(best, progress.half_epochs)  # at half the size, AP says less
         # Where there is nothing to measure, AP is -1.
-        if progress.epoch in reached and reached[best] >= 0 and without >= self.patience > 0:
+        is_measured = progress.epoch in reached and not self.is_half(progress)
+        if is_measured and reached[best] >= 0 and without >= self.patience > 0:
             return (
                 f"ended: the AP of epoch {best}, {reached[best]:.3f}, was not exceeded in {without} epochs; "
                 f"a --patience above {without}, or 0, goes on"
@@ -155,10 +178,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def with_choices_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
-    """The config with what the run has: its layout, if none is named, and its loss, if there was no other."""
+    """The config with what the run has: its layout, if none is named, and what there was no choice of."""
     earlier = _OF_OLD | state["config"]
-    loss = config.loss if "loss" in state["config"] else earlier["loss"]
-    return replace(config, loss=loss, layout=config.layout or earlier["layout"])
+    first = {name: earlier[name] for name in ("loss", "half_size") if name not in state["config"]}
+    return replace(config, layout=config.layout or earlier["layout"], **first)
 
 
 def restore(path: Path, state: dict[str, Any], run: Run) -> None:
@@ -364,11 +387,12 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "config/precision": _is_text,
     "data": _is_choices,
     "data/class_names": _is_list(_is_text),
-    # States of earlier versions have no seconds.
+    # States of earlier versions have no seconds, and no epochs at half the size.
     "progress": lambda value: (
         isinstance(value, dict)
-        and value.keys() | {"seconds"} == {each.name for each in fields(Progress)}
+        and value.keys() | {"seconds", "half_epochs"} == {each.name for each in fields(Progress)}
         and _is_between(0, _MOST)(value.get("seconds", 0))
+        and _is_count(value.get("half_epochs", 0))
     ),
     **{f"progress/{name}": _is_count for name in ("epoch", "batch", "step", "skipped")},
     "progress/best": _is_between(-1, 1),

@@ -148,7 +148,7 @@ class Watch:
         progress = self._run.progress
         loc, conf = (each / max(progress.sums[2], 1.0) for each in progress.sums[:2])
         done = max(progress.batch - self._first, 1)
-        left = (self._limits.epochs - progress.epoch) * self._batches - progress.batch
+        left = self._limits.epochs_left(progress) * self._batches - progress.batch
         seconds = left * (now - self._start) / done
         if self._limits.minutes is not None:
             seconds = max(self._limits.seconds - progress.seconds, 0)

@@ -20,6 +20,8 @@ from ssd.train.config import PRESETS, TrainConfig, field_choices, field_docs
         ("momentum", 1.0),
         ("freeze", 5),
         ("workers", -1),
+        ("half_size", -0.1),
+        ("half_size", 1.0),
         ("time", 0.0),
         ("time", float("inf")),
         ("patience", -1),

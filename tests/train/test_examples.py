@@ -12,7 +12,7 @@ from ssd.data import DetectionDataset, item_name, load
 from ssd.distributed import World
 from ssd.errors import AnnotationError, ImageError, ImageMemoryError, LostContactError
 from ssd.train import examples
-from ssd.train.examples import EpochBatches, Examples, Loader, whole_steps
+from ssd.train.examples import EpochBatches, Examples, Key, Loader, whole_steps
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -31,10 +31,10 @@ def test_every_process_has_as_many_batches_and_no_image_comes_twice(size, accumu
             == {len(samplers[0])}
             == {29 // (2 * size * accumulate) * accumulate}
         )
-        seen = [index for each in batches for batch in each for _, index in batch]
+        seen = [index for each in batches for batch in each for _, index, _ in batch]
         assert len(seen) == len(set(seen))
         assert all(key[0] == epoch for each in batches for batch in each for key in batch)
-    assert batches[0] != [[(1, index) for _, index in batch] for batch in batches[0][::-1]]
+    assert batches[0] != [[(1, index, 0) for _, index, _ in batch] for batch in batches[0][::-1]]
     samplers[0].start = 1
     assert list(samplers[0]) == batches[0][1:]
 
@@ -43,7 +43,7 @@ def test_the_order_changes_with_epoch_and_seed():
     def order(epoch, seed):
         sampler = EpochBatches(50, batch_size=2, accumulate=1, seed=seed, world=ALONE)
         sampler.epoch = epoch
-        return [index for batch in sampler for _, index in batch]
+        return [index for batch in sampler for _, index, _ in batch]
 
     assert order(0, 0) != order(1, 0) != order(0, 1)
     assert order(3, 4) == order(3, 4)
@@ -63,7 +63,7 @@ def test_a_lack_of_memory_names_the_image_and_what_needs_less(monkeypatch, error
             return "a.png"
 
     monkeypatch.setattr(examples, function, fails)
-    told = Examples(One(), 2, "ssd", 0, 300)[0, 0]
+    told = Examples(One(), 2, "ssd", 0)[Key(0, 0, 300)]
     assert type(told) is ImageError
     assert re.match(r"a\.png: .*not enough.*; fewer processes need less \(--workers 1", str(told))
 
@@ -84,15 +84,15 @@ def test_boxes_of_turned_photos_stay_on_what_they_mark(tmp_path, orientation):
         "categories": [{"id": 1, "name": "red"}],
     }
     (tmp_path / "train.json").write_text(json.dumps(content))
-    examples = Examples(DetectionDataset(load(tmp_path)), 2, "none", 0, 300)
-    image, boxes, _, _ = examples[0, 0]
+    examples = Examples(DetectionDataset(load(tmp_path)), 2, "none", 0)
+    image, boxes, _, _ = examples[Key(0, 0, 300)]
     torch.testing.assert_close(boxes, torch.tensor([[0, 0, 0.5, 0.5]]))
     assert (image[10:140, 10:140] == torch.tensor([255, 0, 0])).all()
 
 
 @pytest.mark.parametrize("recipe", ["none", "default"])
 def test_the_size_is_that_of_the_network(images, recipe):
-    image, boxes, labels, index = Examples(images, 7, recipe, 0, 96)[0, 3]
+    image, boxes, labels, index = Examples(images, 7, recipe, 0)[Key(0, 3, 96)]
     assert image.shape == (96, 96, 3)
     assert (boxes.dtype, labels.dtype, index) == (torch.float32, torch.int64, 3)
     assert boxes.numel() == 0 or boxes.max() <= 1
@@ -113,7 +113,7 @@ def test_boxes_that_are_not_in_pixels_of_the_image_are_told(box, message):
         def __getitem__(self, index):
             return Image.new("RGB", (40, 30)), {"boxes": [box], "labels": [1]}
 
-    told = Examples(Own(), 2, "none", 0, 96)[0, 7]
+    told = Examples(Own(), 2, "none", 0)[Key(0, 7, 96)]
     assert isinstance(told, AnnotationError)
     assert str(told).startswith("frame-7: ")
     assert message in str(told)

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import itertools
 import multiprocessing
 import os
@@ -525,3 +526,82 @@ def test_all_processes_take_the_time_of_the_first_and_stop_where_one_is_asked_to
     alone = Progress(seconds=7.0)
     assert not loop.Clock(alone, ALONE).look(asked=False)
     assert alone.seconds == 12.0
+
+
+# --- Half the size ---
+
+
+def sizes_seen(monkeypatch):
+    """The widths of all batches from here on, as they are trained on."""
+    seen, real = [], SSD.forward
+
+    def forward(self, pixels):
+        if self.training:
+            seen.append(pixels.shape[-1])
+        return real(self, pixels)
+
+    monkeypatch.setattr(SSD, "forward", forward)
+    return seen
+
+
+def test_the_first_part_of_a_run_sees_images_of_half_the_size(images, tmp_path, monkeypatch):
+    seen, lines = sizes_seen(monkeypatch), []
+    config = replace(SMALL, epochs=5, half_size=0.5)
+    fit(images, None, config, tmp_path / "half", say=lines.append)
+    assert seen == [48] * 6 + [96] * 9
+    told = [line for line in lines if line.startswith("epoch")]
+    assert [" at 48 pixels  loss" in line for line in told] == [True, True, False, False, False]
+    state = read_state(tmp_path / "half" / "state.pt")
+    assert (state["progress"]["half_epochs"], state["config"]["half_size"]) == (2, 0.5)
+
+
+def test_the_last_maps_learn_from_whole_images_alone(images, tmp_path, monkeypatch):
+    states, set_up, close_epoch = [], loop.set_up, loop.close_epoch
+
+    def start(*arguments, **options):
+        ready = set_up(*arguments, **options)
+        states.append(copy.deepcopy(ready.run.model.state_dict()))
+        return ready
+
+    def close(run, *rest):
+        states.append(copy.deepcopy(run.model.state_dict()))
+        return close_epoch(run, *rest)
+
+    monkeypatch.setattr(loop, "set_up", start)
+    monkeypatch.setattr(loop, "close_epoch", close)
+    fit(images, None, replace(SMALL, half_size=0.5), tmp_path, say=None)
+    for key, changed in (
+        ("loc.3.weight", False),
+        ("additional_blocks.2.0.weight", False),
+        ("loc.0.weight", True),
+    ):
+        first, half, whole = (state[key] for state in states)
+        assert torch.equal(first, half) != changed
+        assert not torch.equal(half, whole)
+
+
+@pytest.mark.parametrize("after", [3, 7, 14])
+def test_a_run_that_is_stopped_at_half_the_size_ends_as_one_that_was_not(images, tmp_path, after):
+    config = replace(SMALL, epochs=4, half_size=0.6)
+    fit(images, None, config, tmp_path / "whole", say=None)
+    stopped = Interrupting(images, after)
+    assert not fit(stopped, None, config, tmp_path / "run", say=None).finished
+    assert fit(images, None, config, tmp_path / "run", resume=True, say=None).finished
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_patience_counts_from_the_first_whole_images(scenes, images, tmp_path, monkeypatch):
+    val, two = load(scenes, "val"), torch.utils.data.Subset(images, [0, 1])
+    config = replace(SMALL, epochs=12, evaluate_every=1, patience=2, half_size=0.5)
+    fake_evaluations(monkeypatch, [0.5] + [0.2] * 11)
+    result = fit(two, val, config, tmp_path, say=None)
+    assert (result.finished, result.best, len(rows(tmp_path))) == (True, 0.5, 8)
+
+
+def test_half_the_time_is_spent_at_half_the_size(images, tmp_path, monkeypatch, clock):
+    seen = sizes_seen(monkeypatch)
+    timed = replace(SMALL, time=100 / 60, half_size=0.5)
+    fit(Subset(images, [0, 1]), None, timed, tmp_path, say=None)
+    change = seen.index(96)
+    assert seen == [48] * change + [96] * (len(seen) - change)
+    assert 0.3 < change / len(seen) < 0.7

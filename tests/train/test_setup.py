@@ -16,11 +16,12 @@ from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.evaluate import evaluate_detector
 from ssd.loss import LOSSES, Losses, MultiBoxLoss
-from ssd.train import PRESETS, fit
+from ssd.train import PRESETS, TrainConfig, fit
 from ssd.train.setup import (
     balanced_weights,
     boxes_of_classes,
     classes_of,
+    half_size_of,
     layout_of,
     rate_of,
     set_up,
@@ -107,10 +108,11 @@ def test_class_weights_reach_the_loss(images, tmp_path, monkeypatch):
             category_ids=None,
             resume=False,
         )
+        loss = ready.stage(False).loss
     counts = boxes_of_classes(images, 6, crowd=False)
     assert [list(each) for each in made] == [[], ["class_weights"]]
     assert torch.equal(made[1]["class_weights"], balanced_weights(counts))
-    assert torch.equal(ready.loss.class_weights, balanced_weights(counts))
+    assert torch.equal(loss.class_weights, balanced_weights(counts))
 
 
 def test_too_few_images(images, tmp_path):
@@ -445,3 +447,17 @@ def test_training_and_evaluation_see_tiles(images, tmp_path):
     whole = fit(images, None, replace(config, tiles=None), tmp_path / "whole", say=None)
     assert whole.folder != result.folder
     assert rows(tmp_path)[0]["loss"] != rows(tmp_path / "whole")[0]["loss"]
+
+
+def test_from_values_by_chance_half_of_a_run_is_at_half_the_size():
+    layout = LAYOUTS["300"]
+    assert (
+        half_size_of(TrainConfig(), layout) == half_size_of(TrainConfig(layout="512"), LAYOUTS["512"]) == 0.5
+    )
+    assert half_size_of(TrainConfig(weights="coco"), layout) == 0
+    assert half_size_of(TrainConfig(weights="coco", half_size=0.3), layout) == 0.3
+    assert half_size_of(PRESETS["published"], layout) == 0
+    odd = replace(layout, size=257, maps=(33, 17, 9, 5, 3, 1))
+    assert half_size_of(TrainConfig(), odd) == half_size_of(TrainConfig(half_size=0), odd) == 0
+    with pytest.raises(ValueError, match="half_size 0.5: a network of 257 pixels and 6 maps has no half"):
+        half_size_of(TrainConfig(half_size=0.5), odd)

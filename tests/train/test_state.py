@@ -179,9 +179,9 @@ def test_a_state_from_before_layouts_is_of_the_published_one(tmp_path):
     save_state(tmp_path / "state.pt", run)
     state = read_state(tmp_path / "state.pt")
     assert state["layout"] == LAYOUTS["300"].to_dict()
-    del state["layout"], state["config"]["layout"], state["config"]["loss"]
-    config = with_choices_of(state, QUICK)
-    assert (QUICK.layout, config.layout, config.loss) == (None, "300", "multibox")
+    del state["layout"], state["config"]["layout"], state["config"]["loss"], state["config"]["half_size"]
+    config = with_choices_of(state, replace(QUICK, half_size=0.5))
+    assert (QUICK.layout, config.layout, config.loss, config.half_size) == (None, "300", "multibox", 0.0)
     restored = make_run(config)
     restore(tmp_path / "state.pt", state, restored)
     other = make_run()

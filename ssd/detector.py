@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -83,6 +84,8 @@ class Input:
     """Of a film, its frame's number; see `ssd.sources.Named`."""
     time: float | None = None
     """Of a film's frame, its time; see there."""
+    taken: float | None = None
+    """Of a live source, when it came; see there."""
 
 
 class Reading(NamedTuple):
@@ -318,6 +321,56 @@ class Detector:
         )
         return self._stream(sources, _positive(batch_size), options, on_error, reading)
 
+    def track(
+        self,
+        sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Named | Film],
+        *,
+        score_threshold: ScoreThreshold = Options.score_threshold,
+        lines: Iterable[Sequence[Any]] = (),
+        zones: Iterable[Sequence[Any]] = (),
+        **options: Any,
+    ) -> Iterator[Detections]:
+        """Detect objects in films, and give each a number that it keeps over the frames: `track_ids`.
+
+        By ByteTrack, which also takes detections from a score of 0.1 on where they go on with an object that
+        it knows; these are among the results, too. An object has its id from the second frame on in which
+        it is seen, and -1 before; it keeps it where it is hidden for up to two seconds. Ids count from 1 on,
+        anew for each call; no two objects of a call have the same, also where it is given several films.
+
+        >>> for found in detector.track("street.mp4", lines=[(0, 300, 640, 300)]):  # doctest: +SKIP
+        ...     print(found.frame, found.track_ids, found.counts)
+
+        Args:
+            sources: a film, folder or glob of films, a camera or an RTSP address, or several of these.
+            score_threshold: as for `stream`; what is seen below it begins no new object.
+            lines: to count what crosses them: x and y of start and end of each, in pixels of the film. An
+                object crosses when its whole box is on the other side, between the ends of the line; see
+                `Detections.counts`, and for what is in and out, `ssd.detections.LineCount`.
+            zones: to count what is in them: x and y of the corners of each. An object is where the middle of
+                its box's lower side is.
+            options: as for `stream`.
+
+        Raises:
+            ImageError: a source is an image; or a line or zone reaches outside of a film.
+            ValueError: an option is out of range, or a line or zone is none.
+            MissingExtra: the packages that track are not installed.
+        """
+        from ssd import tracking  # noqa: PLC0415 (an extra)
+
+        at_lines = [tracking.checked_points(each, closed=False) for each in lines]
+        at_zones = [tracking.checked_points(each, closed=True) for each in zones]
+        asked = self.options(score_threshold, Options.iou_threshold, 1, None, False, False)
+        least = np.array(asked.class_thresholds or [asked.score_threshold] * len(self.class_names))
+        nms = self.backend.nms
+        low = min(float(least.min()), max(tracking.LOW, nms.score_threshold if nms else 0))
+        if not isinstance(sources, str | os.PathLike):
+            sources = chain.from_iterable(
+                find_images(each, films=True) if isinstance(each, str | os.PathLike) else [each]
+                for each in sources
+            )
+        results = self.stream(sources, score_threshold=low, **options)
+        return tracking.tracked(results, least, at_lines, at_zones)
+
     def options(
         self,
         score_threshold: ScoreThreshold = Options.score_threshold,
@@ -464,9 +517,10 @@ class Detector:
             ImageError, FileNotFoundError: it cannot be read; the message names it.
         """
         name, image = _named(source, number)
-        frame = time = None
+        of_film: dict[str, Any] = {}
         if isinstance(image, Frame):
-            image, frame, time = image
+            of_film = {"frame": image.number, "time": image.time, "taken": image.taken}
+            image = image.pixels
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
@@ -474,12 +528,12 @@ class Detector:
         how = how or Reading()
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
         try:
-            return replace(self._read_once(image, name, number, how, where), frame=frame, time=time)
+            return replace(self._read_once(image, name, number, how, where), **of_film)
         except ImageMemoryError:
             if not where:
                 raise
         # Those that were read at the same time may have left too little.
-        return replace(self._read_once(image, name, number, how, where, alone=True), frame=frame, time=time)
+        return replace(self._read_once(image, name, number, how, where, alone=True), **of_film)
 
     def _read_once(
         self,
@@ -589,6 +643,7 @@ class Detector:
             number=of.number,
             frame=of.frame,
             time=of.time,
+            taken=of.taken,
         )
 
 

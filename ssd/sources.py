@@ -45,6 +45,8 @@ class Frame(NamedTuple):
     """Among all frames of the film, counted from 0."""
     time: float
     """When it is shown, in seconds from the film's start."""
+    taken: float | None = None
+    """When it came from a live source, by `time.monotonic`."""
 
 
 class Named(NamedTuple):

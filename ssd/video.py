@@ -132,7 +132,7 @@ def live(
                     lost = 0
                     pixels = upright(_rgb(each, stream.codec_context.color_trc), _display_matrix(each))
                     shown = since + float(at - first)
-                    yield Frame(pixels, number, shown)
+                    yield Frame(pixels, number, shown, time.monotonic())
                     number += 1
         except ImageError:
             raise

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,11 +268,18 @@ def test_export(folder, weights_file, faults, format, monkeypatch):
         def write(model, path, metadata, pictures):
             if format == "openvino":
                 path.mkdir()
-            for name in [path / each for each in BACKENDS[format].folder] or [path]:
-                name.write_bytes(b"new " + name.suffix.encode() * 100)
+
+            def save(_):
+                for name in [path / each for each in BACKENDS[format].folder] or [path]:
+                    name.write_bytes(b"new " + name.suffix.encode() * 100)
+
+            save(metadata)
+            return save
 
     monkeypatch.setattr(export, "import_module", lambda name: Writer)
     monkeypatch.setattr(export, "prove", lambda *_: None)
+    monkeypatch.setattr(export, "proof_of", lambda *_: {})
+    monkeypatch.setattr(export, "verify", lambda _: SimpleNamespace(is_proved=True))
     loaded = export.load_model(weights_file)
     monkeypatch.setattr(export, "load_model", lambda path: loaded)
     path = folder / ("ir" if format == "openvino" else "model.torchscript")

@@ -18,10 +18,11 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking"),
+    *("transforms", "augment"),
     *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "export", "train", "serve", "cli"),
+    *("triton", "proof", "export", "standalone", "browser", "train", "serve", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -42,7 +43,8 @@ FOLDERS = {
         "options",
         "common",
         "results",
-        {"detect", "train", "evaluate", "data", "demo", "export", "serve", "benchmark", "weights"},
+        "window",
+        {"detect", "train", "evaluate", "data", "demo", "export", "serve", "verify", "benchmark", "weights"},
     ],
 }
 
@@ -52,11 +54,13 @@ ONLY = {
     "pycocotools": {"evaluate", "plots"},
     "faster_coco_eval": {"evaluate"},
     "torchvision": set(),
-    "supervision": {"detections"},
+    "supervision": {"detections", "tracking"},
+    "trackers": {"tracking"},
+    "tkinter": {"cli.window"},
     "apex": {"train.optim"},
     "onnx": set(),
     "onnxscript": {"backends.onnx"},
-    "onnxruntime": {"backends.onnx"},
+    "onnxruntime": {"backends.onnx", "templates.detect"},
     "openvino": {"backends.openvino"},
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
@@ -164,7 +168,7 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'trackers', 'tkinter'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

@@ -82,6 +82,8 @@ class Metadata:
     layout: Layout = PUBLISHED_LAYOUT
     score_thresholds: tuple[float, ...] = ()
     """Of each class, or none; see `ssd.evaluate.best_thresholds`. Files of earlier versions have none."""
+    proof: dict[str, Any] | None = None
+    """See `ssd.proof.proof_of`. Files of earlier versions have none."""
 
     def to_json(self) -> str:
         """As the file holds it; beside the fields, how images are normalised."""
@@ -108,6 +110,7 @@ class Metadata:
             )
         values["layout"] = _first_layout(values) if version == 1 else _layout(values)
         values.setdefault("score_thresholds", [])
+        values.setdefault("proof", None)
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             lacks, extra = (", ".join(sorted(names)) for names in (known - set(values), set(values) - known))
@@ -130,6 +133,7 @@ class Metadata:
             and all(type(number) is int for number in self.category_ids),
             "score_thresholds": len(self.score_thresholds) in (0, len(self.class_names))
             and all(type(each) in (int, float) and 0 <= each <= 1 for each in self.score_thresholds),
+            "proof": self.proof is None or isinstance(self.proof, dict),
             "backbone": self.backbone in BACKBONES,
             "precision": self.precision in (*PRECISIONS, "int8"),
             "uint8": type(self.uint8) is bool,

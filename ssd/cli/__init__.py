@@ -59,6 +59,7 @@ VERBS = {
     "serve": Verb(
         "ssd.cli.serve:serve", "Detect over HTTP: a page for people, an API for programs, batches for both."
     ),
+    "verify": Verb("ssd.cli.verify:verify_export", "Prove an exported file again, on this machine."),
     "benchmark": Verb(
         "ssd.cli.benchmark:benchmark",
         "Measure images a second, latency, and the time and memory of each stage.",

@@ -5,9 +5,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from ssd.cli.common import (
 )
 from ssd.cli.options import OneOf
 from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_name, ids_of_file
-from ssd.detections import Detections
+from ssd.detections import Detections, LineCount, ZoneCount
 from ssd.detector import ScoreThreshold
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
@@ -39,6 +41,9 @@ from ssd.frames import has_frames
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
+
+if TYPE_CHECKING:
+    from ssd.cli.window import Window
 
 
 def _score_threshold(text: str) -> ScoreThreshold:
@@ -112,6 +117,28 @@ def detect(
     all_frames: Annotated[
         bool, typer.Option("--all-frames", help="Take all frames of animated GIF, WebP, PNG and AVIF files.")
     ] = False,
+    track: Annotated[
+        bool, typer.Option("--track", help="Of films: give each object a number that it keeps.")
+    ] = False,
+    line: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Count the tracked objects that cross it, x1,y1,x2,y2 in pixels of a film: in is to the "
+            "left of it as one looks from x1,y1 to x2,y2 (upwards, for one to the right). May be repeated.",
+            metavar="POINTS",
+        ),
+    ] = None,
+    zone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Count the tracked objects whose lower side's middle is in it: x1,y1,x2,y2,x3,y3,... May be "
+            "repeated.",
+            metavar="POINTS",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show each result in a window, one at a time; q or Esc ends it.")
+    ] = False,
     font: Annotated[
         Path | None,
         typer.Option(
@@ -126,19 +153,15 @@ def detect(
     ] = MAX_PIXELS,
 ) -> None:
     """An image that cannot be read is named and left out; the exit status is then 1."""
-    if scaled_decoding and images:
-        raise typer.BadParameter(
-            "pictures need the whole image: add --no-images", param_hint="--scaled-decoding"
-        )
-    if scaled_decoding and tiles is not None:
-        raise typer.BadParameter("tiles need the whole image", param_hint="--scaled-decoding")
+    whole = {"pictures": images, "tiles": tiles is not None, "a window": show}
+    _require_no_whole_images(whole if scaled_decoding else {})
     if annotations is not None and format != "coco":
         raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
-    wanted = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
-    if wanted == []:
-        raise typer.BadParameter("names no class", param_hint="--classes")
     found_images, total = _find(sources)
     has_films = _has_films(found_images, total, all_frames=all_frames)
+    lines, zones = _points(line, "--line"), _points(zone, "--zone")
+    track = track or bool(lines or zones)
+    _require_films(found_images if track and total is not None else (), all_frames=all_frames)
     failures: list[str] = []
     broken_films: list[str] = []
 
@@ -156,16 +179,21 @@ def detect(
         reason = os.strerror(number) if number else str(error)
         tqdm.write(as_line(f"ssd: the film with boxes of {name} ends early: {reason}"), file=sys.stderr)
 
-    with join(chosen_device(device)) as world, results_folder(output, "detect", world) as folder:
+    with (
+        join(chosen_device(device)) as world,
+        _window(font) if show else nullcontext() as window,
+        results_folder(output, "detect", world) as folder,
+    ):
         detector = load_detector(weights, world, device, precision, compile=compile)
         with usage_errors():
-            results = detector.stream(
+            find = partial(detector.track, lines=lines, zones=zones) if track else detector.stream
+            results = find(
                 _share(found_images, total, world, batch_size),
-                batch_size=batch_size,
+                batch_size=1 if show else batch_size,  # so that pictures come as evenly as frames do
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 max_detections=max_detections,
-                classes=wanted,
+                classes=_wanted(classes),
                 on_error=report,
                 every=every,
                 max_fps=max_fps,
@@ -188,6 +216,7 @@ def detect(
             pictures=images,
             font=font,
             frames=has_films,
+            tracks=track,
             on_film_error=report_film,
         )
         if world.size > 1:
@@ -202,7 +231,7 @@ def detect(
             typer.echo(f"ssd: {note}", err=True)
         counts = _Counts(None if has_films else total, failures)
         try:
-            stopped = _write(results, out, out.add if world.size == 1 else out.enter, counts, report)
+            stopped = _write(results, out, out.add if world.size == 1 else out.enter, counts, report, window)
         except OSError as error:  # the results file itself cannot be written
             if counts.done and not isinstance(error, BrokenPipeError):
                 typer.echo(f"{counts}; the results are not written")
@@ -211,6 +240,7 @@ def detect(
             raise stopped
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
         typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
+        typer.echo("".join(f"{as_line(text)}\n" for text in counts.at_places()), nl=False)
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures or broken_films else 0)
 
 
@@ -224,12 +254,32 @@ class _Counts:
     objects: int = 0
     frames: bool = False
     """Whether frames of films are among them."""
+    tracks: set[int] | None = None
+    """The ids of all objects, where these are tracked."""
+    places: dict[str, tuple[LineCount | ZoneCount, ...]] = field(default_factory=dict)
+    """Of each film, the last counts of lines and zones."""
+
+    def add(self, found: Detections) -> None:
+        """Count a result."""
+        self.done, self.objects = self.done + 1, self.objects + len(found)
+        if found.track_ids is not None:
+            self.tracks = (self.tracks or set()) | (set(found.track_ids.tolist()) - {-1})
+        if found.counts:
+            self.places[found.source] = found.counts
+
+    def at_places(self) -> Iterator[str]:
+        """A line for each line and zone of each film."""
+        for source, counts in self.places.items():
+            for each in counts:
+                yield f"{source}: {each.name}: {each}"
 
     def __str__(self) -> str:
         done, objects, failed = self.done, self.objects, len(self.failures)
         what = "image or frame" if self.frames else "image"
         what = ("images and frames" if self.frames else "images") if done != 1 else what
         text = f"{done} {what}, {objects} object{'s'[: objects != 1]}"
+        if self.tracks is not None:
+            text = f"{done} {what}, {objects} detections, {len(self.tracks)} tracked objects"
         text += f", {failed} left out" if failed else ""
         missing = 0 if self.total is None else self.total - done - failed
         return text + (f", {missing} not reached" if missing > 0 else "")
@@ -241,6 +291,7 @@ def _write(
     add: Callable[[Detections], None],
     counts: _Counts,
     report: Callable[[str, Exception], None],
+    window: "Window | None" = None,
 ) -> BaseException | None:
     """Write and show results as they come; gives what stopped that, after which what is done is kept."""
     alone = counts.total == 1
@@ -252,16 +303,70 @@ def _write(
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
                     report(found.source, error)
                 else:
-                    counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
+                    counts.add(found)
                 counts.frames = counts.frames or found.frame is not None
                 at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))
                 bar.update(counts.done + len(counts.failures) - bar.n)
+                if window and not window.show(found):
+                    break
         except (KeyboardInterrupt, Exception) as error:
             return error
     return None
+
+
+def _require_no_whole_images(wanted: dict[str, bool]) -> None:
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            hint = ": add --no-images" if what == "pictures" else ""
+            text = f"{what} need{'s'[: what == 'a window']} the whole image{hint}"
+            raise typer.BadParameter(text, param_hint="--scaled-decoding")
+
+
+def _wanted(classes: str | None) -> list[str] | None:
+    names = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
+    if names == []:
+        raise typer.BadParameter("names no class", param_hint="--classes")
+    return names
+
+
+def _points(texts: list[str] | None, option: str) -> list[tuple[float, ...]]:
+    """The lines or zones of an option."""
+    if not texts:
+        return []
+    from ssd.tracking import checked_points  # noqa: PLC0415 (an extra)
+
+    with usage_errors(option):
+        return [
+            checked_points([float(each) for each in text.split(",")], closed=option == "--zone")
+            for text in texts
+        ]
+
+
+def _require_films(images: Iterable[Named], *, all_frames: bool) -> None:
+    for each in images:
+        if not has_frames(each, all_frames=all_frames):
+            hint = "; with --all-frames, animations are films" if not all_frames else ""
+            raise typer.BadParameter(
+                f"follows objects over the frames of films, and {each.name} is an image{hint}",
+                param_hint="--track",
+            )
+
+
+@contextmanager
+def _window(font: Path | None) -> "Iterator[Window]":
+    from ssd.cli.window import NoWindow, Window  # noqa: PLC0415 (it takes time, and what not all have)
+
+    try:
+        window = Window(font)
+    except NoWindow as error:
+        raise typer.BadParameter(str(error), param_hint="--show") from error
+    try:
+        yield window
+    finally:
+        window.close()
 
 
 def _coco_ids(annotations: Path | None, listed: list[str], class_names: Sequence[str]) -> CocoIds:

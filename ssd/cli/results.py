@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from ssd.data.builder import read_text
 from ssd.data.names import loose, named_parts, written_parts
-from ssd.detections import CSV_COLUMNS, FRAME_COLUMNS, Detections
+from ssd.detections import Detections, csv_columns
 from ssd.errors import AnnotationError, UserError
 from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
 from ssd.sources import is_film
@@ -94,6 +94,7 @@ class Results:
         pictures: whether to write them: of a film, a film.
         font: of their labels; see `Detections.draw`.
         frames: whether there are films, for which CSV has columns of its own.
+        tracks: whether objects are tracked, as well.
         on_film_error: called with the source and the error where its film cannot be written, or not whole;
             results go on.
     """
@@ -109,9 +110,10 @@ class Results:
         pictures: bool,
         font: Path | None = None,
         frames: bool = False,
+        tracks: bool = False,
         on_film_error: Callable[[str, Exception], object] = lambda name, error: None,
     ) -> None:
-        self._frames, self._on_film_error = frames, on_film_error
+        self._frames, self._tracks, self._on_film_error = frames, tracks, on_film_error
         self._film: _Film | None = None
         self.films: list[Path] = []
         """Those that are written, and whole or can be played."""
@@ -139,7 +141,7 @@ class Results:
                         self.path.rmdir()
                 raise
         else:
-            columns = (*CSV_COLUMNS, *(FRAME_COLUMNS if self._frames else ()))
+            columns = csv_columns(frames=self._frames, tracks=self._tracks)
             head = {"csv": f"{','.join(columns)}\n", "jsonl": ""}.get(self._format, "[").encode()
             with ExitStack() as stack:
                 self._file = stack.enter_context(draft(self.path))

@@ -261,11 +261,11 @@ class Detector:
             NonFiniteError: the network gave NaN or infinity.
             ValueError: an option is out of range or a class unknown.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
+        options = self.options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         reading = Reading(max_pixels, tiles=_checked_side(tiles))
         if isinstance(images, list | tuple) and not isinstance(images, Named):
             return list(self._stream(images, _positive(batch_size), options, None, reading))
-        return self._detect([self._read(images, how=reading)], options)[0]
+        return self.detect([self.read(images, how=reading)], options)[0]
 
     def stream(
         self,
@@ -314,7 +314,7 @@ class Detector:
             tiles: as for calling the detector; not with `scaled_decoding`.
             voting, flips: as for calling the detector.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
+        options = self.options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         if isinstance(sources, str | os.PathLike):
             sources = find_images(sources, films=True)
         elif _is_one_image(sources):
@@ -367,7 +367,7 @@ class Detector:
 
         at_lines = [tracking.checked_points(each, closed=False) for each in lines]
         at_zones = [tracking.checked_points(each, closed=True) for each in zones]
-        asked = self._options(score_threshold, Options.iou_threshold, 1, None, False, False)
+        asked = self.options(score_threshold, Options.iou_threshold, 1, None, False, False)
         least = np.array(asked.class_thresholds or [asked.score_threshold] * len(self.class_names))
         nms = self.backend.nms
         low = min(float(least.min()), max(tracking.LOW, nms.score_threshold if nms else 0))
@@ -379,15 +379,20 @@ class Detector:
         results = self.stream(sources, score_threshold=low, **options)
         return tracking.tracked(results, least, at_lines, at_zones)
 
-    def _options(
+    def options(
         self,
-        score_threshold: ScoreThreshold,
-        iou_threshold: float,
-        max_detections: int,
-        classes: Sequence[str | int] | None,
-        voting: bool,
-        flips: bool,
+        score_threshold: ScoreThreshold = Options.score_threshold,
+        iou_threshold: float = Options.iou_threshold,
+        max_detections: int = Options.max_detections,
+        classes: Sequence[str | int] | None = None,
+        voting: bool = False,
+        flips: bool = False,
     ) -> Options:
+        """What a caller wants, checked; the arguments are those of calling the detector.
+
+        Raises:
+            ValueError: one is out of range, or a class unknown.
+        """
         of_classes = self._calibrated(score_threshold) if isinstance(score_threshold, str) else ()
         least = min(of_classes) if isinstance(score_threshold, str) else score_threshold
         for name, value in (("score_threshold", least), ("iou_threshold", iou_threshold)):
@@ -437,7 +442,7 @@ class Detector:
         def start() -> None:
             nonlocal batch
             if batch:
-                under_way.append((batch, _submit(pool, self._detect, batch, options)))
+                under_way.append((batch, _submit(pool, self.detect, batch, options)))
             batch = []
 
         def results(left: int = 0) -> Iterator[Detections]:
@@ -485,7 +490,7 @@ class Detector:
                 error = NonFiniteError(str(found), [i])
                 on_error(batch[i].name, _marked(error, batch[i].name, batch[i].number))
             rest = [each for i, each in enumerate(batch) if i not in found.images]
-            return self._detect(rest, options) if rest else []
+            return self.detect(rest, options) if rest else []
         if isinstance(found, NonFiniteError) and found.images:
             first = batch[found.images[0]]
             raise _marked(found, first.name, first.number)
@@ -493,7 +498,12 @@ class Detector:
             raise found
         return found
 
-    def _detect(self, batch: list[Input], options: Options) -> list[Detections]:
+    def detect(self, batch: list[Input], options: Options) -> list[Detections]:
+        """Detections of images that were read, which go through the network together.
+
+        Raises:
+            NonFiniteError: the network gave NaN or infinity for some.
+        """
         image_of = [i for i, each in enumerate(batch) for _ in each.windows]
         found: list[Found] = []
         backend = self.backend.with_flips() if options.flips else self.backend
@@ -508,7 +518,12 @@ class Detector:
                 found += some.cpu().per_image()
         return self.results(batch, found, options)
 
-    def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
+    def read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
+        """An image as the network is to see it, for `detect`.
+
+        Raises:
+            ImageError, FileNotFoundError: it cannot be read; the message names it.
+        """
         name, image = _named(source, number)
         of_film: dict[str, Any] = {}
         if isinstance(image, Frame):
@@ -592,7 +607,7 @@ class Detector:
         try:
             for number, source in found:
                 named = _named(source, number)
-                outcome = _submit(pool, self._read, named, number, reading)
+                outcome = _submit(pool, self.read, named, number, reading)
                 waiting.append((named, number, outcome))
                 if is_full():
                     yield from oldest()

@@ -22,7 +22,7 @@ ORDER = [
     *("transforms", "augment"),
     *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
-    *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "cli"),
+    *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "serve", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -38,6 +38,7 @@ FOLDERS = {
         "openvino",
     ],  # which is made of ONNX
     "train": ["config", "memory", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
+    "serve": ["batches", "bodies", "app"],
     "cli": [
         "options",
         "common",
@@ -45,8 +46,8 @@ FOLDERS = {
         "window",
         "shards",
         {
-            *("detect", "train", "evaluate", "data", "demo", "export", "verify", "benchmark", "weights"),
-            *("push", "calibrate"),
+            *("detect", "train", "evaluate", "data", "demo", "export", "serve", "verify", "benchmark"),
+            *("weights", "push", "calibrate"),
         },
     ],
 }
@@ -69,6 +70,11 @@ ONLY = {
     "yaml": {"data.yolo_settings"},
     "av": {"video"},
     "huggingface_hub": {"card", "hf"},
+    "fastapi": {"serve.app"},
+    "starlette": {"serve.app"},
+    "pydantic": {"serve.app"},
+    "python_multipart": {"serve.bodies"},
+    "uvicorn": {"cli.serve"},
 }
 """Packages that only some modules import."""
 

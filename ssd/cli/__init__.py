@@ -60,6 +60,9 @@ VERBS = {
     "export": Verb(
         "ssd.cli.export:export_weights", "Export weights to ONNX, OpenVINO, torch.export or TorchScript."
     ),
+    "serve": Verb(
+        "ssd.cli.serve:serve", "Detect over HTTP: a page for people, an API for programs, batches for both."
+    ),
     "verify": Verb("ssd.cli.verify:verify_export", "Prove an exported file again, on this machine."),
     "benchmark": Verb(
         "ssd.cli.benchmark:benchmark",

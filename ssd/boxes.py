@@ -159,7 +159,7 @@ class Layout:
         ((19, 10, 5, 3, 1), (32, 16, 8, 4, 2))
         """
         size, maps = self.size // 2, list(self.maps[1:2])
-        if maps != [math.ceil(size / 8)]:
+        if size < 8 or maps != [math.ceil(size / 8)]:
             return None
         for larger, smaller, wanted in zip(self.maps, self.maps[1:], self.maps[2:], strict=False):
             # What the block that makes the second map out of the first makes of the second.

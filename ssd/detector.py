@@ -377,7 +377,13 @@ class Detector:
                 for each in sources
             )
         results = self.stream(sources, score_threshold=low, **options)
-        return tracking.tracked(results, least, at_lines, at_zones)
+        found = tracking.tracked(results, least, at_lines, at_zones)
+        return map(self._as_probabilities, found) if asked.class_thresholds and self.calibration else found
+
+    def _as_probabilities(self, found: Detections) -> Detections:
+        """The same with calibrated scores."""
+        assert self.calibration is not None
+        return replace(found, scores=self.calibration.probabilities(found.scores), image=found._kept)
 
     def options(
         self,

@@ -77,7 +77,7 @@ def test_half_a_layout_has_the_same_boxes_in_pixels_of_the_next_maps(name):
 def test_layouts_without_a_half():
     layout = LAYOUTS["300"]
     one = Layout(8, (1,), (8,), (4, 8), ((2,),))
-    assert one.halved() is None
+    assert one.halved() is Layout(8, (1, 1), (8, 8), (4, 8, 8), ((2,), (2,))).halved() is None
     # The second map of 257 pixels has 17 cells, the first one of 128 pixels 16.
     odd = replace(layout, size=257, maps=(33, 17, 9, 5, 3, 1))
     assert odd.halved() is None

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 
 from ssd import checkpoint, standalone
 from ssd.backends.base import METADATA
+from ssd.calibration import Calibration
 from ssd.detector import Detector
 from ssd.standalone import TEMPLATES, write_standalone
 from ssd.transforms import resize
@@ -23,6 +24,7 @@ from ssd.transforms import resize
 pytest.importorskip("onnxruntime")
 NAMES = ("cat", "cup", "person")
 LOW = 0.2
+CALIBRATION = Calibration(temperature=2.5, bias=-0.5)
 
 
 def with_metadata(source, target, changes):
@@ -47,7 +49,8 @@ def module():
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     state = made_model(layout=SMALL_LAYOUT).state_dict()
-    checkpoint.save(path, state, NAMES, layout=SMALL_LAYOUT, score_thresholds=(0.3, 0.2, 0.4))
+    known = {"score_thresholds": (0.3, 0.2, 0.4), "calibration": CALIBRATION}
+    checkpoint.save(path, state, NAMES, layout=SMALL_LAYOUT, **known)
     return path
 
 
@@ -57,7 +60,8 @@ def folder(weights, tiny_exported, tmp_path_factory):
 
     def export(_, path, **choices):
         assert choices == {"nms": True, "uint8": True, "precision": "fp32"}
-        return with_metadata(tiny_exported["onnx nms"], path, {"score_thresholds": [0.3, 0.2, 0.4]})
+        known = {"score_thresholds": [0.3, 0.2, 0.4], "calibration": CALIBRATION.to_dict()}
+        return with_metadata(tiny_exported["onnx nms"], path, known)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standalone, "export", export)
@@ -205,6 +209,7 @@ def test_text_pictures_and_calibrated_thresholds(run, weights, tmp_path):
     first, *rest = result.stdout.splitlines()
     assert first == f"a.png: {len(expected)} objects"
     assert [line.split()[0] for line in rest] == expected.names.tolist()
+    assert [float(line.split()[1]) for line in rest] == pytest.approx(expected.scores, abs=0.006)
     assert sorted(path.name for path in out.iterdir()) == ["a-2.jpg", "a.jpg"]
     picture = np.asarray(Image.open(out / "a.jpg")).astype(int)
     assert picture.shape == (150, 200, 3)

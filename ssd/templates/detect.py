@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -222,6 +223,12 @@ def score(text: str) -> float | str:
     return text if text == "calibrated" else float(text)
 
 
+def probability(score: float, temperature: float, bias: float) -> float:
+    """That a detection of a score finds an object, as the model was calibrated."""
+    score = min(max(score, 1e-6), 1 - 1e-6)
+    return 1 / (1 + math.exp(-(math.log(score / (1 - score)) / temperature + bias)))
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -237,9 +244,10 @@ def main() -> int:
     if not wanted.photos:
         parser.error("name photos, or --verify")
     model = Model()
+    worth: dict[str, float] = {}
     thresholds = wanted.score_threshold
     if thresholds == "calibrated":
-        thresholds = model.about.get("score_thresholds")
+        thresholds, worth = model.about.get("score_thresholds"), model.about.get("calibration") or {}
         if not thresholds:
             parser.error("this model has no calibrated thresholds; give a number")
     elif not model.least <= thresholds <= 1:
@@ -249,6 +257,8 @@ def main() -> int:
         try:
             image = read(path)
             found = model.detect(image, thresholds)
+            for each in found if worth else ():
+                each["score"] = probability(each["score"], worth["temperature"], worth["bias"])
             if wanted.draw:
                 wanted.draw.mkdir(parents=True, exist_ok=True)
                 with _free(wanted.draw, path.stem) as file:

@@ -44,7 +44,14 @@ const objects = (count) => `${count} object${count === 1 ? "" : "s"}`;
 const hue = (classId) => (classId * 137) % 360;
 const limitOf = (classId) =>
   find("calibrated").checked ? about.score_thresholds[classId] : Number(find("threshold").value);
-const kept = (found) => found.detections.filter((each) => each.score > limitOf(each.class_id));
+// As in ssd.calibration: with calibrated thresholds, scores are probabilities where the model has them.
+const worth = (score) => {
+  if (!find("calibrated").checked || !about.calibration) return score;
+  const p = Math.min(Math.max(score, 1e-6), 1 - 1e-6);
+  return 1 / (1 + Math.exp(-(Math.log(p / (1 - p)) / about.calibration.temperature + about.calibration.bias)));
+};
+const kept = (found) =>
+  found.detections.filter((each) => each.score > limitOf(each.class_id)).map((each) => ({ ...each, score: worth(each.score) }));
 
 // A figure with a canvas and a list; `show(image, found)` fills it, `show()` draws it anew.
 function figure(name, onRemove) {

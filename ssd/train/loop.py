@@ -202,11 +202,12 @@ def _go_on(
     measured: Evaluation | None = None
     thresholds: tuple[float, ...] = ()
     curves = True
-    stop, clock = Stop(), Clock(run.progress, world)
+    stop, clock, half = Stop(), Clock(run.progress, world), False
 
     def is_over() -> bool:
+        """Whether the epoch is: the run, its part at half the size, or someone's patience."""
         stop.asked = clock.look(stop.asked)
-        return stop.asked or run.progress.seconds >= limits.seconds
+        return stop.asked or run.progress.seconds >= limits.seconds * (limits.half_size if half else 1)
 
     loader_of_all = loading(
         ready.examples, ready.batches, workers=ready.workers, pin_memory=world.device.type == "cuda"

@@ -511,7 +511,8 @@ def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
-    return torch.compile(forward) if compiled else forward
+    # A stage has one shape; by itself, torch would compile the second for any.
+    return torch.compile(forward, dynamic=False) if compiled else forward
 
 
 def _files_of(annotations: Annotations) -> set[str]:

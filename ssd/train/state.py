@@ -64,6 +64,8 @@ class Limits:
 
     def is_half(self, progress: Progress) -> bool:
         """Whether the images of the epoch under way are of half the size."""
+        if progress.epoch > progress.half_epochs:  # a run that is made longer does not go back
+            return False
         if self.minutes is None:
             return progress.epoch < int(self.half_size * self.epochs)
         return progress.seconds < self.half_size * self.seconds
@@ -71,10 +73,10 @@ class Limits:
     def epochs_left(self, progress: Progress) -> float:
         """Of all epochs those that are not done, in such as take the time of the one under way.
 
-        >>> Limits(60, None, 0, half_size=0.5).epochs_left(Progress(epoch=20))
+        >>> Limits(60, None, 0, half_size=0.5).epochs_left(Progress(epoch=20, half_epochs=20))
         100.0
         """
-        half = max(int(self.half_size * self.epochs) - progress.epoch, 0)
+        half = int(self.half_size * self.epochs) - progress.epoch if self.is_half(progress) else 0
         left = self.epochs - progress.epoch - half
         return half + left / _COST_OF_HALF if half else float(left)
 

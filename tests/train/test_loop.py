@@ -101,9 +101,9 @@ def test_compile_is_a_flag(images, tmp_path, monkeypatch):
     compiled = []
     real = torch.compile
 
-    def with_eager(module):  # inductor needs a C++ compiler
+    def with_eager(module, **options):  # inductor needs a C++ compiler
         compiled.append(module)
-        return real(module, backend="eager")
+        return real(module, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", with_eager)
     fit(images, None, replace(SMALL, epochs=1, compile=True), tmp_path / "a", say=None)
@@ -605,3 +605,20 @@ def test_half_the_time_is_spent_at_half_the_size(images, tmp_path, monkeypatch, 
     change = seen.index(96)
     assert seen == [48] * change + [96] * (len(seen) - change)
     assert 0.3 < change / len(seen) < 0.7
+
+
+def test_an_epoch_longer_than_the_time_is_half_of_it_at_the_whole_size(images, tmp_path, monkeypatch, clock):
+    seen = sizes_seen(monkeypatch)
+    fit(images, None, replace(SMALL, time=20 / 60, half_size=0.5), tmp_path, say=None)
+    assert set(seen) == {48, 96}
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_run_that_is_made_longer_does_not_go_back_to_half_the_size(images, tmp_path, monkeypatch):
+    seen = sizes_seen(monkeypatch)
+    config = replace(SMALL, epochs=2, half_size=0.5)
+    fit(images, None, config, tmp_path, say=None)
+    assert seen == [48] * 3 + [96] * 3
+    seen.clear()
+    fit(images, None, replace(config, epochs=6), tmp_path, say=None, resume=True)
+    assert seen == [96] * 12

@@ -1,4 +1,4 @@
-"""Examples in docstrings as blocks of code, for the reference: Markdown takes ``>>>`` for three quotations."""
+"""Examples in docstrings as blocks of code, for the reference: Markdown takes ``>>>`` for quotations."""
 
 import re
 from typing import Any

@@ -334,7 +334,8 @@ def main() -> None:
         values = (
             *(data.name, what, seed, asked, epochs, epochs * len(data.train)),
             *(f"{metrics['AP']:.4f}", f"{metrics['AP50']:.4f}", f"{float(clock.read_text()) / 60:.1f}"),
-            *(heading().rsplit(", ", 1)[0], datetime.date.today().isoformat(), commit()),
+            # Without the threads, which change processor minutes little, and the date.
+            *(re.sub(r", \d+ threads|, [^,]+$", "", heading()), datetime.date.today().isoformat(), commit()),
         )
         add_row(file, dict(zip(COLUMNS, map(str, values), strict=True)))
     write_tables()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssd import containers
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.calibration import Calibration
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError, as_line, shown  # noqa: F401 (caught by this name)
 from ssd.files import atomic_file
@@ -50,12 +51,15 @@ class Checkpoint:
     """The published one, where the file does not say."""
     score_thresholds: tuple[float, ...] = ()
     """Of each class but the background, where the file has them; see `ssd.evaluate.best_thresholds`."""
+    calibration: Calibration | None = None
+    """What scores and boxes are worth, where ``ssd calibrate`` measured it."""
 
 
 # --- Reading ----------------------------------------------------------------------------------------------
 
 
-_NOTES = ("category_ids", "config", "layout", "score_thresholds")
+_NOTES = ("category_ids", "config", "layout", "score_thresholds", "calibration")
+_KEPT = tuple(each for each in _NOTES if each != "config")
 _NAMES = (
     *("label_map", "class_names", "classes", "CLASSES", "names", "categories"),
     *("class_to_idx", "idx_to_class", "id2label", "label2id", "labels", "label_names"),
@@ -255,6 +259,7 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
         config=notes["config"] if isinstance(notes.get("config"), dict) else {},
         layout=layout,
         score_thresholds=_score_thresholds(path, notes.get("score_thresholds"), num_classes),
+        calibration=_calibration(path, notes.get("calibration")),
     )
 
 
@@ -323,7 +328,7 @@ def _with_names(path: Path) -> str:
         return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
             f"{kept} | {{'class_names': json.dumps([{names}])}})"
         )
-    kept = "{k: a[k] for a in n.around for k in ('category_ids', 'layout', 'score_thresholds') if k in a}"
+    kept = f"{{k: a[k] for a in n.around for k in {_KEPT} if k in a}}"
     return (
         f"import torch; {code}n = containers.find_network({str(path)!r}, c); torch.save({kept} | "
         f"{{'model': n.tensors | n.beside, 'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
@@ -339,6 +344,17 @@ def _score_thresholds(path: Path, noted: object, num_classes: int) -> tuple[floa
         raise CheckpointError(
             f'{path}: its "score_thresholds" give {shown(noted)}, not a number from 0 to 1 for each of '
             f"{num_classes - 1} classes. Save it without them, or with the right ones"
+        ) from None
+
+
+def _calibration(path: Path, noted: object) -> Calibration | None:
+    try:
+        return None if noted is None else Calibration.from_dict(noted)
+    except ValueError as error:
+        problem = as_line(str(error), 300)
+        raise CheckpointError(
+            f"{path}: its calibration cannot be used: {problem}. Calibrate the weights that it was made of "
+            "again"
         ) from None
 
 
@@ -378,6 +394,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     layout: Layout = PUBLISHED_LAYOUT,
     score_thresholds: Sequence[float] = (),
+    calibration: Calibration | None = None,
 ) -> None:
     """Save weights and class names as safetensors, or, for another suffix, as NVIDIA's code loads them.
 
@@ -391,6 +408,7 @@ def save(
         config: how the weights were trained, plain data.
         layout: of the network.
         score_thresholds: one for each class but the background, in [0, 1], for ``"calibrated"`` detection.
+        calibration: what scores and boxes are worth; earlier versions leave it aside.
 
     Raises:
         ValueError: the state dict, or the thresholds, are of another number of classes.
@@ -408,6 +426,7 @@ def save(
     notes |= {"config": dict(config)} if config else {}
     notes |= {"layout": layout.to_dict()}
     notes |= {"score_thresholds": list(score_thresholds)} if score_thresholds else {}
+    notes |= {"calibration": calibration.to_dict()} if calibration else {}
     with atomic_file(path) as file:
         if path.suffix == ".safetensors":
             metadata = {key: json.dumps(value) for key, value in notes.items()}

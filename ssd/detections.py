@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ssd.drawing import draw_detections, encoded
+from ssd.drawing import Mark, draw_detections, encoded
 from ssd.errors import ImageError, MissingExtra
 from ssd.files import write_file
 from ssd.images import enough_memory
@@ -28,6 +28,8 @@ from ssd.pixels import DECODED, Original
 CSV_COLUMNS = ("source", "name", "class_id", "score", "left", "top", "right", "bottom")
 FRAME_COLUMNS = ("frame", "time")
 """That come after these for films."""
+TRACK_COLUMN = "track_id"
+"""That comes last where objects are tracked."""
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -43,6 +45,56 @@ class Detection(NamedTuple):
     score: float
     class_id: int
     name: str
+
+
+def _listed(points: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in points)
+
+
+class LineCount(NamedTuple):
+    """How many objects have crossed a line; see `ssd.tracking`."""
+
+    line: tuple[float, ...]
+    """x and y of its start and its end, in pixels of the film."""
+    into: int
+    """To the left of it, as one looks from its start to its end."""
+    out: int
+    """To the right of it."""
+
+    def __str__(self) -> str:
+        return f"{self.into} in, {self.out} out"
+
+    @property
+    def name(self) -> str:
+        """What the command calls it."""
+        return f"line {_listed(self.line)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"line": list(self.line), "in": self.into, "out": self.out}
+
+
+class ZoneCount(NamedTuple):
+    """How many objects are in a zone; see `ssd.tracking`."""
+
+    zone: tuple[float, ...]
+    """x and y of its corners, in pixels of the film."""
+    inside: int
+    """In this frame."""
+    total: int
+    """That were in it up to now, each counted once."""
+
+    def __str__(self) -> str:
+        return f"{self.inside} inside, {self.total} in all"
+
+    @property
+    def name(self) -> str:
+        """What the command calls it."""
+        return f"zone {_listed(self.zone)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"zone": list(self.zone), "inside": self.inside, "total": self.total}
 
 
 class _ImageField:
@@ -104,6 +156,13 @@ class Detections:
     """Of a film's frame, its number among all frames, counted from 0; None for other images."""
     time: float | None = None
     """When that frame is shown, in seconds from the film's start; None for other images."""
+    track_ids: IntArray | None = field(default=None, repr=False)
+    """int64 ``[K]``, of `Detector.track`: one number for each object over the frames of its film, from 1; -1
+    where it is not known yet, as for what was seen but once. None where objects are not tracked."""
+    counts: tuple[LineCount | ZoneCount, ...] = field(default=(), repr=False)
+    """Of each line and zone that `Detector.track` counts at, up to this frame."""
+    taken: float | None = field(default=None, repr=False)
+    """When a camera's or stream's frame came, by `time.monotonic`; None for others."""
 
     def __post_init__(self) -> None:
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -111,6 +170,8 @@ class Detections:
             "scores": np.array(self.scores, np.float32),
             "class_ids": _as_integers(self.class_ids),
         }
+        if self.track_ids is not None:
+            arrays["track_ids"] = _as_integers(self.track_ids, "track ids")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         ids = tuple(map(operator.index, self.category_ids)) or category_ids(self.class_names)
         object.__setattr__(self, "category_ids", ids)
@@ -131,6 +192,8 @@ class Detections:
                 f"{count} boxes need as many scores and class ids; "
                 f"got {list(self.scores.shape)} and {list(self.class_ids.shape)}"
             )
+        if self.track_ids is not None and self.track_ids.shape != (count,):
+            raise ValueError(f"{count} boxes need as many track ids; got {list(self.track_ids.shape)}")
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is height and width, both above 0; got {self.image_size}")
         if not np.isfinite(self.boxes).all():
@@ -148,8 +211,9 @@ class Detections:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for array in (self.boxes, self.scores, self.class_ids):
-            array.setflags(write=False)  # which NumPy's own pickles forget
+        for array in (self.boxes, self.scores, self.class_ids, self.track_ids):
+            if array is not None:
+                array.setflags(write=False)  # which NumPy's own pickles forget
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -173,6 +237,7 @@ class Detections:
             boxes=self.boxes[index],
             scores=self.scores[index],
             class_ids=self.class_ids[index],
+            track_ids=None if self.track_ids is None else self.track_ids[index],
             image=self._kept,
         )
 
@@ -189,11 +254,30 @@ class Detections:
         """A table with a row for each object."""
         if not len(self):
             return "no objects"
-        width = max(len(name) for name in self.names)
+        names = self._numbered_names()
+        width = max(map(len, names))
         return "\n".join(
             f"{name:{width}}  {score:4.0%}  " + " ".join(f"{value:8.1f}" for value in box)
-            for box, score, _, name in self
+            for (box, score, _, _), name in zip(self, names, strict=True)
         )
+
+    def _numbered_names(self) -> list[str]:
+        """The names of the objects, after the number of each that is tracked."""
+        ids = [-1] * len(self) if self.track_ids is None else self.track_ids.tolist()
+        return [f"#{i} {name}" if i >= 0 else name for i, name in zip(ids, self.names.tolist(), strict=True)]
+
+    def widened(self, margin: float) -> "Detections":
+        """The same with boxes that reach further on each side, by a share of their own width and height.
+
+        They may reach outside of the image. With the margin of a detector's `calibration`, they hold the true
+        ones as often as it says.
+
+        >>> Detections([[10, 20, 50, 60]], [0.9], [0], ("cat",), (100, 200)).widened(0.1).boxes
+        array([[ 6., 16., 54., 64.]], dtype=float32)
+        """
+        by = margin * (self.boxes[:, 2:] - self.boxes[:, :2])
+        boxes = np.hstack([self.boxes[:, :2] - by, self.boxes[:, 2:] + by])
+        return replace(self, boxes=boxes, image=self._kept)
 
     @property
     def names(self) -> npt.NDArray[np.str_]:
@@ -210,18 +294,26 @@ class Detections:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data: source, width, height, and the detections with name, class_id, score and box.
 
-        Of a film, the frame and the time, too.
+        Of a film, the frame and the time, too; where objects are tracked, the track_id of each, and the
+        counts of lines and zones.
         """
         return {
             "source": self.source,
             **({} if self.frame is None else {"frame": self.frame, "time": self.time}),
             "width": self.image_size[1],
             "height": self.image_size[0],
+            **({"counts": [each.to_dict() for each in self.counts]} if self.counts else {}),
             "detections": [
-                {"name": name, "class_id": class_id, "score": score, "box": list(box)}
-                for box, score, class_id, name in self
+                {"name": name, "class_id": class_id, "score": score, "box": list(box)} | track
+                for (box, score, class_id, name), track in zip(self, self._tracks(), strict=True)
             ],
         }
+
+    def _tracks(self) -> list[dict[str, int]]:
+        """What entries have of the id of each object: nothing where objects are not tracked."""
+        if self.track_ids is None:
+            return [{} for _ in range(len(self))]
+        return [{TRACK_COLUMN: number} for number in self.track_ids.tolist()]
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -229,6 +321,8 @@ class Detections:
 
     def to_coco(self, image_id: SupportsIndex | str) -> list[dict[str, Any]]:
         """Entries of a COCO results file: bbox is xywh in pixels, category_id one of `category_ids`.
+
+        Where objects are tracked, they have a track_id, too.
 
         Args:
             image_id: an integer, also NumPy's or torch's; or a text.
@@ -249,26 +343,30 @@ class Detections:
                 "category_id": ids[class_id],
                 "bbox": [box[0], box[1], *sizes[2 * i : 2 * i + 2]],
                 "score": score,
+                **track,
             }
-            for i, (box, score, class_id, _) in enumerate(self)
+            for i, ((box, score, class_id, _), track) in enumerate(zip(self, self._tracks(), strict=True))
         ]
 
     def to_yolo(self, scores: bool = False) -> str:
-        """YOLO label lines: class id, then centre and size relative to the image.
+        """YOLO label lines: class id, then centre and size relative to the image; last the id of a track.
 
         Args:
             scores: add the score at the end of each line; label files for training have none.
         """
         height, width = self.image_size
         lines = []
-        for (left, top, right, bottom), score, class_id, _ in self:
+        for ((left, top, right, bottom), score, class_id, _), track in zip(self, self._tracks(), strict=True):
             values = [(left + right) / 2 / width, (top + bottom) / 2 / height]
             values += [(right - left) / width, (bottom - top) / height] + ([score] if scores else [])
-            lines.append(f"{class_id} {' '.join(f'{value:.6f}' for value in values)}\n")
+            columns = [class_id, *(f"{value:.6f}" for value in values), *track.values()]
+            lines.append(" ".join(map(str, columns)) + "\n")
         return "".join(lines)
 
     def to_csv(self, header: bool = True, *, frames: bool | None = None) -> str:
         """CSV lines: source, name, class_id, score, left, top, right, bottom; of a film, frame and time, too.
+
+        Where objects are tracked, the last column is track_id.
 
         Args:
             header: whether the names of the columns come first.
@@ -278,15 +376,14 @@ class Detections:
         writer = csv.writer(text, lineterminator="\n")
         frames = self.frame is not None if frames is None else frames
         if header:
-            writer.writerow([*CSV_COLUMNS, *(FRAME_COLUMNS if frames else ())])
-        for box, score, class_id, name in self:
-            writer.writerow(
-                [self.source, name, class_id, score, *box, *((self.frame, self.time) if frames else ())]
-            )
+            writer.writerow(csv_columns(frames=frames, tracks=self.track_ids is not None))
+        of_film = (self.frame, self.time) if frames else ()
+        for (box, score, class_id, name), track in zip(self, self._tracks(), strict=True):
+            writer.writerow([self.source, name, class_id, score, *box, *of_film, *track.values()])
         return text.getvalue()
 
     def to_supervision(self) -> Any:
-        """A `supervision.Detections`, with the names in ``data["class_name"]``."""
+        """A `supervision.Detections`, with the names in ``data["class_name"]``, and ids as `tracker_id`."""
         try:
             import supervision  # noqa: PLC0415 (an extra)
         except ImportError as error:
@@ -295,6 +392,7 @@ class Detections:
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=self.class_ids.astype(int),
+            tracker_id=None if self.track_ids is None else self.track_ids.astype(int),
             data={"class_name": self.names},
         )
 
@@ -310,7 +408,9 @@ class Detections:
         return vars(self)["image"]
 
     def draw(self, *, font: str | os.PathLike[str] | None = None, enlarge: bool = True) -> Image.Image:
-        """The image with boxes and labels, as a new picture.
+        """The image with boxes and labels, as a new picture; with the lines and zones that count, if any.
+
+        Colours are those of classes, or of tracked objects; what has no id yet is grey.
 
         Images with a side under 160 or both under 320 pixels are enlarged first, for labels to be readable.
 
@@ -327,10 +427,18 @@ class Detections:
         image = self.image
         if image is None:
             raise ValueError("these detections have no image to draw on")
-        labels = [" ".join(f"{name} {score:.0%}".split()) for _, score, _, name in self]
+        labels = [
+            " ".join(f"{name} {score:.0%}".split())
+            for (_, score, _, _), name in zip(self, self._numbered_names(), strict=True)
+        ]
+        marks = [
+            Mark(np.reshape(each[0], (-1, 2)), str(each), is_closed=isinstance(each, ZoneCount))
+            for each in self.counts
+        ]
         ours = isinstance(self._kept, Original)
+        colors = self.class_ids if self.track_ids is None else self.track_ids
         return draw_detections(
-            image, self.boxes, labels, self.class_ids, font=font, in_place=ours, enlarge=enlarge
+            image, self.boxes, labels, colors, marks, font=font, in_place=ours, enlarge=enlarge
         )
 
     def _room(self) -> contextlib.AbstractContextManager[None]:
@@ -399,7 +507,7 @@ class Detections:
             f"<tr><td>{html.escape(name)}</td><td>{score:.0%}</td>"
             + "".join(f"<td>{value:.1f}</td>" for value in box)
             + "</tr>"
-            for box, score, _, name in self
+            for (box, score, _, _), name in zip(self, self._numbered_names(), strict=True)
         )
         head = "".join(f"<th>{title}</th>" for title in ("name", "score", "left", "top", "right", "bottom"))
         table = f"<table><tr>{head}</tr>{rows}</table>" if len(self) else "<p>no objects</p>"
@@ -413,10 +521,15 @@ def _picture_format(path: Path) -> str:
     return found
 
 
-def _as_integers(values: Any) -> IntArray:
+def csv_columns(*, frames: bool, tracks: bool) -> tuple[str, ...]:
+    """The names of the columns of `Detections.to_csv`."""
+    return (*CSV_COLUMNS, *(FRAME_COLUMNS if frames else ()), *((TRACK_COLUMN,) if tracks else ()))
+
+
+def _as_integers(values: Any, what: str = "class ids") -> IntArray:
     array = np.array(values)
     if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"class ids must be integers; got {array.dtype}")
+        raise ValueError(f"{what} must be integers; got {array.dtype}")
     return array.astype(np.int64)
 
 

@@ -14,16 +14,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ssd import backends
 from ssd.backends import Backend, Options
+from ssd.calibration import Calibration
 from ssd.checkpoint import as_thresholds
 from ssd.choices import LEAST_TILE, Precision
 from ssd.detections import Detections
@@ -83,6 +85,8 @@ class Input:
     """Of a film, its frame's number; see `ssd.sources.Named`."""
     time: float | None = None
     """Of a film's frame, its time; see there."""
+    taken: float | None = None
+    """Of a live source, when it came; see there."""
 
 
 class Reading(NamedTuple):
@@ -112,6 +116,7 @@ class Detector:
         class_names: one for each class but the background.
         category_ids: the id of each class in COCO files; see `Detections.category_ids`.
         score_thresholds: one for each class but the background, in [0, 1], as training finds them; or none.
+        calibration: what makes probabilities of the scores of "calibrated" detection; or None.
 
     >>> detector = Detector(SSD(num_classes=3, backbone="resnet18"), ["cat", "dog"])
     >>> detector(Image.new("RGB", (640, 480)), score_threshold=1)
@@ -124,6 +129,7 @@ class Detector:
         class_names: Sequence[str],
         category_ids: Sequence[int] = (),
         score_thresholds: Sequence[float] = (),
+        calibration: Calibration | None = None,
     ) -> None:
         if len(class_names) != model.num_classes - 1:
             raise ValueError(
@@ -131,6 +137,7 @@ class Detector:
                 f"{model.num_classes - 1} names; got {len(class_names)}"
             )
         self.score_thresholds = as_thresholds(score_thresholds, len(class_names))
+        self.calibration = calibration
         self.backend = model if isinstance(model, Backend) else backends.of_model(model)
         self.device, self.precision = self.backend.device, self.backend.precision
         self.layout = self.backend.layout
@@ -156,7 +163,8 @@ class Detector:
 
         Args:
             weights: "coco" for NVIDIA's published weights, "shapes" for those that come with the package, a
-                path, or an http(s) URL. An exported file runs in its runtime: ``.onnx``, ``.pt2``,
+                path, an http(s) URL, or ``hf://owner/repo[/file][@revision]`` for weights of the Hugging Face
+                Hub (`ssd.pretrained.fetch`). An exported file runs in its runtime: ``.onnx``, ``.pt2``,
                 ``.torchscript``, or OpenVINO's folder. Such a file is a program: load those of people you
                 trust.
             device: by default CUDA where there is one, else the CPU.
@@ -173,13 +181,15 @@ class Detector:
             if compile:
                 raise ValueError(f"{weights} is compiled already, in a way; leave compile out")
             target = None if device is None else usable_device(device)
-            backend, metadata = backends.load(weights, target, precision)
-            return cls(backend, metadata.class_names, metadata.category_ids, metadata.score_thresholds)
+            backend, about = backends.load(weights, target, precision)
+            return cls(
+                backend, about.class_names, about.category_ids, about.score_thresholds, about.calibration
+            )
         target = usable_device(device)
         precision = choose_precision(precision, target)
         model, found = load_model(weights, progress=progress)
         backend = backends.of_model(model.to(target), precision, compile=compile)
-        return cls(backend, found.class_names, found.category_ids, found.score_thresholds)
+        return cls(backend, found.class_names, found.category_ids, found.score_thresholds, found.calibration)
 
     @overload
     def __call__(
@@ -230,7 +240,8 @@ class Detector:
         Args:
             images: anything that `ssd.load_image` takes, or a list of such.
             score_threshold: least probability of a detection, in [0, 1]; 0.4 as on the hub page. Or
-                "calibrated": that of its class among the detector's `score_thresholds`.
+                "calibrated": that of its class among the detector's `score_thresholds`; scores are then
+                probabilities where the detector has a `calibration`; else, as with a number, the network's.
             iou_threshold: of two overlapping boxes of a class, the lower score goes at this IoU.
             max_detections: most objects of an image.
             classes: names or 0-based ids to look for, or one name; None for all.
@@ -250,11 +261,11 @@ class Detector:
             NonFiniteError: the network gave NaN or infinity.
             ValueError: an option is out of range or a class unknown.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
+        options = self.options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         reading = Reading(max_pixels, tiles=_checked_side(tiles))
         if isinstance(images, list | tuple) and not isinstance(images, Named):
             return list(self._stream(images, _positive(batch_size), options, None, reading))
-        return self._detect([self._read(images, how=reading)], options)[0]
+        return self.detect([self.read(images, how=reading)], options)[0]
 
     def stream(
         self,
@@ -303,7 +314,7 @@ class Detector:
             tiles: as for calling the detector; not with `scaled_decoding`.
             voting, flips: as for calling the detector.
         """
-        options = self._options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
+        options = self.options(score_threshold, iou_threshold, max_detections, classes, voting, flips)
         if isinstance(sources, str | os.PathLike):
             sources = find_images(sources, films=True)
         elif _is_one_image(sources):
@@ -318,15 +329,70 @@ class Detector:
         )
         return self._stream(sources, _positive(batch_size), options, on_error, reading)
 
-    def _options(
+    def track(
         self,
-        score_threshold: ScoreThreshold,
-        iou_threshold: float,
-        max_detections: int,
-        classes: Sequence[str | int] | None,
-        voting: bool,
-        flips: bool,
+        sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Named | Film],
+        *,
+        score_threshold: ScoreThreshold = Options.score_threshold,
+        lines: Iterable[Sequence[Any]] = (),
+        zones: Iterable[Sequence[Any]] = (),
+        **options: Any,
+    ) -> Iterator[Detections]:
+        """Detect objects in films, and give each a number that it keeps over the frames: `track_ids`.
+
+        By ByteTrack, which also takes detections from a score of 0.1 on where they go on with an object that
+        it knows; these are among the results, too. An object has its id from the second frame on in which
+        it is seen, and -1 before; it keeps it where it is hidden for up to two seconds. Ids count from 1 on,
+        anew for each call; no two objects of a call have the same, also where it is given several films.
+
+        >>> for found in detector.track("street.mp4", lines=[(0, 300, 640, 300)]):  # doctest: +SKIP
+        ...     print(found.frame, found.track_ids, found.counts)
+
+        Args:
+            sources: a film, folder or glob of films, a camera or an RTSP address, or several of these.
+            score_threshold: as for `stream`; what is seen below it begins no new object.
+            lines: to count what crosses them: x and y of start and end of each, in pixels of the film. An
+                object crosses when its whole box is on the other side, between the ends of the line; see
+                `Detections.counts`, and for what is in and out, `ssd.detections.LineCount`.
+            zones: to count what is in them: x and y of the corners of each. An object is where the middle of
+                its box's lower side is.
+            options: as for `stream`.
+
+        Raises:
+            ImageError: a source is an image; or a line or zone reaches outside of a film.
+            ValueError: an option is out of range, or a line or zone is none.
+            MissingExtra: the packages that track are not installed.
+        """
+        from ssd import tracking  # noqa: PLC0415 (an extra)
+
+        at_lines = [tracking.checked_points(each, closed=False) for each in lines]
+        at_zones = [tracking.checked_points(each, closed=True) for each in zones]
+        asked = self.options(score_threshold, Options.iou_threshold, 1, None, False, False)
+        least = np.array(asked.class_thresholds or [asked.score_threshold] * len(self.class_names))
+        nms = self.backend.nms
+        low = min(float(least.min()), max(tracking.LOW, nms.score_threshold if nms else 0))
+        if not isinstance(sources, str | os.PathLike):
+            sources = chain.from_iterable(
+                find_images(each, films=True) if isinstance(each, str | os.PathLike) else [each]
+                for each in sources
+            )
+        results = self.stream(sources, score_threshold=low, **options)
+        return tracking.tracked(results, least, at_lines, at_zones)
+
+    def options(
+        self,
+        score_threshold: ScoreThreshold = Options.score_threshold,
+        iou_threshold: float = Options.iou_threshold,
+        max_detections: int = Options.max_detections,
+        classes: Sequence[str | int] | None = None,
+        voting: bool = False,
+        flips: bool = False,
     ) -> Options:
+        """What a caller wants, checked; the arguments are those of calling the detector.
+
+        Raises:
+            ValueError: one is out of range, or a class unknown.
+        """
         of_classes = self._calibrated(score_threshold) if isinstance(score_threshold, str) else ()
         least = min(of_classes) if isinstance(score_threshold, str) else score_threshold
         for name, value in (("score_threshold", least), ("iou_threshold", iou_threshold)):
@@ -376,7 +442,7 @@ class Detector:
         def start() -> None:
             nonlocal batch
             if batch:
-                under_way.append((batch, _submit(pool, self._detect, batch, options)))
+                under_way.append((batch, _submit(pool, self.detect, batch, options)))
             batch = []
 
         def results(left: int = 0) -> Iterator[Detections]:
@@ -424,7 +490,7 @@ class Detector:
                 error = NonFiniteError(str(found), [i])
                 on_error(batch[i].name, _marked(error, batch[i].name, batch[i].number))
             rest = [each for i, each in enumerate(batch) if i not in found.images]
-            return self._detect(rest, options) if rest else []
+            return self.detect(rest, options) if rest else []
         if isinstance(found, NonFiniteError) and found.images:
             first = batch[found.images[0]]
             raise _marked(found, first.name, first.number)
@@ -432,7 +498,12 @@ class Detector:
             raise found
         return found
 
-    def _detect(self, batch: list[Input], options: Options) -> list[Detections]:
+    def detect(self, batch: list[Input], options: Options) -> list[Detections]:
+        """Detections of images that were read, which go through the network together.
+
+        Raises:
+            NonFiniteError: the network gave NaN or infinity for some.
+        """
         image_of = [i for i, each in enumerate(batch) for _ in each.windows]
         found: list[Found] = []
         backend = self.backend.with_flips() if options.flips else self.backend
@@ -447,11 +518,17 @@ class Detector:
                 found += some.cpu().per_image()
         return self.results(batch, found, options)
 
-    def _read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
+    def read(self, source: AnySource, number: int | None = None, how: Reading | None = None) -> Input:
+        """An image as the network is to see it, for `detect`.
+
+        Raises:
+            ImageError, FileNotFoundError: it cannot be read; the message names it.
+        """
         name, image = _named(source, number)
-        frame = time = None
+        of_film: dict[str, Any] = {}
         if isinstance(image, Frame):
-            image, frame, time = image
+            of_film = {"frame": image.number, "time": image.time, "taken": image.taken}
+            image = image.pixels
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
@@ -459,12 +536,12 @@ class Detector:
         how = how or Reading()
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
         try:
-            return replace(self._read_once(image, name, number, how, where), frame=frame, time=time)
+            return replace(self._read_once(image, name, number, how, where), **of_film)
         except ImageMemoryError:
             if not where:
                 raise
         # Those that were read at the same time may have left too little.
-        return replace(self._read_once(image, name, number, how, where, alone=True), frame=frame, time=time)
+        return replace(self._read_once(image, name, number, how, where, alone=True), **of_film)
 
     def _read_once(
         self,
@@ -530,7 +607,7 @@ class Detector:
         try:
             for number, source in found:
                 named = _named(source, number)
-                outcome = _submit(pool, self._read, named, number, reading)
+                outcome = _submit(pool, self.read, named, number, reading)
                 waiting.append((named, number, outcome))
                 if is_full():
                     yield from oldest()
@@ -562,9 +639,12 @@ class Detector:
             max_detections=options.max_detections,
         )
         width, height = of.size
+        values = scores.numpy()
+        if options.class_thresholds and self.calibration:
+            values = self.calibration.probabilities(values)
         return Detections(
             boxes=boxes.numpy(),
-            scores=scores.numpy(),
+            scores=values,
             class_ids=class_ids.numpy(),
             class_names=self.class_names,
             image_size=(height, width),
@@ -574,6 +654,7 @@ class Detector:
             number=of.number,
             frame=of.frame,
             time=of.time,
+            taken=of.taken,
         )
 
 

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -26,11 +27,22 @@ _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouri
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
 
 
+class Mark(NamedTuple):
+    """A line or a polygon, and what stands beside it."""
+
+    points: npt.NDArray[np.float64]
+    """Its corners: x and y in pixels of the image, ``[N, 2]``."""
+    text: str
+    is_closed: bool
+    """Whether it is a polygon; else an arrow on its middle points to its left."""
+
+
 def draw_detections(
     image: Image.Image,
     boxes: FloatArray,
     labels: list[str],
     class_ids: IntArray,
+    marks: Sequence[Mark] = (),
     *,
     font: str | os.PathLike[str] | None = None,
     in_place: bool = False,
@@ -44,7 +56,8 @@ def draw_detections(
         image: mode RGB; not changed, unless `in_place`.
         boxes: float32 xyxy in pixels of the image, ``[K, 4]``.
         labels: K texts.
-        class_ids: int64 ``[K]``, which choose the colours.
+        class_ids: int64 ``[K]``, or other ids, which choose the colours.
+        marks: drawn below the boxes, with their texts at their upper left points.
         font: a font file for the labels; see `missing_letters`.
         in_place: draw on the image itself if it need not be enlarged, to save the memory of a copy.
         enlarge: whether small images are.
@@ -61,8 +74,21 @@ def draw_detections(
     else:
         picture = image if in_place else image.copy()
     fonts = _fonts_of(labels, font)
-    _draw_boxes(picture, boxes * factor, labels, [class_color(i) for i in class_ids.tolist()], fonts)
+    marks = [each._replace(points=each.points * factor) for each in marks]
+    for each in marks:
+        _draw_mark(picture, each)
+    corners = [each.points[each.points.sum(1).argmin()] for each in marks]
+    taken = [
+        _write(picture, (float(x), float(y)), each.text) for (x, y), each in zip(corners, marks, strict=True)
+    ]
+    colors = [class_color(i) for i in class_ids.tolist()]
+    _draw_boxes(picture, boxes * factor, labels, colors, fonts, taken)
     return picture
+
+
+def write_on(picture: Image.Image, text: str) -> None:
+    """Write a line of plain letters into the upper left corner of a picture."""
+    _write(picture, (0, 0), text)
 
 
 def side_by_side(rows: Iterable[Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
@@ -92,7 +118,9 @@ def encoded(picture: Image.Image, picture_format: str = "JPEG", quality: int = 9
 
 
 def class_color(class_id: int) -> tuple[int, int, int]:
-    """The colour of a class: the same in every picture, far from that of its neighbours."""
+    """The colour of a class: the same in every picture, far from that of its neighbours; grey below 0."""
+    if class_id < 0:
+        return 160, 160, 160
     shade = _SHADES[class_id // 27 % len(_SHADES)]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + class_id * _GOLDEN_RATIO) % 1, *shade)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -104,10 +132,11 @@ def _draw_boxes(
     labels: list[str],
     colors: list[tuple[int, int, int]],
     fonts: "dict[str, _FontFile | None]",
+    taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """Draw boxes and labels, best first, on a picture."""
+    """Draw boxes and labels, best first, on a picture; labels keep off the areas that are taken."""
     canvas = ImageDraw.Draw(picture)
-    font_size = max(14.0, 0.028 * (picture.width * picture.height) ** 0.5)
+    font_size = _letter_size(picture)
     texts = _lay_out(labels, font_size, fonts)
     widest = max((text.length for text in texts), default=0)
     if widest > 0.9 * picture.width:  # a narrow picture
@@ -117,7 +146,7 @@ def _draw_boxes(
         left, top, right, bottom = (float(value) for value in box)
         canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
 
-    taken: list[tuple[float, float, float, float]] = []
+    taken = list(taken)
     for box, text, color in zip(boxes, texts, colors, strict=True):
         area = _label_area(box, text.box, line, picture.size, taken)
         taken.append(area)
@@ -127,6 +156,41 @@ def _draw_boxes(
         for run in text.runs:
             at = (area[0] - text.box[0] + line + run.x, area[1] - text.box[1] + line)
             canvas.text(at, run.letters, "black" if dark else "white", run.font, anchor="ls")
+
+
+def _letter_size(picture: Image.Image) -> float:
+    return max(14.0, 0.028 * math.sqrt(picture.width * picture.height))
+
+
+def _draw_mark(picture: Image.Image, mark: Mark) -> None:
+    """Draw white lines on black ones, which show on anything."""
+    canvas, size = ImageDraw.Draw(picture), _letter_size(picture)
+    points = [(float(x), float(y)) for x, y in mark.points]
+    line = max(2, round(size / 7))
+    lines = [[*points, points[0]] if mark.is_closed else points]
+    middle = mark.points.mean(0)
+    if not mark.is_closed:
+        along = (mark.points[1] - mark.points[0]) / np.linalg.norm(mark.points[1] - mark.points[0])
+        left = np.array([along[1], -along[0]])  # on a picture, where y grows downwards
+        tip = middle + 1.2 * size * left
+        wings = [tip - 0.5 * size * (left + side * along) for side in (-1, 1)]
+        lines += [[tuple(middle), tuple(tip)], [tuple(wings[0]), tuple(tip), tuple(wings[1])]]
+    for color, width in (("black", line + 4), ("white", line)):
+        for each in lines:
+            canvas.line(each, fill=color, width=width, joint="curve")
+
+
+def _write(picture: Image.Image, at: tuple[float, float], text: str) -> tuple[float, float, float, float]:
+    """Write plain letters on a black area, which is given, with its corner at a place or as near as fits."""
+    canvas, size = ImageDraw.Draw(picture), _letter_size(picture)
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font)
+    margin = size / 4
+    width, height = right - left + 2 * margin, bottom - top + 2 * margin
+    x, y = (max(0, min(a, b - c - 1)) for a, b, c in zip(at, picture.size, (width, height), strict=True))
+    canvas.rectangle((x, y, x + width, y + height), fill="black")
+    canvas.text((x + margin - left, y + margin - top), text, "white", font)
+    return x, y, x + width, y + height
 
 
 def _label_area(

@@ -7,13 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from ssd.backends import Options
+from ssd.calibration import (
+    Calibration,
+    Cuts,
+    Reliability,
+    best_cut,
+    conformal_margin,
+    cuts,
+    fit_scores,
+    reliability,
+)
 from ssd.data.annotations import Annotations
 from ssd.data.dataset import annotations_of, as_array, as_targets, item_name, require_items
 from ssd.data.judge import MISSHAPEN, listed, require_size
@@ -382,29 +392,156 @@ def best_thresholds(annotations: Annotations, found: Mapping[int, Detections]) -
         Each half-way between the lowest score that is to be kept and the next one, in [0, 1]; of equal F1
         the highest. A class in which nothing is found has the default, `Options.score_threshold`.
     """
-    hits = np.concatenate(
-        [np.zeros(0, np.int64), *(_hits(annotations, i, each) for i, each in found.items())]
-    )
-    scores, class_ids = (
-        np.concatenate([np.zeros(0, np.float32), *(getattr(each, name) for each in found.values())])
-        for name in ("scores", "class_ids")
-    )
-    boxes = np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.class_names) + 1)
+    matched = match(annotations, found)
     thresholds = []
-    for class_id, count in enumerate(boxes[1:].tolist()):
-        mine = (class_ids == class_id) & (hits >= 0)
-        thresholds.append(_best_threshold(scores[mine].astype(np.float32), hits[mine], count))
+    for class_id in range(len(annotations.class_names)):
+        cut = matched.cuts(class_id)
+        best = best_cut(cut)[0] if cut.f1.any() else None
+        thresholds.append(Options.score_threshold if best is None else float(cut.thresholds[best]))
     return tuple(thresholds)
 
 
-def _hits(annotations: Annotations, i: int, found: Detections) -> npt.NDArray[np.int64]:
-    """Of each detection of an image 1 if it finds a box of its class, else 0; -1 if it finds a crowd."""
+class Matches(NamedTuple):
+    """All detections that count, and what each finds."""
+
+    scores: npt.NDArray[np.float32]
+    class_ids: npt.NDArray[np.int64]
+    """From 0."""
+    finds: npt.NDArray[np.int64]
+    """The number of the box among all of the annotations; -1 for none."""
+    found_boxes: npt.NDArray[np.float32]
+    """Those of the detections, xyxy, ``[K, 4]``."""
+    images: npt.NDArray[np.int64]
+    """The index of each one's image."""
+    boxes: npt.NDArray[np.int64]
+    """How many boxes each class has, without crowd."""
+
+    @property
+    def hits(self) -> npt.NDArray[np.bool_]:
+        """Which of the detections find a box."""
+        return self.finds >= 0
+
+    def cuts(self, class_id: int) -> Cuts:
+        """What each score would do as the threshold of a class."""
+        mine = self.class_ids == class_id
+        return cuts(self.scores[mine], self.hits[mine], int(self.boxes[class_id]), SCORE_THRESHOLD)
+
+
+def match(annotations: Annotations, found: Mapping[int, Detections]) -> Matches:
+    """What detections find at an IoU of 0.5, as COCO's metrics have it; see `best_thresholds`."""
+    classes = len(annotations.class_names)
+    counts = np.bincount(annotations.labels[~annotations.crowd], minlength=classes + 1)[1:]
+    none = np.zeros(0, np.int64)
+    finds = np.concatenate([none, *(_finds(annotations, i, each) for i, each in found.items())])
+    images = np.concatenate([none, *(np.full(len(each), i) for i, each in found.items())])
+    scores = np.concatenate([np.zeros(0, np.float32), *(each.scores for each in found.values())])
+    class_ids = np.concatenate([none, *(each.class_ids for each in found.values())])
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in found.values())])
+    counting = finds != _CROWD
+    return Matches(
+        scores[counting], class_ids[counting], finds[counting], boxes[counting], images[counting], counts
+    )
+
+
+@dataclass(frozen=True)
+class ClassThreshold:
+    """The threshold of a class, and what it does on the images that it was found on."""
+
+    threshold: float
+    precision: float
+    recall: float
+    boxes: int
+    reached: bool
+    """Whether it is as good as wanted."""
+    problem: str = ""
+    """What is in the way, if it is not."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What detections on a dataset say of a detector's scores and boxes."""
+
+    classes: dict[str, ClassThreshold]
+    calibration: Calibration
+    before: Reliability
+    """Of scores."""
+    after: Reliability
+    """Of probabilities: of each half of the images those that a fit to the other half gives."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "classes": {name: asdict(row) for name, row in self.classes.items()},
+            "calibration": self.calibration.to_dict(),
+            "calibration_error": {"before": self.before.error, "after": self.after.error},
+        }
+
+
+def calibrated(
+    annotations: Annotations,
+    found: Mapping[int, Detections],
+    *,
+    precision: float | None = None,
+    recall: float | None = None,
+    coverage: float = 0.9,
+) -> Calibrated:
+    """Thresholds of classes, probabilities for scores and a margin for boxes; see `ssd.calibration`.
+
+    Args:
+        annotations, found: as `detect_all` gives them, of images that were not trained on.
+        precision, recall: what each class shall have, one of them; else its highest F1 is taken.
+        coverage: of boxes with the margin, between 0 and 1, over all detections that find an object, whatever
+            their score: which of them count must not depend on the thresholds that these images chose.
+    """
+    matched = match(annotations, found)
+    classes = {
+        name: _class_threshold(matched.cuts(k), int(matched.boxes[k]), precision, recall)
+        for k, name in enumerate(annotations.class_names)
+    }
+    true = annotations.boxes[matched.finds[matched.hits]]
+    temperature, bias = fit_scores(matched.scores, matched.hits)
+    margin = conformal_margin(matched.found_boxes[matched.hits], true, coverage)
+    return Calibrated(
+        classes,
+        Calibration(temperature, bias, margin, coverage, int(matched.hits.sum())),
+        reliability(matched.scores, matched.hits),
+        reliability(_crosswise(matched), matched.hits),
+    )
+
+
+def _class_threshold(cut: Cuts, boxes: int, precision: float | None, recall: float | None) -> ClassThreshold:
+    if not cut.f1.any():
+        problem = "nothing of it was found; the default is kept"
+        return ClassThreshold(Options.score_threshold, 0.0, 0.0, boxes, False, problem)
+    best, reached = best_cut(cut, precision, recall)
+    wanted = f"precision of {precision:g}" if precision is not None else f"recall of {recall}"
+    problem = "" if reached else f"no threshold reaches a {wanted}; this comes nearest"
+    threshold, precise, found = (
+        float(column[best]) for column in (cut.thresholds, cut.precision, cut.recall)
+    )
+    return ClassThreshold(threshold, precise, found, boxes, reached, problem)
+
+
+def _crosswise(matched: Matches) -> npt.NDArray[np.float32]:
+    """The probability of each detection by a fit to the images of the other half: even and odd ones."""
+    probabilities = np.zeros(len(matched.scores), np.float32)
+    for half in (matched.images % 2 == 0, matched.images % 2 == 1):
+        fit = Calibration(*fit_scores(matched.scores[~half], matched.hits[~half]))
+        probabilities[half] = fit.probabilities(matched.scores[half])
+    return probabilities
+
+
+_CROWD = -2
+
+
+def _finds(annotations: Annotations, i: int, found: Detections) -> npt.NDArray[np.int64]:
+    """The number of the box that each detection of an image finds; -1 for none, `_CROWD` for a crowd."""
     from pycocotools import mask  # noqa: PLC0415
 
-    part, hits = annotations.of_image(i), np.zeros(len(found), np.int64)
+    part, finds = annotations.of_image(i), np.full(len(found), -1)
     crowd, labels = annotations.crowd[part], annotations.labels[part] - 1
     if not len(labels) or not len(found):
-        return hits
+        return finds
     corners = (found.boxes.astype(np.float64), annotations.boxes[part].astype(np.float64))
     boxes, truth = (np.hstack([each[:, :2], each[:, 2:] - each[:, :2]]) for each in corners)
     # Of crowd boxes it gives the part of the detection that they cover.
@@ -413,25 +550,10 @@ def _hits(annotations: Annotations, i: int, found: Detections) -> npt.NDArray[np
     for k in np.flatnonzero(overlaps.max(1) >= _FOUND_AT):  # best first
         best = int(np.where(free, overlaps[k], -1).argmax())
         if free[best] and overlaps[k, best] >= _FOUND_AT:
-            free[best], hits[k] = False, 1
+            free[best], finds[k] = False, part.start + best
         elif (overlaps[k, crowd] >= _FOUND_AT).any():
-            hits[k] = -1
-    return hits
-
-
-def _best_threshold(scores: npt.NDArray[np.float32], hits: npt.NDArray[np.int64], boxes: int) -> float:
-    """That of a class, from the scores of all its detections and what they find."""
-    if not hits.any():
-        return Options.score_threshold
-    order = np.argsort(-scores, kind="stable")
-    scores = scores[order]
-    lowest = np.float32(SCORE_THRESHOLD)  # nothing below was looked at
-    lowest = lowest if lowest < scores[-1] else scores[-1] / 2
-    following = np.append(scores[1:], lowest)
-    f1 = 2 * hits[order].cumsum() / (np.arange(1, len(scores) + 1) + boxes)
-    best = int(np.where(scores > following, f1, -1).argmax())  # equal scores stay or go together
-    middle = (scores[best] + following[best]) / np.float32(2)
-    return float(middle if middle < scores[best] else following[best])
+            finds[k] = _CROWD
+    return finds
 
 
 def coco_results(annotations: Annotations, found: Mapping[int, Detections]) -> list[dict[str, Any]]:

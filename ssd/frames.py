@@ -1,4 +1,5 @@
-"""Frames of films and animations as images by name, decoded ahead in a thread of their own."""
+"""Frames of films and animations as images by name, decoded ahead in a thread of their own; and what is done
+behind in one."""
 
 import atexit
 import math
@@ -17,7 +18,7 @@ import numpy as np
 
 from ssd.errors import as_line
 from ssd.images import MAX_PIXELS, is_animation_name, load_frames
-from ssd.sources import Film, Frame, Named
+from ssd.sources import Film, Frame, Named, named_film, without_password
 
 T = TypeVar("T")
 
@@ -118,12 +119,14 @@ def with_frames(
     Where a film fails, its error comes, as the image of its name, after the frames before; how many these
     are is in its `frames`.
     """
-    for number, source in enumerate(sources):
+    for number, each in enumerate(sources):
+        is_text = isinstance(each, str | os.PathLike)
+        source = (is_text and named_film(os.fspath(each))) or each
         film, given = _film_of(source, playback), 0
         if film is None:
             yield number, source
             continue
-        name = source.name if isinstance(source, Named) else film.path
+        name = source.name if isinstance(source, Named) else without_password(film.path)
         try:
             with closing(frames_of(film, playback, name=name, max_pixels=max_pixels)) as frames:
                 for frame in frames:
@@ -260,7 +263,58 @@ class _Ahead(Generic[T]):
         self._thread.join(None if end == math.inf else max(0, end - time.monotonic()))
 
 
-_running: "weakref.WeakSet[_Ahead[Any]]" = weakref.WeakSet()
+class Behind:
+    """Has a thread of its own do one thing after another, while one goes on.
+
+    Args:
+        do: with each thing. Once this raised an error, nothing more is done.
+        most: how many things may be waiting.
+    """
+
+    def __init__(self, do: Callable[[T], object], most: int) -> None:
+        self._room: SimpleQueue[None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Any] | None] = SimpleQueue()
+        self._over: SimpleQueue[None] = SimpleQueue()
+        self.error: BaseException | None = None
+        """What ended it early."""
+        for _ in range(most):
+            self._room.put(None)
+        self._thread = threading.Thread(target=self._work, args=(do,), name="ssd-behind", daemon=True)
+        self._thread.start()
+        _running.add(self)
+
+    def put(self, item: object) -> None:
+        """Have this done next; waits where too many are waiting."""
+        self._room.get()
+        self._tasks.put((item,))
+
+    def end(self) -> None:
+        """Wait until all is done, or has failed."""
+        self.stop()
+        self._over.get()
+        self._over.put(None)
+
+    def _work(self, do: Callable[[Any], object]) -> None:
+        while (task := self._tasks.get()) is not None:
+            if self.error is None:
+                try:
+                    do(*task)
+                except BaseException as error:
+                    self.error = error
+            del task  # a picture is large
+            self._room.put(None)
+        self._over.put(None)
+
+    def stop(self) -> None:
+        """Have the thread end after what it has to do."""
+        self._tasks.put(None)
+
+    def join(self, end: float) -> None:
+        """Wait for its end, not longer than until a time of `time.monotonic`."""
+        self._thread.join(None if end == math.inf else max(0, end - time.monotonic()))
+
+
+_running: "weakref.WeakSet[_Ahead[Any] | Behind]" = weakref.WeakSet()
 
 
 @atexit.register

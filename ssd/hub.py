@@ -34,7 +34,8 @@ def nvidia_ssd(
     Args:
         pretrained: load weights; the published ones, unless `weights` says which. They have no BatchNorm in
             the heads, so neither has the model. Without weights, the heads have BatchNorm.
-        weights: a file or an http(s) URL of a checkpoint, also of another backbone or other classes.
+        weights: a file, an http(s) URL or ``hf://owner/repo`` of a checkpoint, also of another backbone
+            or other classes.
         model_math: fp32; fp16 or bf16 for convolutions in half precision and BatchNorm in fp32. The input
             has to be of that type: ``prepare_tensor(inputs, fp16=True)``, or ``tensor.bfloat16()``.
         force_reload: download the weights anew.

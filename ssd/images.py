@@ -341,7 +341,7 @@ def _opened(source: object, name: str) -> Iterator[IO[bytes]]:
     elif isinstance(source, str) and (problem := _not_a_path(source)):
         raise ImageError(f"{shortened(name)}: {problem}")
     elif isinstance(source, str) and web.is_url(source):
-        yield io.BytesIO(_read_url(source))
+        yield io.BytesIO(read_url(source))
     elif source == "":
         raise ImageError(f"{name}: an empty path")
     elif isinstance(source, str | os.PathLike):
@@ -983,19 +983,38 @@ def _range_advice(low: float, high: float) -> str:
     return "if a mean was subtracted, add it again; then scale them, so that 0 is black and 1 is white"
 
 
-def _read_url(url: str) -> bytes:
+def read_url(
+    url: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    public_only: bool = False,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> bytes:
+    """The content of an http(s) URL.
+
+    Args:
+        url: of an image.
+        max_bytes: most that are read.
+        public_only: refuse private addresses; see `ssd.web.open_url`.
+        is_wanted: asked while it is read; once it says no, what was read so far is given.
+
+    Raises:
+        ImageError: it cannot be read; the message names it and says why.
+    """
     if not web.is_web_url(url):
         hint = "; pass the path itself" if url.lower().startswith("file:") else ""
         raise ImageError(f"{url}: only http and https URLs are read{hint}")
     try:
-        with web.open_url(url) as response:
+        with web.open_url(url, public_only=public_only) as response:
             if response.headers.get_content_type() == "text/html":
                 raise ImageError(f"{url}: the server sent a web page, not an image")
             body = bytearray()
             for chunk in web.chunks(response):
                 body += chunk
-                if len(body) > MAX_BYTES:
-                    raise ImageError(f"{url}: more than {MAX_BYTES >> 20} MiB; download it and pass the file")
+                if len(body) > max_bytes:
+                    raise ImageError(f"{url}: more than {max_bytes >> 20} MiB; download it and pass the file")
+                if not is_wanted():
+                    break
     except web.READ_ERRORS as error:
         raise ImageError(f"{url}: {web.reason(error)}") from error
     return bytes(body)

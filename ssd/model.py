@@ -222,7 +222,7 @@ def load_model(
     is checked before a network is made.
 
     Args:
-        weights: a path, an http(s) URL, or the name of published weights ("coco").
+        weights: a path, an http(s) URL, ``hf://owner/repo``, or the name of published weights ("coco").
         precision: fp32, fp16 or bf16; see `set_precision`.
         sha256: the digest that the file must have, or the beginning of it.
         force: download anew.
@@ -261,7 +261,7 @@ def transfer(
     have BatchNorm if the checkpoint's have.
 
     Args:
-        weights: a path, an http(s) URL, or the name of published weights ("coco").
+        weights: a path, an http(s) URL, ``hf://owner/repo``, or the name of published weights ("coco").
         class_names: the network's classes, without the background.
         backbone: that of the checkpoint, or None.
         layout: the network's; None for that of the checkpoint.

@@ -1,6 +1,6 @@
 """Pictures of an evaluation: precision-recall curves, a confusion matrix, the images with most mistakes.
 
-And of a run: its losses, learning rate and AP.
+And of a run: its losses, learning rate and AP. And of a calibration.
 """
 
 import io
@@ -16,6 +16,7 @@ from PIL import ImageDraw
 from pycocotools import mask
 
 from ssd.backends import Options
+from ssd.calibration import Reliability
 from ssd.data.annotations import Annotations
 from ssd.detections import Detections
 from ssd.drawing import encoded
@@ -123,6 +124,40 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> memoryview:
             axes.legend()
         elif not axes.lines:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+    return _png(figure)
+
+
+def draw_reliability(before: Reliability, after: Reliability, title: str) -> memoryview:
+    """A reliability diagram: how often detections find an object, by the score, and by the probability.
+
+    Args:
+        before: of scores.
+        after: of the probabilities that are made of them.
+        title: what they are of.
+
+    Raises:
+        MissingExtra: matplotlib is not installed; the message names the command.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(6.5, 7), layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    axes.plot(
+        (0, 1), (0, 1), color="0.6", linestyle="--", linewidth=1.2, label="calibrated: the two are equal"
+    )
+    for each, color, name in ((before, "tab:orange", "score"), (after, "tab:blue", "calibrated")):
+        label = f"{name}: expected calibration error {each.error:.3f}"
+        axes.plot(
+            each.probability, each.hits, color=color, marker="o", markersize=5, linewidth=1.8, label=label
+        )
+        place = each.probability
+        counts.bar(place, each.counts, width=0.028, color=color, alpha=0.6)
+    axes.set(ylabel="detections that find an object", ylim=(-0.02, 1.02), title=title)
+    axes.legend(loc="upper left")
+    counts.set(xlabel="score or probability", ylabel="detections", yscale="log", xlim=(-0.02, 1.02))
+    for each_axes in (axes, counts):
+        each_axes.grid(alpha=0.3)
     return _png(figure)
 
 

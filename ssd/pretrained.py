@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from ssd import web
+from ssd import hf, web
 from ssd.choices import Backbone
 from ssd.containers import SUFFIXES, NotDamaged, read
 from ssd.errors import CheckpointError, DownloadError, as_line
@@ -120,7 +120,8 @@ def fetch(
     """The local file of some weights, downloaded where it is not in the cache yet.
 
     Args:
-        weights: a path, an http(s) URL, or a name in `PUBLISHED`; of a folder, as a run's, see `weights_in`.
+        weights: a path, an http(s) URL, a name in `PUBLISHED`, or ``hf://owner/repo[/file][@revision]`` of
+            the Hugging Face Hub; of a folder, as a run's, see `weights_in`, and so of a repository.
         sha256: expected digest, or the beginning of it.
         force: download again even if the cache has the file.
         progress: show a progress bar.
@@ -132,13 +133,16 @@ def fetch(
     """
     text = os.fspath(weights)
     sha256 = sha256.lower() if sha256 else None
+    if text.startswith(hf.SCHEME):
+        return _with_digest(_from_hub(text, force=force, progress=progress), sha256)
     if text not in PUBLISHED and not web.is_url(text):
         path = Path(text)
         if path.is_dir():
             path = weights_in(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no weights at {text}; pass a file, an http(s) URL or one of: {', '.join(PUBLISHED)}"
+                f"no weights at {text}; pass a file, an http(s) URL, hf://owner/repo of the Hugging Face "
+                f"Hub, or one of: {', '.join(PUBLISHED)}"
             )
         return _with_digest(path, sha256)
 
@@ -165,10 +169,11 @@ def weights_in(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none, or it is open which is meant.
     """
-    for name in _IN_FOLDERS:
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "data.pkl").is_file():
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    there = _weights_among(names, _IN_FOLDERS)
+    if len(there) == 1 and there[0] in _IN_FOLDERS:
+        return folder / there[0]
+    if "data.pkl" in names:
         raise CheckpointError(f"{folder}: a checkpoint of torch that was unpacked; pass the file that it was")
     if any(folder.glob("*.distcp")):
         raise CheckpointError(
@@ -176,18 +181,54 @@ def weights_in(folder: Path) -> Path:
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
             f"{shlex.quote(str(folder))} weights.pt"
         )
-    suffixes = (*SUFFIXES, ".tar")
-    there = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
     if len(there) == 1:
-        return there[0]
+        return folder / there[0]
     if there:
-        names = ", ".join(path.name for path in there[:5]) + (", ..." if len(there) > 5 else "")
-        raise CheckpointError(f"{folder} is a folder with {len(there)} files of weights; pass one: {names}")
+        some = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+        raise CheckpointError(f"{folder} is a folder with {len(there)} files of weights; pass one: {some}")
     raise CheckpointError(
-        f"{folder} is a folder without weights ({', '.join((_IN_FOLDERS[0], *suffixes))}); pass a file"
+        f"{folder} is a folder without weights ({', '.join((_IN_FOLDERS[0], *_SUFFIXES))}); pass a file"
     )
 
 
+def _weights_among(names: Collection[str], preferred: Sequence[str]) -> list[str]:
+    """The first of the preferred names that is there, else all files of weights."""
+    return next(
+        ([name] for name in preferred if name in names),
+        sorted(name for name in names if name.endswith(_SUFFIXES)),
+    )
+
+
+def _from_hub(text: str, *, force: bool, progress: bool) -> Path:
+    """The local file of weights of the Hugging Face Hub; see `ssd.hf.fetch`."""
+    wanted = hf.parse(text)
+
+    def choose(names: list[str]) -> str:
+        there = _weights_among(names, (hf.WEIGHTS, *_IN_FOLDERS))
+        if len(there) == 1 and there[0].endswith(_SUFFIXES):
+            return there[0]
+        if there and there[0].endswith(".json"):
+            raise CheckpointError(
+                f"{text}: its weights are in parts; get all of it, by hf download {wanted.repo} --local-dir "
+                "FOLDER, and pass that folder"
+            )
+        if there:
+            some = ", ".join(str(wanted._replace(file=name)) for name in there[:5])
+            more = ", ..." if len(there) > 5 else ""
+            raise CheckpointError(f"{text} has {len(there)} files of weights; name one: {some}{more}")
+        raise CheckpointError(
+            f"{text} has no file of weights ({', '.join(_SUFFIXES)}); look at what it is for"
+        )
+
+    if wanted.file and not wanted.file.endswith(_SUFFIXES):
+        raise CheckpointError(
+            f"{text} is no file of weights ({', '.join(_SUFFIXES)}); an exported file is a program for its "
+            "runtime: if you trust who made it, download it, and pass its path"
+        )
+    return hf.fetch(text, choose, force=force, progress=progress)
+
+
+_SUFFIXES = (*SUFFIXES, ".tar")
 _IN_FOLDERS = (
     *("best.safetensors", "last.safetensors", "state.pt"),  # of a run
     *("model.safetensors", "model.safetensors.index.json"),
@@ -202,7 +243,7 @@ def _with_digest(path: Path, sha256: str | None) -> Path:
 
 
 def fetch_backbone(backbone: Backbone, weights: str | os.PathLike[str]) -> Path:
-    """The local file of a trunk's weights: "imagenet" for the best, a name of torchvision's, or a file.
+    """The local file of a trunk's weights: "imagenet" for the best, a name of torchvision's, a file, ``hf://``.
 
     Raises:
         ValueError: neither of these.
@@ -213,10 +254,11 @@ def fetch_backbone(backbone: Backbone, weights: str | os.PathLike[str]) -> Path:
     if name in known:
         url = known[name]
         return fetch(url, sha256=url.rsplit("-", 1)[-1].split(".")[0])
-    if os.path.isfile(name):
+    if os.path.isfile(name) or name.startswith(hf.SCHEME):
         return fetch(name)
     raise ValueError(
-        f"no backbone weights {name!r}: pass a file, 'imagenet', or one of {', '.join((*known, 'DEFAULT'))}"
+        f"no backbone weights {name!r}: pass a file, hf://owner/repo, 'imagenet', or one of "
+        f"{', '.join((*known, 'DEFAULT'))}"
     )
 
 

@@ -45,6 +45,8 @@ class Frame(NamedTuple):
     """Among all frames of the film, counted from 0."""
     time: float
     """When it is shown, in seconds from the film's start."""
+    taken: float | None = None
+    """When it came from a live source, by `time.monotonic`."""
 
 
 class Named(NamedTuple):
@@ -112,13 +114,21 @@ def is_live(text: str) -> bool:
     return is_camera or re.fullmatch(r"/dev/video[0-9]+", text) is not None
 
 
+def without_password(text: str) -> str:
+    """What results and messages call a source: an RTSP address without user and password.
+
+    >>> without_password("rtsp://me:secret@host:554/cam")
+    'rtsp://host:554/cam'
+    """
+    if not text.lower().startswith(_RTSP):
+        return text
+    scheme, _, rest = text.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def _live(text: str) -> Iterator[Named]:
-    name = text
-    if text.lower().startswith(_RTSP):  # names are in results and messages, where no password should be
-        scheme, _, rest = text.partition("://")
-        host, slash, path = rest.partition("/")
-        name = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-    yield Named(name, Film(text, is_live=True))
+    yield Named(without_password(text), Film(text, is_live=True))
 
 
 def _film(text: str) -> Iterator[Named]:
@@ -170,6 +180,13 @@ SOURCES: dict[str, Source] = {
     "glob": Source(glob.has_magic, _matching),
 }
 """Kinds by name; the first that claims a text gives its images."""
+
+
+def named_film(text: str) -> Named | None:
+    """The film or live source that a text is; None for another."""
+    kind = source_of(text)
+    found = kind.find(text) if kind in (SOURCES["film"], SOURCES["live"]) else ()
+    return next((each for each in found if isinstance(each, Named)), None)
 
 
 def source_of(text: str) -> Source:

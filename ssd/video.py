@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -132,7 +132,7 @@ def live(
                     lost = 0
                     pixels = upright(_rgb(each, stream.codec_context.color_trc), _display_matrix(each))
                     shown = since + float(at - first)
-                    yield Frame(pixels, number, shown)
+                    yield Frame(pixels, number, shown, time.monotonic())
                     number += 1
         except ImageError:
             raise
@@ -176,6 +176,8 @@ def _container(file: IO[bytes], name: str) -> Iterator[Any]:
     except (av.FFmpegError, ValueError, OSError) as error:
         if not _is_damage(error):
             raise
+        if not file.seek(0, os.SEEK_END):
+            raise ImageError(f"{name}: is an empty file; get it again") from error
         raise ImageError(
             f"{name}: cannot be opened as a film ({_reason(error)}); it is cut off, damaged or of a kind "
             "that is not read: get it again, or convert it, as by: ffmpeg -i FILE film.mp4"
@@ -413,8 +415,6 @@ class FilmWriter:
     """
 
     def __init__(self, file: IO[bytes], size: tuple[int, int], like: str | None = None) -> None:
-        self.without_sound = ""
-        """Why the sound of the film is left out; empty if it is not, or there is none."""
         self._file, self._size, self._last = _Careful(file), size, -1
         self._stack = ExitStack()
         try:
@@ -425,7 +425,7 @@ class FilmWriter:
             self._film = av.open(self._file, "w", format="mp4", options=options)
             self._stack.push(lambda *_: self._end_file())
             self._pictures = self._picture_stream(source)
-            self._sound = self._sound_of(source)
+            self._sound = self._sound_of(source, like)
         except BaseException:
             self._stack.close()
             raise
@@ -461,9 +461,14 @@ class FilmWriter:
             stream.options = {"crf": "20", "preset": "veryfast", "rc-lookahead": "10"}
         else:
             context.qmin = context.qmax = 3
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            text = f"{codec} does not encode pictures of {width}x{height} ({_reason(error)})"
+            raise ImageError(text) from error
         return stream
 
-    def _sound_of(self, source: Any) -> Iterator[tuple[Fraction, Any]]:
+    def _sound_of(self, source: Any, name: str | None) -> Iterator[tuple[Fraction, Any]]:
         """The packets of the sound with their times, for the film."""
         if source is None or not source[0].streams.audio:
             return iter(())
@@ -472,19 +477,21 @@ class FilmWriter:
         try:
             stream = self._film.add_stream_from_template(sound)
         except (av.FFmpegError, ValueError) as error:
-            self.without_sound = f"MP4 cannot hold sound of {sound.codec_context.name} ({_reason(error)})"
+            text = f"MP4 cannot hold its sound, of {sound.codec_context.name}; the film with boxes has none"
+            warnings.warn(as_line(f"{name}: {text} ({_reason(error)})"), stacklevel=2)
             return iter(())
         start = _Clock(container, pictures).start
 
         def packets() -> Iterator[tuple[Fraction, Any]]:
-            for packet in container.demux(sound):
-                if packet.size and packet.pts is not None and packet.dts is not None:
-                    base = packet.time_base
-                    packet.pts -= round(start / base)
-                    packet.dts -= round(start / base)
-                    packet.stream = stream
-                    if packet.dts >= 0:  # else it would shift all that comes after
-                        yield packet.pts * base, packet
+            with suppress(av.FFmpegError, OSError):  # where the film breaks off, which its pictures tell
+                for packet in container.demux(sound):
+                    if packet.size and packet.pts is not None and packet.dts is not None:
+                        base = packet.time_base
+                        packet.pts -= round(start / base)
+                        packet.dts -= round(start / base)
+                        packet.stream = stream
+                        if packet.dts >= 0:  # else it would shift all that comes after
+                            yield packet.pts * base, packet
 
         return packets()
 
@@ -495,24 +502,18 @@ class FilmWriter:
             OSError: it cannot be written.
         """
         context = self._pictures.codec_context
-        frame = av.VideoFrame.from_ndarray(np.asarray(picture), "rgb24")
+        # As Pillow has them, which is the quickest.
+        pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint8).reshape(*picture.size[::-1], 4)
+        frame = av.VideoFrame.from_numpy_buffer(pixels, "rgba")
         frame = frame.reformat(*self._size, format=self._pictures.pix_fmt, dst_colorspace=context.colorspace)
         self._last = max(self._last + 1, round(Fraction(time) / context.time_base))
         frame.pts, frame.time_base = self._last, context.time_base
-        self._copy_sound(self._last * context.time_base)
-        self._write(self._pictures.encode(frame))
-
-    def _copy_sound(self, until: Fraction) -> None:
-        for at, packet in self._sound:
-            self._write(packet)
-            if at > until:
-                return
-
-    def _write(self, packets: Any) -> None:
-        try:
-            self._film.mux(packets)
-        except av.FFmpegError as error:
-            raise OSError(error.errno, _reason(error)) from error
+        with _as_os_errors():
+            for at, packet in self._sound:
+                self._film.mux(packet)
+                if at > self._last * context.time_base:
+                    break
+            self._film.mux(self._pictures.encode(frame))
 
     def close(self) -> None:
         """End the film with what it has; its sound ends with the pictures.
@@ -522,15 +523,22 @@ class FilmWriter:
         """
         with self._stack:
             if not self._file.failed:
-                self._write(self._pictures.encode(None))
+                with _as_os_errors():
+                    self._film.mux(self._pictures.encode(None))
 
     def _end_file(self) -> None:
-        told = self._file.failed
-        try:
+        with suppress(OSError) if self._file.failed else nullcontext(), _as_os_errors():
             self._film.close()
-        except (av.FFmpegError, OSError) as error:
-            if not told:
-                raise OSError(error.errno, _reason(error)) from error
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except av.FFmpegError as error:
+        if error.errno in errno.errorcode:
+            raise OSError(error.errno, _reason(error)) from error
+        raise OSError(_reason(error)) from error  # one of FFmpeg's own
 
 
 def is_playable(path: str | os.PathLike[str]) -> bool:

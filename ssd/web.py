@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import ipaddress
 import socket
 import time
 import urllib.error
@@ -68,11 +69,37 @@ class Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Reads(self.fp.detach(), sock, deadline))
 
 
-def _connect(deadline: _Deadline, address: tuple[str, int], *_: object) -> socket.socket:
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet: not private, loopback, link-local or special.
+
+    IPv6 addresses that stand for IPv4 ones are judged as those, or refused.
+
+    >>> is_public("93.184.215.14"), is_public("127.0.0.1"), is_public("::ffff:10.0.0.1")
+    (True, False, False)
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address) and found in _NAT64:
+        found = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+    if found.version == 6 and found not in _UNICAST:
+        return False
+    return found.is_global and not found.is_multicast and not any(found in each for each in _SPECIAL)
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; all else is special
+# Of IANA's registries of special addresses, what Python does not know in all versions: protocols, Teredo,
+# 6to4 and documentation.
+_SPECIAL = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "2001::/23", "2002::/16", "3fff::/20")]
+
+
+def _connect(deadline: _Deadline, public_only: bool, address: tuple[str, int], *_: object) -> socket.socket:
     """A connection to the first address of a host that answers; each has its share of the time."""
     if not 0 < address[1] < 1 << 16:  # of which the system takes the lowest bits
         raise OSError(f"there is no port {address[1]}")
     places = [place for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    # What is judged is what is connected to: a name that is looked up again may lead elsewhere.
+    if public_only and not all(is_public(str(place[0])) for place in places):
+        raise PermissionError(f"{address[0]} is not a public address of the internet")
     problem = OSError(f"{address[0]} has no address")
     for number, place in enumerate(places):
         try:
@@ -88,13 +115,13 @@ def _connect(deadline: _Deadline, address: tuple[str, int], *_: object) -> socke
 class _Handler(urllib.request.AbstractHTTPHandler):
     """Opens http(s), with one deadline for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, public_only: bool) -> None:
         super().__init__()
-        self.deadline = _Deadline()
+        self.deadline, self.public_only = _Deadline(), public_only
 
     def _connection(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> Any:
         connection: Any = kind(host, **options)
-        connection._create_connection = partial(_connect, self.deadline)
+        connection._create_connection = partial(_connect, self.deadline, self.public_only)
         connection.response_class = partial(Response, self.deadline)
         return connection
 
@@ -146,8 +173,13 @@ def is_url(text: str) -> bool:
 
 
 @contextmanager
-def open_url(url: str) -> Iterator[Response]:
+def open_url(url: str, *, public_only: bool = False) -> Iterator[Response]:
     """Open an http(s) URL for reading; every redirect must be http(s) too, and the answer the whole content.
+
+    Args:
+        url: http or https.
+        public_only: for URLs of strangers. A host, also one of a redirect, that has any address but
+            those of `is_public` is refused, and no proxy is asked, which would look it up itself.
 
     Raises:
         OSError, http.client.HTTPException: `READ_ERRORS`; an HTTP error status is a `urllib.error.HTTPError`.
@@ -159,13 +191,13 @@ def open_url(url: str) -> Iterator[Response]:
     # Built by hand: urllib's own opener would also read file:, ftp: and data:.
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler,
-        _Handler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _CheckedRedirects,
+        *(() if public_only else (urllib.request.ProxyHandler(),)),
+        _Handler(public_only),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _CheckedRedirects(),
     ):
-        opener.add_handler(handler())
+        opener.add_handler(handler)
     try:
         path, query = (quote(part, plain, errors="surrogateescape") for part in (parts.path, parts.query))
         escaped = parts._replace(path=path, query=query, fragment="")

@@ -45,9 +45,9 @@ def write_film(
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
     tags: dict[str, int] | None = None,
-    sound: bool = False,
+    sound: bool | str = False,
 ) -> Path:
-    """Write frames with their times in seconds; by default without any loss."""
+    """Write frames with their times in seconds; by default without any loss. Sound is AAC, or of a codec."""
     times = list(times or steady(len(frames)))
     base = base or 1 / RATE
     height, width = frames[0].shape[:2]
@@ -59,7 +59,7 @@ def write_film(
         for name, value in (tags or {}).items():
             setattr(stream.codec_context, name, value)
         if sound:
-            tone = file.add_stream("aac", rate=16_000, layout="mono")
+            tone = file.add_stream("aac" if sound is True else sound, rate=16_000, layout="mono")
             for at in range(0, int(16_000 * (times[-1] + times[1])), 1024):
                 wave = np.sin(np.arange(at, at + 1024) / 6).astype(np.float32)[None]
                 samples = av.AudioFrame.from_ndarray(wave, "fltp", "mono")

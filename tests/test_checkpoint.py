@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ssd import checkpoint
 from ssd.boxes import PUBLISHED_LAYOUT
+from ssd.calibration import Calibration
 from ssd.errors import CheckpointError
 from ssd.labels import COCO_NAMES
 from ssd.model import SSD, load_model
@@ -611,3 +612,15 @@ def test_values_that_are_finite_only_as_they_were_saved(small_model):
     huge = state_dict["loc.2.bias"].double() + 1e300
     with pytest.raises(CheckpointError, match=r"loc\.2\.bias holds NaN or infinity"):
         checkpoint.require_fit("w", state_dict | {"loc.2.bias": huge}, state_dict)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_calibration_is_kept_and_an_impossible_one_refused(suffix, tiny_model, tmp_path):
+    path, names = tmp_path / f"calibrated{suffix}", ("a", "b", "c")
+    made = Calibration(0.5, -1.0, 0.1, 0.9, 50)
+    checkpoint.save(path, tiny_model.state_dict(), names, layout=SMALL_LAYOUT, calibration=made)
+    assert checkpoint.read(path).calibration == made
+    vars(made)["temperature"] = -1.0
+    checkpoint.save(path, tiny_model.state_dict(), names, layout=SMALL_LAYOUT, calibration=made)
+    with pytest.raises(checkpoint.CheckpointError, match="its calibration cannot be used: a calibration has"):
+        checkpoint.read(path)

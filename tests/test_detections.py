@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssd.detections import Detection, Detections
+from ssd.detections import Detection, Detections, LineCount, ZoneCount
+from ssd.drawing import class_color
 from ssd.errors import ImageError
 from ssd.labels import COCO_NAMES
 from ssd.pixels import Original, opened_path, origin
@@ -414,3 +415,86 @@ def test_other_ids_are_refused_at_once(found, nothing, wrong):
     for each in (found, nothing):
         with pytest.raises(TypeError, match="image_id is an integer or a text"):
             each.to_coco(wrong)
+
+
+# --- Tracked objects --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracked(found):
+    return replace(
+        found,
+        frame=7,
+        time=0.28,
+        track_ids=[4, -1, 12],
+        counts=(LineCount((0, 50, 200, 50), 3, 1), ZoneCount((0, 0, 90, 0, 90, 90), 2, 5)),
+    )
+
+
+def test_ids_go_where_their_boxes_go(tracked):
+    assert tracked.track_ids.dtype == np.int64
+    for index, ids in ((slice(1), [4]), (tracked.scores < 0.6, [-1, 12]), ([2, 0], [12, 4]), ([], [])):
+        part = tracked[index]
+        assert part.track_ids.tolist() == ids
+        assert part.counts == tracked.counts
+    for same in (copy.deepcopy(tracked), pickle.loads(pickle.dumps(tracked))):
+        assert same.track_ids.tolist() == [4, -1, 12]
+        with pytest.raises(ValueError, match="read-only"):
+            same.track_ids[0] = 1
+    assert replace(tracked, boxes=[], scores=[], class_ids=[], track_ids=[]).track_ids.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2], r"3 boxes need as many track ids; got \[2\]"),
+        ([1.5, 2, 3], "track ids must be integers; got float64"),
+    ],
+)
+def test_wrong_ids_are_refused(found, ids, message):
+    with pytest.raises(ValueError, match=message):
+        replace(found, track_ids=ids)
+
+
+def test_every_writer_has_the_ids(tracked, found):
+    written = tracked.to_dict()
+    assert [each["track_id"] for each in written["detections"]] == [4, -1, 12]
+    assert written["counts"] == [
+        {"line": [0, 50, 200, 50], "in": 3, "out": 1},
+        {"zone": [0, 0, 90, 0, 90, 90], "inside": 2, "total": 5},
+    ]
+    assert json.loads(tracked.to_json()) == written
+    assert [each["track_id"] for each in tracked.to_coco(1)] == [4, -1, 12]
+    rows = list(csv.reader(io.StringIO(tracked.to_csv())))
+    assert rows[0][-3:] == ["frame", "time", "track_id"]
+    assert [row[-3:] for row in rows[1:]] == [["7", "0.28", each] for each in ("4", "-1", "12")]
+    for scores, columns in ((False, 6), (True, 7)):  # as ultralytics writes them: last
+        lines = [line.split() for line in tracked.to_yolo(scores).splitlines()]
+        assert [(len(line), line[-1]) for line in lines] == [(columns, each) for each in ("4", "-1", "12")]
+    assert str(tracked).splitlines()[0].split()[:2] == ["#4", "dog"]
+    assert "#12 wine glass" in tracked._repr_html_()
+
+    assert "counts" not in found.to_dict()
+    assert not any("track_id" in each for each in (*found.to_dict()["detections"], *found.to_coco(1)))
+    assert "track_id" not in found.to_csv()
+
+
+def test_supervision_has_the_ids(tracked, found):
+    pytest.importorskip("supervision")
+    assert tracked.to_supervision().tracker_id.tolist() == [4, -1, 12]
+    assert found.to_supervision().tracker_id is None
+
+
+def test_colours_are_those_of_objects_and_counts_are_drawn(tracked):
+    plain = Image.new("RGB", (200, 100), (90, 90, 90))
+    tracked = replace(tracked, image=plain, counts=())[:1]
+    picture = np.asarray(tracked.draw(enlarge=False))
+    assert (picture[60 - 1, 30] == class_color(4)).all()
+    assert (np.asarray(replace(tracked, track_ids=[-1]).draw(enlarge=False))[59, 30] == 160).all()
+    for scale, enlarge in ((1, False), (2, True)):
+        line = replace(tracked[[]], counts=(LineCount((0, 80, 200, 80), 0, 0),)).draw(enlarge=enlarge)
+        drawn = np.asarray(line)
+        assert (drawn[80 * scale, 120 * scale :] == 255).all()
+        up, down = drawn[60 * scale : 76 * scale, 100 * scale], drawn[85 * scale : 97 * scale, 100 * scale]
+        assert (up == 255).any()  # the arrow, to the left of one who looks to the right
+        assert (down == 90).all()

@@ -590,7 +590,7 @@ def test_the_next_batch_is_computed_while_results_are_used(detector, photos):
 
     own = copy.copy(detector)
     own.backend = replace(detector.backend, forward=forward)
-    read = [(name, i, own._read(photos / f"{name}.jpg", i)) for i, name in enumerate(PHOTOS)]
+    read = [(name, i, own.read(photos / f"{name}.jpg", i)) for i, name in enumerate(PHOTOS)]
     own._read_ahead = lambda *_, **__: iter(read)  # reading is done
     results = own.stream(photos, batch_size=1, **LOW)
     next(results)

@@ -6,10 +6,11 @@ import pytest
 from conftest import SMALL_LAYOUT
 from PIL import Image
 
-from ssd import export
-from ssd.backends import Metadata, graph
+from ssd import export, proof
+from ssd.backends import Metadata, graph, load
 from ssd.detector import Detector
-from ssd.export import ExportError, prove
+from ssd.export import ExportError
+from ssd.proof import prove
 from ssd.shapes import draw_scene
 
 
@@ -87,7 +88,8 @@ def test_a_full_disk_is_told_and_the_earlier_files_are_whole(weights_file, tmp_p
 
 def test_differences_are_measured(tiny_model, tiny_exported):
     path = tiny_exported["pt2"]
-    found = prove(tiny_model, path, metadata(layout=SMALL_LAYOUT))
+    _, its_own = load(path)
+    found = prove(tiny_model, path, its_own)
     assert 0 < found.score < 1e-4
     assert 0 < found.box < 1e-3
     assert found.lost == 0
@@ -97,7 +99,7 @@ def test_differences_are_measured(tiny_model, tiny_exported):
 
 def test_an_image_to_try_has_nothing_on_it():
     """Shipped weights find nothing on the first one, so every export of them is tried on an empty result."""
-    empty = Image.fromarray(export._images_to_try(300)[0].numpy())
+    empty = Image.fromarray(proof._images_to_try(300)[0].numpy())
     assert len(Detector.load("shapes", "cpu")(empty)) == 0
 
 

@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import safetensors.torch
 import torch
 from conftest import SMALL_LAYOUT
 from faults import ALL, QUICK, Disk, failing
+from made_films import drawn, write_film
 from PIL import Image
 from training import SMALL, make_run
 
@@ -34,6 +37,7 @@ from ssd.detector import Detector
 from ssd.errors import UserError
 from ssd.train import fit
 from ssd.train.state import save_state
+from ssd.video import is_playable
 
 EARLIER = b"earlier"
 
@@ -92,7 +96,11 @@ def judge(outcome, before, good, now, disk):
         assert now.get(name) in allowed, f"{name} was lost; {told}"
     for name in now.keys() - before.keys():
         assert name in good, f"{name} was left; {told}"
-        if not re.search(r"detections(-2)?\.(json|csv)$", name):  # which may lack what is left out
+        if name.endswith(".mp4"):
+            Path("part.mp4").write_bytes(now[name])
+            assert is_playable("part.mp4"), f"{name} cannot be played; {told}"
+            Path("part.mp4").unlink()
+        elif not re.search(r"detections(-2)?\.(jsonl?|csv)$", name):  # which may lack what is left out
             assert now[name] == good[name], f"{name} is not whole; {told}"
     assert outcome.status in (0, 1), told
     if outcome.status == 0:
@@ -205,6 +213,48 @@ def test_detect(folder, two_images, tiny, faults, format, monkeypatch):
     attack(lambda: ssd("detect", two_images, *options), folder, faults, also=counts_are_true)
 
 
+@pytest.mark.parametrize(
+    "format", ["jsonl", *(pytest.param(each, marks=pytest.mark.slow) for each in ("csv", "yolo"))]
+)
+def test_detect_films(folder, tmp_path, tiny, faults, format, monkeypatch):
+    """Whatever fails, what there is of a film can be played up to a place, and results are whole entries."""
+    times = [number * Fraction(12, 25) for number in range(4)]
+    film = write_film(tmp_path / "clip.mkv", [drawn(number) for number in range(4)], times)
+    one = (torch.tensor([[0.2, 0.2, 0.6, 0.6]]), torch.tensor([0.9]), torch.tensor([1]))
+    monkeypatch.setattr(  # the network is not what is tried
+        tiny, "_detect", lambda batch, options: tiny.results(batch, [one] * len(batch), options)
+    )
+    monkeypatch.setattr("ssd.cli.detect.load_detector", lambda *_, **__: tiny)
+    (folder / "out" / "labels").mkdir(parents=True)
+    (folder / "out" / "clip.mp4").write_bytes(EARLIER)
+
+    def what_is_there_is_true(outcome, now, good):
+        if not (
+            said := re.search(r"^(\d+) images? (?:or|and) frames?, (\d+) objects", outcome.out, re.MULTILINE)
+        ):
+            return
+        done = int(said[1])
+        assert done == 4 or outcome.status == 1
+        lines = now.get(f"out/detections.{format}", b"").splitlines()
+        if "not written" in outcome.out:
+            pass
+        elif format == "jsonl":
+            frames = [json.loads(line)["frame"] for line in lines]
+            assert frames == sorted(set(frames))
+            assert len(frames) == done
+        elif format == "csv":
+            assert len(lines) == int(said[2]) + 1
+        else:
+            assert sum(name.endswith(".txt") and "labels/" in name for name in now) == done
+        if now.get("out/clip-2.mp4") not in (None, good["out/clip-2.mp4"]):
+            assert "the film with boxes of" in outcome.err
+        if "not written" not in outcome.out:
+            assert ("out/clip-2.mp4" in now) == ("pictures in out" in outcome.out)
+
+    options = ("--output", "out", "--format", format)
+    attack(lambda: ssd("detect", film, *options), folder, faults, also=what_is_there_is_true)
+
+
 def test_demo(folder, faults, tiny, monkeypatch):
     monkeypatch.setattr(Detector, "load", lambda *_, **__: tiny)
     (folder / "out").mkdir()
@@ -267,11 +317,18 @@ def test_export(folder, weights_file, faults, format, monkeypatch):
         def write(model, path, metadata, pictures):
             if format == "openvino":
                 path.mkdir()
-            for name in [path / each for each in BACKENDS[format].folder] or [path]:
-                name.write_bytes(b"new " + name.suffix.encode() * 100)
+
+            def save(_):
+                for name in [path / each for each in BACKENDS[format].folder] or [path]:
+                    name.write_bytes(b"new " + name.suffix.encode() * 100)
+
+            save(metadata)
+            return save
 
     monkeypatch.setattr(export, "import_module", lambda name: Writer)
     monkeypatch.setattr(export, "prove", lambda *_: None)
+    monkeypatch.setattr(export, "proof_of", lambda *_: {})
+    monkeypatch.setattr(export, "verify", lambda _: SimpleNamespace(is_proved=True))
     loaded = export.load_model(weights_file)
     monkeypatch.setattr(export, "load_model", lambda path: loaded)
     path = folder / ("ir" if format == "openvino" else "model.torchscript")

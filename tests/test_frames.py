@@ -12,13 +12,13 @@ from PIL import Image
 
 from ssd import frames
 from ssd.errors import ImageError, MissingExtra
-from ssd.frames import Playback, ahead, checked, frames_of, with_frames
+from ssd.frames import Behind, Playback, ahead, checked, frames_of, with_frames
 from ssd.images import load_image
 from ssd.sources import Film, Frame, Named
 
 
 def threads():
-    return [each for each in threading.enumerate() if each.name == "ssd-frames"]
+    return [each for each in threading.enumerate() if each.name in ("ssd-frames", "ssd-behind")]
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,56 @@ def test_in_a_forked_process_it_says_so():
     found.close()
 
 
+def test_what_is_done_behind_is_done_in_order():
+    done = []
+    behind = Behind(done.append, 3)
+    for number in range(100):
+        behind.put(number)
+    behind.end()
+    assert done == list(range(100))
+    assert behind.error is None
+    behind.join(float("inf"))
+
+
+def test_one_waits_for_what_is_behind():
+    begun, go = SimpleQueue(), SimpleQueue()
+
+    def do(number):
+        begun.put(number)
+        go.get()
+
+    behind = Behind(do, 2)
+    behind.put(0)
+    behind.put(1)
+    waiting = threading.Thread(target=behind.put, args=(2,))
+    waiting.start()
+    assert begun.get() == 0
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    for _ in range(3):
+        go.put(None)
+    waiting.join()
+    behind.end()
+    behind.join(float("inf"))
+
+
+def test_nothing_is_done_after_an_error():
+    done = []
+
+    def do(number):
+        done.append(number)
+        if number == 1:
+            raise OSError("the disk is full")
+
+    behind = Behind(do, 1)
+    for number in range(9):
+        behind.put(number)
+    behind.end()
+    assert done == [0, 1]
+    assert str(behind.error) == "the disk is full"
+    behind.join(float("inf"))
+
+
 # --- Which frames ---
 
 
@@ -161,6 +211,15 @@ def test_films_among_images(tmp_path):
     assert [source for _, source in (found[0], found[-1])] == ["x.jpg", "z.gif"]
     assert [(each.name, each.image.number, each.image.time) for _, each in found[1:4]] == [
         (str(film), number, number / 25) for number in range(3)
+    ]
+
+
+def test_paths_of_films_in_a_list(tmp_path):
+    film = write_film(tmp_path / "a.mkv", [drawn(i) for i in range(2)])
+    found = list(with_frames([film, str(film), "x.jpg"]))
+    assert [(number, getattr(each, "name", each)) for number, each in found] == [
+        *((number, str(film)) for number in (0, 0, 1, 1)),
+        (2, "x.jpg"),
     ]
 
 

@@ -18,10 +18,11 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "transforms", "augment"),
-    *("resnet", "containers", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
-    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "plots", "benchmark"),
-    *("triton", "export", "train", "cli"),
+    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking", "calibration"),
+    *("transforms", "augment"),
+    *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
+    *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "serve", "cli"),
 ]
 FOLDERS = {
     "data": [
@@ -37,11 +38,17 @@ FOLDERS = {
         "openvino",
     ],  # which is made of ONNX
     "train": ["config", "memory", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
+    "serve": ["batches", "bodies", "app"],
     "cli": [
         "options",
         "common",
         "results",
-        {"detect", "train", "evaluate", "data", "demo", "export", "benchmark", "weights"},
+        "window",
+        "shards",
+        {
+            *("detect", "train", "evaluate", "data", "demo", "export", "serve", "verify", "benchmark"),
+            *("weights", "push", "calibrate"),
+        },
     ],
 }
 
@@ -51,15 +58,23 @@ ONLY = {
     "pycocotools": {"evaluate", "plots"},
     "faster_coco_eval": {"evaluate"},
     "torchvision": set(),
-    "supervision": {"detections"},
+    "supervision": {"detections", "tracking"},
+    "trackers": {"tracking"},
+    "tkinter": {"cli.window"},
     "apex": {"train.optim"},
     "onnx": set(),
     "onnxscript": {"backends.onnx"},
-    "onnxruntime": {"backends.onnx"},
+    "onnxruntime": {"backends.onnx", "templates.detect"},
     "openvino": {"backends.openvino"},
     "nncf": {"backends.openvino"},
     "yaml": {"data.yolo_settings"},
     "av": {"video"},
+    "huggingface_hub": {"card", "hf"},
+    "fastapi": {"serve.app"},
+    "starlette": {"serve.app"},
+    "pydantic": {"serve.app"},
+    "python_multipart": {"serve.bodies"},
+    "uvicorn": {"cli.serve"},
 }
 """Packages that only some modules import."""
 
@@ -158,7 +173,8 @@ def test_import_builds_nothing_opens_no_socket_and_needs_no_heavy_package():
         "import ssd, ssd.hub, ssd.cli, hubconf\n"
         "for name in ssd.__all__: getattr(ssd, name)\n"
         "heavy = {'skimage', 'pycocotools', 'matplotlib', 'supervision', 'scipy', 'onnx', 'onnxruntime',"
-        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av'} & set(sys.modules)\n"
+        " 'onnxscript', 'openvino', 'nncf', 'torchvision', 'av', 'trackers', 'tkinter', 'huggingface_hub'}"
+        " & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     assert result.returncode == 0, result.stderr

@@ -159,10 +159,12 @@ def test_detection_on_a_stream(film, tiny_model):
     assert not [each for each in threading.enumerate() if each.name == "ssd-frames"]
 
 
-def test_an_error_is_named_without_the_password():
-    ((_, broken),) = with_frames(
-        [Named("rtsp://127.0.0.1:9/x", Film("rtsp://me:secret@127.0.0.1:9/x", is_live=True))]
-    )
+@pytest.mark.parametrize("kind", ["named", "film", "text"])
+def test_an_error_is_named_without_the_password(kind):
+    text = "rtsp://me:secret@127.0.0.1:9/x"
+    film = Film(text, is_live=True)
+    source = {"named": Named("rtsp://127.0.0.1:9/x", film), "film": film, "text": text}[kind]
+    ((_, broken),) = with_frames([source])
     assert broken.name == "rtsp://127.0.0.1:9/x"
     assert "secret" not in str(broken.image)
     assert frames.ALL.retries == 5

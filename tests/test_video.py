@@ -245,7 +245,7 @@ def test_every_cut_is_told(tmp_path, kind, part):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "cannot be opened as a film"),
+        (b"", r"a\.mp4: is an empty file; get it again"),
         (b"\0\0\0\x18ftypisom" + bytes(300), "cannot be opened as a film"),
         (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n", "cannot be opened"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "cannot be opened as a film"),
@@ -482,6 +482,32 @@ def test_sound_is_copied(tmp_path):
     assert len(after) > 20
     assert after.items() <= before.items()
     assert len(before) - len(after) <= 1  # what would go on after the pictures
+
+
+def test_sound_that_mp4_cannot_hold_is_told_once(tmp_path):
+    source = write_film(tmp_path / "a.avi", FRAMES[:9], sound="adpcm_ms")
+    with pytest.warns(UserWarning, match=r"a\.avi: MP4 cannot hold its sound, of adpcm_ms") as told:
+        target = write_again(source, tmp_path / "b.mp4")
+    assert len(told) == 1
+    assert raw_times(target) == steady(9)
+    with av.open(str(target)) as film:
+        assert not film.streams.audio
+
+
+def test_sound_that_breaks_off_ends_with_that(tmp_path):
+    """The pictures are others', and all of them are written."""
+    source = write_film(tmp_path / "a.mkv", FRAMES, **H264, sound=True)
+    frames = read(source)
+    content = source.read_bytes()
+    source.write_bytes(content[: len(content) // 3])
+    target = write_again(source, tmp_path / "b.mp4", frames)
+    assert raw_times(target) == steady(40)
+
+
+def test_what_is_too_large_for_the_encoder_is_told(tmp_path):
+    message = pytest.raises(ImageError, match=r"does not encode pictures of 40000x200 \(")
+    with (tmp_path / "a.mp4").open("wb") as file, message:
+        video.FilmWriter(file, (40_000, 200))
 
 
 def test_the_shape_of_pixels_stays(tmp_path):

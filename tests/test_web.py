@@ -5,6 +5,7 @@ import pytest
 
 from ssd import web
 
+RESOLVE = socket.getaddrinfo  # which reads numbers of all forms, and asks no network for them
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -158,3 +159,109 @@ def test_a_proxy_is_asked(server, monkeypatch):
     monkeypatch.setenv("http_proxy", address)
     monkeypatch.setenv("no_proxy", "")
     assert body_of("http://photos.example.org/a") == b"abc"
+
+
+# --- Addresses that strangers name ------------------------------------------------------------------------
+
+SPECIAL = [
+    *("127.0.0.1", "127.255.0.9", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.0.1", "100.64.0.1"),
+    *("169.254.169.254", "192.0.0.8", "192.0.2.1", "198.18.0.1", "203.0.113.9", "224.0.0.1", "240.0.0.1"),
+    *(
+        "255.255.255.255",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fd12::1",
+        "ff02::1",
+        "2001:db8::1",
+    ),
+    *("::ffff:127.0.0.1", "::ffff:7f00:1", "::ffff:10.0.0.1", "::127.0.0.1", "::ffff:0:127.0.0.1"),
+    *("64:ff9b::127.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "fec0::1"),
+]
+PUBLIC = ["8.8.8.8", "93.184.215.14", "172.32.0.1", "2606:4700:4700::1111", "64:ff9b::808:808"]
+
+
+@pytest.mark.parametrize("address", SPECIAL)
+def test_special_addresses_are_not_public(address):
+    assert not web.is_public(address)
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_public_addresses(address):
+    assert web.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
+        "0",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "localhost",
+    ],
+)
+def test_no_spelling_of_a_special_address_is_connected_to(server, monkeypatch, host):
+    url = server.serve("/a", b"secret").replace("127.0.0.1", host)
+    monkeypatch.setattr(socket, "getaddrinfo", RESOLVE)
+    monkeypatch.setenv("http_proxy", server.address)  # which would look the host up itself
+    with pytest.raises(web.READ_ERRORS) as caught, web.open_url(url, public_only=True):
+        pass
+    assert web.reason(caught.value) == f"{host.strip('[]')} is not a public address of the internet"
+    assert server.requests == []
+
+
+def test_redirects_are_judged_too(server, monkeypatch):
+    inner = server.serve("/inner", b"secret").replace("127.0.0.1", "localhost")
+    url = server.serve("/a", b"", status=302, headers={"Location": inner})
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **options: (
+            [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.2", rest[0]))]
+            if host == "localhost"
+            else resolve(host, *rest, **options)
+        ),
+    )
+    with pytest.raises(web.READ_ERRORS) as caught, web.open_url(url, public_only=True):
+        pass
+    assert web.reason(caught.value) == "localhost is not a public address of the internet"
+    assert server.requests == ["/a"]
+
+
+def test_a_name_is_looked_up_once_and_what_was_judged_is_connected_to(monkeypatch):
+    answers = [["93.184.215.14"], ["127.0.0.1"]]  # as by a name whose owner changes it in between
+    reached = []
+
+    def resolve(host, port, **_):
+        assert host == "rebinds.example"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in answers.pop(0)]
+
+    def connect(address, *_):
+        reached.append(address)
+        raise ConnectionRefusedError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(web.READ_ERRORS), web.open_url("http://rebinds.example/a", public_only=True):
+        pass
+    assert reached == [("93.184.215.14", 80)]
+    assert len(answers) == 1
+
+
+def test_a_name_with_one_special_address_is_refused(monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("8.8.8.8", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with (
+        pytest.raises(web.READ_ERRORS, match="not a public"),
+        web.open_url("http://a.example/", public_only=True),
+    ):
+        pass

@@ -4,8 +4,9 @@ Each kind of exported file has a row in `BACKENDS` and a module with two functio
 
 - ``load_file(path, device, precision) -> (Backend, Metadata)`` opens a file in its runtime. `device` is None
   where nobody asked for one; `precision` may be "auto".
-- ``write(model, path, metadata, images)`` writes the file (or folder) of a model in eval mode. `images`,
-  uint8 ``[K, size, size, 3]``, are those to calibrate int8 on, or None.
+- ``write(model, path, metadata, images) -> save`` writes the file (or folder) of a model in eval mode.
+  `images`, uint8 ``[K, size, size, 3]``, are those to calibrate int8 on, or None. ``save(metadata)`` writes
+  it again, as it is, with other metadata.
 
 Both import the packages of an extra themselves; where one is missing, who called them names the extra.
 """

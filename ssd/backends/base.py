@@ -19,6 +19,7 @@ from torch.nn import functional
 from ssd import containers
 from ssd.backends import BACKENDS
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.calibration import Calibration
 from ssd.choices import BACKBONES, PRECISIONS, Backbone
 from ssd.devices import choose_precision, usable_device
 from ssd.errors import CheckpointError, MissingExtra, NonFiniteError
@@ -82,11 +83,18 @@ class Metadata:
     layout: Layout = PUBLISHED_LAYOUT
     score_thresholds: tuple[float, ...] = ()
     """Of each class, or none; see `ssd.evaluate.best_thresholds`. Files of earlier versions have none."""
+    calibration: Calibration | None = None
+    """What scores and boxes are worth, where that was measured."""
+    proof: dict[str, Any] | None = None
+    """See `ssd.proof.proof_of`. Files of earlier versions have none."""
 
     def to_json(self) -> str:
         """As the file holds it; beside the fields, how images are normalised."""
         preprocessing = {"size": self.layout.size, "mean": MEAN, "deviation": STD}
-        return json.dumps({"version": VERSION, **asdict(self), **preprocessing})
+        values = asdict(self)
+        if self.calibration is None:  # earlier versions refuse what they do not know
+            del values["calibration"]
+        return json.dumps({"version": VERSION, **values, **preprocessing})
 
     @classmethod
     def from_json(cls, text: str) -> "Metadata":
@@ -108,6 +116,8 @@ class Metadata:
             )
         values["layout"] = _first_layout(values) if version == 1 else _layout(values)
         values.setdefault("score_thresholds", [])
+        values.setdefault("calibration", None)
+        values.setdefault("proof", None)
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             lacks, extra = (", ".join(sorted(names)) for names in (known - set(values), set(values) - known))
@@ -117,6 +127,8 @@ class Metadata:
                 raise ValueError(f"its {name} is no list")
             values[name] = tuple(values[name])
         values["nms"] = None if values["nms"] is None else _nms(values["nms"])
+        if values["calibration"] is not None:
+            values["calibration"] = Calibration.from_dict(values["calibration"])
         metadata = cls(**values)
         metadata._require_possible()
         return metadata
@@ -130,6 +142,7 @@ class Metadata:
             and all(type(number) is int for number in self.category_ids),
             "score_thresholds": len(self.score_thresholds) in (0, len(self.class_names))
             and all(type(each) in (int, float) and 0 <= each <= 1 for each in self.score_thresholds),
+            "proof": self.proof is None or isinstance(self.proof, dict),
             "backbone": self.backbone in BACKBONES,
             "precision": self.precision in (*PRECISIONS, "int8"),
             "uint8": type(self.uint8) is bool,

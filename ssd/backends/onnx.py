@@ -56,7 +56,9 @@ def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[
     return of_file(name, metadata, torch.device("cpu"), run), metadata
 
 
-def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None) -> None:
+def write(
+    model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None
+) -> Callable[[Metadata], None]:
     """See `ssd.backends`."""
     import onnxruntime  # noqa: F401, PLC0415 (the result will be tried in it)
     import onnxscript  # noqa: PLC0415
@@ -74,8 +76,13 @@ def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = No
             verbose=False,
         )
     assert program is not None  # it is None for the old exporter
-    program.model.metadata_props[METADATA] = metadata.to_json()
-    program.save(path, external_data=False)
+
+    def save(metadata: Metadata) -> None:
+        program.model.metadata_props[METADATA] = metadata.to_json()
+        program.save(path, external_data=False)
+
+    save(metadata)
+    return save
 
 
 def _onnx_suppress(onnxscript: Any) -> Callable[..., Any]:

@@ -74,7 +74,9 @@ def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[
     return of_file("OpenVINO", metadata, torch.device("cpu"), run, shown), metadata
 
 
-def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None) -> None:
+def write(
+    model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None
+) -> Callable[[Metadata], None]:
     """See `ssd.backends`; by way of an ONNX file."""
     import openvino  # noqa: PLC0415
 
@@ -85,12 +87,17 @@ def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = No
     if images is not None:
         _core(openvino.Core)  # before those that nncf makes and ends
         converted = _quantize(converted, metadata, images)
-    converted.set_rt_info(metadata.to_json(), [METADATA])
-    try:
-        openvino.save_model(converted, path / "model.xml", compress_to_fp16=False)
-    except RuntimeError as error:  # "iostream error" is all that it says of a full disk
-        raise OSError(f"OpenVINO could not write {path} ({error}); is the disk full?") from error
+
+    def save(metadata: Metadata) -> None:
+        converted.set_rt_info(metadata.to_json(), [METADATA])
+        try:
+            openvino.save_model(converted, path / "model.xml", compress_to_fp16=False)
+        except RuntimeError as error:  # "iostream error" is all that it says of a full disk
+            raise OSError(f"OpenVINO could not write {path} ({error}); is the disk full?") from error
+
+    save(metadata)
     file.unlink()
+    return save
 
 
 def _quantize(model: Any, metadata: Metadata, images: Tensor) -> Any:

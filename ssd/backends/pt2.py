@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,13 +67,20 @@ def _refuse_pickles(path: Path) -> None:
         raise CheckpointError(f"{path}: holds more than tensors, and is not loaded for safety")
 
 
-def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None) -> None:
+def write(
+    model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None
+) -> Callable[[Metadata], None]:
     """See `ssd.backends`."""
     program = torch.export.export(
         graph.Graph(model, metadata, graph.greedy),
         (graph.example_input(metadata),),
         dynamic_shapes=graph.dynamic_shapes(metadata),
     )
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files={METADATA: metadata.to_json()})
-    path.write_bytes(content.getbuffer())
+
+    def save(metadata: Metadata) -> None:
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={METADATA: metadata.to_json()})
+        path.write_bytes(content.getbuffer())
+
+    save(metadata)
+    return save

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,22 @@ def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[
     return of_file("TorchScript", metadata, device, program), metadata
 
 
-def write(model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None) -> None:
+def write(
+    model: SSD, path: Path, metadata: Metadata, images: Tensor | None = None
+) -> Callable[[Metadata], None]:
     """See `ssd.backends`."""
     network = graph.Graph(model, metadata, graph.greedy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated is known to who asks for it
         traced = torch.jit.trace(network, (graph.example_input(metadata),), check_trace=False)
         program = torch.jit.freeze(traced)
+
+    def save(metadata: Metadata) -> None:
         content = io.BytesIO()  # torch.jit.save would end the process if the disk got full
-        torch.jit.save(program, content, _extra_files={METADATA: metadata.to_json()})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(program, content, _extra_files={METADATA: metadata.to_json()})
         path.write_bytes(content.getbuffer())
+
+    save(metadata)
+    return save

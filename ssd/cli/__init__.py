@@ -45,6 +45,10 @@ VERBS = {
         "ssd.cli.evaluate:evaluate",
         "Measure detections with the official COCO numbers, and AP of each class.",
     ),
+    "calibrate": Verb(
+        "ssd.cli.calibrate:calibrate",
+        "Find thresholds of classes, probabilities for scores, and margins of boxes, on labelled images.",
+    ),
     "check": Verb(
         "ssd.cli.data:check", "Read a whole dataset, and tell what is in it and what is wrong with it."
     ),
@@ -56,12 +60,20 @@ VERBS = {
     "export": Verb(
         "ssd.cli.export:export_weights", "Export weights to ONNX, OpenVINO, torch.export or TorchScript."
     ),
+    "serve": Verb(
+        "ssd.cli.serve:serve", "Detect over HTTP: a page for people, an API for programs, batches for both."
+    ),
+    "verify": Verb("ssd.cli.verify:verify_export", "Prove an exported file again, on this machine."),
     "benchmark": Verb(
         "ssd.cli.benchmark:benchmark",
         "Measure images a second, latency, and the time and memory of each stage.",
     ),
     "download": Verb(
         "ssd.cli.weights:download", "Fetch weights ahead of use, check them, and say where they are."
+    ),
+    "push": Verb(
+        "ssd.cli.push:push_weights",
+        "Put weights, with a model card, into a repository of the Hugging Face Hub.",
     ),
     "info": Verb(
         "ssd.cli.weights:info",

@@ -25,7 +25,7 @@ Precision: TypeAlias = Annotated[
     typer.Option(help="Of the network; auto is bf16 where it is native, else fp32."),
 ]
 Weights: TypeAlias = Annotated[
-    str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL.')
+    str, typer.Option(help='"coco", "shapes", a checkpoint or exported file, a URL, hf://owner/repo.')
 ]
 Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default CUDA if there is one.")

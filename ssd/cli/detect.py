@@ -4,10 +4,12 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -30,7 +32,8 @@ from ssd.cli.common import (
 )
 from ssd.cli.options import OneOf
 from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_name, ids_of_file
-from ssd.detections import Detections
+from ssd.cli.shards import Shards, rest
+from ssd.detections import Detections, LineCount, ZoneCount
 from ssd.detector import ScoreThreshold
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
@@ -39,6 +42,9 @@ from ssd.frames import has_frames
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
 from ssd.web import is_web_url
+
+if TYPE_CHECKING:
+    from ssd.cli.window import Window
 
 
 def _score_threshold(text: str) -> ScoreThreshold:
@@ -90,6 +96,14 @@ def detect(
         Path | None,
         typer.Option(help="Where to write; by default a new folder runs/detect-N.", file_okay=False),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run of several processes that was cut short; with the same options.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     format: Annotated[str, OneOf(RESULT_FORMATS), typer.Option(help="Of the results.")] = "json",
     annotations: Annotated[
         Path | None,
@@ -112,6 +126,28 @@ def detect(
     all_frames: Annotated[
         bool, typer.Option("--all-frames", help="Take all frames of animated GIF, WebP, PNG and AVIF files.")
     ] = False,
+    track: Annotated[
+        bool, typer.Option("--track", help="Of films: give each object a number that it keeps.")
+    ] = False,
+    line: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Count the tracked objects that cross it, x1,y1,x2,y2 in pixels of a film: in is to the "
+            "left of it as one looks from x1,y1 to x2,y2 (upwards, for one to the right). May be repeated.",
+            metavar="POINTS",
+        ),
+    ] = None,
+    zone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Count the tracked objects whose lower side's middle is in it: x1,y1,x2,y2,x3,y3,... May be "
+            "repeated.",
+            metavar="POINTS",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show each result in a window, one at a time; q or Esc ends it.")
+    ] = False,
     font: Annotated[
         Path | None,
         typer.Option(
@@ -126,47 +162,43 @@ def detect(
     ] = MAX_PIXELS,
 ) -> None:
     """An image that cannot be read is named and left out; the exit status is then 1."""
-    if scaled_decoding and images:
-        raise typer.BadParameter(
-            "pictures need the whole image: add --no-images", param_hint="--scaled-decoding"
-        )
-    if scaled_decoding and tiles is not None:
-        raise typer.BadParameter("tiles need the whole image", param_hint="--scaled-decoding")
-    if annotations is not None and format != "coco":
-        raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
-    wanted = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
-    if wanted == []:
-        raise typer.BadParameter("names no class", param_hint="--classes")
+    whole = {"pictures": images, "tiles": tiles is not None, "a window": show}
+    _require_no_whole_images(whole if scaled_decoding else {})
+    _require_sense(output, resume, annotations, format)
+    wanted = _wanted(classes)
     found_images, total = _find(sources)
     has_films = _has_films(found_images, total, all_frames=all_frames)
-    failures: list[str] = []
-    broken_films: list[str] = []
-
-    def report(name: str, error: Exception) -> None:
-        reason = (
-            "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
-        )
-        failures.append(name)
-        what = "the rest of " if getattr(error, "frames", 0) else ""
-        tqdm.write(as_line(f"ssd: left out {what}{name}: {reason}"), file=sys.stderr)
-
-    def report_film(name: str, error: Exception) -> None:
-        broken_films.append(name)
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else str(error)
-        tqdm.write(as_line(f"ssd: the film with boxes of {name} ends early: {reason}"), file=sys.stderr)
-
-    with join(chosen_device(device)) as world, results_folder(output, "detect", world) as folder:
+    lines, zones = _points(line, "--line"), _points(zone, "--zone")
+    track = track or bool(lines or zones)
+    _require_films(found_images if track and total is not None else (), all_frames=all_frames)
+    failures = _Failures()
+    with (
+        join(chosen_device(device)) as world,
+        _window(font) if show else nullcontext() as window,
+        results_folder(resume or output, "detect", world) as folder,
+    ):
+        shards = Shards(folder) if world.size > 1 or resume is not None else None
         detector = load_detector(weights, world, device, precision, compile=compile)
+        listed = [] if total is None else [each.name for each in found_images]
+        settings = {
+            **{"weights": weights, "precision": detector.precision, "class_names": detector.class_names},
+            **{"score_threshold": score_threshold, "iou_threshold": iou_threshold},
+            **{"max_detections": max_detections, "classes": wanted, "batch_size": batch_size},
+            **{"tiles": tiles, "voting": voting, "flips": flips, "scaled_decoding": scaled_decoding},
+            **{"format": format, "images": images},
+        }
+        given = shards.resume(settings) if shards and resume is not None else None
+        done = frozenset(shards.done) if shards else None
         with usage_errors():
-            results = detector.stream(
-                _share(found_images, total, world, batch_size),
-                batch_size=batch_size,
+            find = partial(detector.track, lines=lines, zones=zones) if track else detector.stream
+            results = find(
+                _share(found_images, None if has_films else total, world, batch_size, done),
+                batch_size=1 if show else batch_size,  # so that pictures come as evenly as frames do
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 max_detections=max_detections,
                 classes=wanted,
-                on_error=report,
+                on_error=failures.add,
                 every=every,
                 max_fps=max_fps,
                 retries=retries,
@@ -177,41 +209,84 @@ def detect(
                 voting=voting,
                 flips=flips,
             )
-        listed = [] if total is None else [each.name for each in found_images]
         coco_ids = _coco_ids(annotations, listed, detector.class_names)
         out = Results(
             folder,
             format,
-            _names(folder, format, listed, world, pictures=images),
+            _names(folder, format, listed, world, given, pictures=images),
             detector.class_names,
             coco_ids,
             pictures=images,
             font=font,
             frames=has_films,
-            on_film_error=report_film,
+            tracks=track,
+            on_film_error=failures.add_film,
         )
-        if world.size > 1:
-            if has_films:
-                raise typer.BadParameter("several processes share images alone; pass films to one")
-            # Each process writes its pictures and labels; the main one all results, in their order.
-            results, failures[:] = _gather_results(results, listed, out, failures, world, report)
+        if shards:
+            _keep_results(results, out, shards, world, failures.add, settings if given is None else None)
+            failures.names[:] = [name for names in world.gather(failures.names) for name in names]
             if not world.is_main:
                 return
+            results = shards.merge(listed, detector.class_names, detector.category_ids)
         missing = missing_letters(detector.class_names, font) if images else []
         for note in [*coco_ids.notes, *([tell_missing(missing)] if missing else [])]:
             typer.echo(f"ssd: {note}", err=True)
-        counts = _Counts(None if has_films else total, failures)
+        counts = _Counts(None if has_films else total, failures.names)
         try:
-            stopped = _write(results, out, out.add if world.size == 1 else out.enter, counts, report)
+            stopped = _write(results, out, out.enter if shards else out.add, counts, failures.add, window)
         except OSError as error:  # the results file itself cannot be written
             if counts.done and not isinstance(error, BrokenPipeError):
                 typer.echo(f"{counts}; the results are not written")
             raise
         if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
             raise stopped
+        if shards and not stopped:
+            shards.finish()
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
-        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if images and counts.done else ""))
-    raise typer.Exit(INTERRUPTED if stopped else FAILED if failures or broken_films else 0)
+        has_pictures = out.has_pictures or (images and shards is not None)
+        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if has_pictures else ""))
+        typer.echo("".join(f"{as_line(text)}\n" for text in counts.at_places()), nl=False)
+    raise typer.Exit(INTERRUPTED if stopped else FAILED if failures.names or failures.films else 0)
+
+
+class _Failures:
+    """What is left out, each told at once."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        """Of images, and of films that broke off."""
+        self.films: list[str] = []
+        """Those whose film with boxes is not whole."""
+
+    def add(self, name: str, error: Exception) -> None:
+        reason = (
+            "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{name}: ")
+        )
+        self.names.append(name)
+        what = "the rest of " if getattr(error, "frames", 0) else ""
+        tqdm.write(as_line(f"ssd: left out {what}{name}: {reason}"), file=sys.stderr)
+
+    def add_film(self, name: str, error: Exception) -> None:
+        self.films.append(name)
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error)
+        tqdm.write(as_line(f"ssd: the film with boxes of {name} ends early: {reason}"), file=sys.stderr)
+
+
+def _wanted(classes: str | None) -> list[str] | None:
+    """The names of ``--classes``; None for all."""
+    wanted = None if classes is None else list(filter(None, map(str.strip, classes.split(","))))
+    if wanted == []:
+        raise typer.BadParameter("names no class", param_hint="--classes")
+    return wanted
+
+
+def _require_sense(output: Path | None, resume: Path | None, annotations: Path | None, format: str) -> None:
+    """Refuse options that contradict each other."""
+    if output is not None and resume is not None:
+        raise typer.BadParameter("a run that goes on keeps its folder; leave out --output")
+    if annotations is not None and format != "coco":
+        raise typer.BadParameter("goes with --format coco", param_hint="--annotations")
 
 
 @dataclass
@@ -224,12 +299,32 @@ class _Counts:
     objects: int = 0
     frames: bool = False
     """Whether frames of films are among them."""
+    tracks: set[int] | None = None
+    """The ids of all objects, where these are tracked."""
+    places: dict[str, tuple[LineCount | ZoneCount, ...]] = field(default_factory=dict)
+    """Of each film, the last counts of lines and zones."""
+
+    def add(self, found: Detections) -> None:
+        """Count a result."""
+        self.done, self.objects = self.done + 1, self.objects + len(found)
+        if found.track_ids is not None:
+            self.tracks = (self.tracks or set()) | (set(found.track_ids.tolist()) - {-1})
+        if found.counts:
+            self.places[found.source] = found.counts
+
+    def at_places(self) -> Iterator[str]:
+        """A line for each line and zone of each film."""
+        for source, counts in self.places.items():
+            for each in counts:
+                yield f"{source}: {each.name}: {each}"
 
     def __str__(self) -> str:
         done, objects, failed = self.done, self.objects, len(self.failures)
         what = "image or frame" if self.frames else "image"
         what = ("images and frames" if self.frames else "images") if done != 1 else what
         text = f"{done} {what}, {objects} object{'s'[: objects != 1]}"
+        if self.tracks is not None:
+            text = f"{done} {what}, {objects} detections, {len(self.tracks)} tracked objects"
         text += f", {failed} left out" if failed else ""
         missing = 0 if self.total is None else self.total - done - failed
         return text + (f", {missing} not reached" if missing > 0 else "")
@@ -241,27 +336,75 @@ def _write(
     add: Callable[[Detections], None],
     counts: _Counts,
     report: Callable[[str, Exception], None],
+    window: "Window | None" = None,
 ) -> BaseException | None:
     """Write and show results as they come; gives what stopped that, after which what is done is kept."""
     alone = counts.total == 1
     with out, tqdm(total=counts.total, unit="image", disable=True if alone else None) as bar:
         try:
             for found in results:
+                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 try:
                     add(found)
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
-                    report(found.source, error)
+                    report(f"{found.source}{at}", error)
                 else:
-                    counts.done, counts.objects = counts.done + 1, counts.objects + len(found)
+                    counts.add(found)
                 counts.frames = counts.frames or found.frame is not None
-                at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))
                 bar.update(counts.done + len(counts.failures) - bar.n)
+                if window and not window.show(found):
+                    break
         except (KeyboardInterrupt, Exception) as error:
             return error
     return None
+
+
+def _require_no_whole_images(wanted: dict[str, bool]) -> None:
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            hint = ": add --no-images" if what == "pictures" else ""
+            text = f"{what} need{'s'[: what == 'a window']} the whole image{hint}"
+            raise typer.BadParameter(text, param_hint="--scaled-decoding")
+
+
+def _points(texts: list[str] | None, option: str) -> list[tuple[float, ...]]:
+    """The lines or zones of an option."""
+    if not texts:
+        return []
+    from ssd.tracking import checked_points  # noqa: PLC0415 (an extra)
+
+    with usage_errors(option):
+        return [
+            checked_points([float(each) for each in text.split(",")], closed=option == "--zone")
+            for text in texts
+        ]
+
+
+def _require_films(images: Iterable[Named], *, all_frames: bool) -> None:
+    for each in images:
+        if not has_frames(each, all_frames=all_frames):
+            hint = "; with --all-frames, animations are films" if not all_frames else ""
+            raise typer.BadParameter(
+                f"follows objects over the frames of films, and {each.name} is an image{hint}",
+                param_hint="--track",
+            )
+
+
+@contextmanager
+def _window(font: Path | None) -> "Iterator[Window]":
+    from ssd.cli.window import NoWindow, Window  # noqa: PLC0415 (it takes time, and what not all have)
+
+    try:
+        window = Window(font)
+    except NoWindow as error:
+        raise typer.BadParameter(str(error), param_hint="--show") from error
+    try:
+        yield window
+    finally:
+        window.close()
 
 
 def _coco_ids(annotations: Path | None, listed: list[str], class_names: Sequence[str]) -> CocoIds:
@@ -307,45 +450,66 @@ def _each_once(images: Iterable[Named]) -> Iterator[Named]:
             yield image
 
 
-def _share(images: Iterable[Named], total: int | None, world: World, batch_size: int) -> Iterable[Named]:
-    """This process's images: every so many-th batch."""
-    if world.size == 1:
+def _share(
+    images: Iterable[Named], total: int | None, world: World, batch_size: int, done: Collection[str] | None
+) -> Iterable[Named]:
+    """This process's images, if several share them: every so many-th batch of which not all is done."""
+    if done is None:
         return images
     if total is None:
-        raise typer.BadParameter("several processes share what is known beforehand: files, folders, globs")
+        what = "images that are known beforehand: files, folders, globs; pass films to one"
+        raise typer.BadParameter(f"several processes share {what}")
     every = list(images)
-    return [every[i] for i in world.share(total, batch_size)]
+    mine = rest([each.name for each in every], done, batch_size)[world.rank :: world.size]
+    return [each for i in mine for each in every[i * batch_size : (i + 1) * batch_size]]
 
 
-def _names(folder: Path, format: str, listed: list[str], world: World, *, pictures: bool) -> FreeNames:
-    """What pictures and labels are called; several processes take the names that the main one gives."""
+def _names(
+    folder: Path,
+    format: str,
+    listed: list[str],
+    world: World,
+    given: dict[str, str] | None = None,
+    *,
+    pictures: bool,
+) -> FreeNames:
+    """What pictures and labels are called; several processes take the names that the main one gives.
+
+    A run that goes on has those that it was `given` before.
+    """
     labels = folder / RESULT_FORMATS[format] if format == "yolo" else None
     names = FreeNames(folder, pictures=pictures, labels=labels)
-    if world.size > 1:
+    if given is not None:
+        names.take_over(given)
+        names.is_resumed = True
+    elif world.size > 1:
         names.take_over(world.gather({name: names(name) for name in listed} if world.is_main else {})[0])
     return names
 
 
-def _gather_results(
+def _keep_results(
     results: Iterable[Detections],
-    listed: list[str],
     out: Results,
-    failures: list[str],
+    shards: Shards,
     world: World,
     report: Callable[[str, Exception], None],
-) -> tuple[Iterator[Detections], list[str]]:
-    """The results of all processes in the order of `listed`, and all failures; own files are written."""
-    mine = []
+    settings: Mapping[str, Any] | None,
+) -> None:
+    """Write this process's own pictures and labels, and its results, which the main one merges later.
+
+    The settings are those of a run that begins.
+    """
+    if world.is_main and settings is not None:
+        shards.begin(settings, out.names.given)
+        goes_on = f"--resume {out.path.parent} with the same sources and options goes on"
+        typer.echo(f"ssd: results are kept as they come; after an interruption, {goes_on}", err=True)
+    world.gather(None)  # the folder is there
     for found in results:
+        if found.source in shards.done:
+            continue
         try:
             out.write_own(found)
         except (OSError, ValueError) as error:
             report(found.source, error)
         else:
-            mine.append(replace(found, image=None))
-    by_source: dict[str, Detections] = {}
-    failed: list[str] = []
-    for share, lost in world.gather((mine, failures)):
-        by_source |= {found.source: found for found in share}
-        failed += lost
-    return iter([by_source[name] for name in listed if name in by_source]), failed
+            shards.add(found)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 from ssd.data.builder import read_text
 from ssd.data.names import loose, named_parts, written_parts
-from ssd.detections import CSV_COLUMNS, FRAME_COLUMNS, Detections
+from ssd.detections import Detections, csv_columns
 from ssd.errors import AnnotationError, UserError
 from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
+from ssd.frames import Behind
 from ssd.sources import is_film
 
 RESULT_FORMATS = {
@@ -28,6 +29,7 @@ RESULT_FORMATS = {
 """The file, or the folder, that each format of results is written to."""
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_BEHIND = 4  # pictures of a film that wait to be written
 _LINES = ("csv", "jsonl")
 """Formats whose entries are lines, so that nothing has to end the file."""
 
@@ -44,20 +46,23 @@ class FreeNames:
     def __init__(self, folder: Path, *, pictures: bool, labels: Path | None) -> None:
         self._folder, self._pictures, self._labels = folder, pictures, labels
         self._taken: set[str] = set()
-        self._given: dict[str, str] = {}
+        self.given: dict[str, str] = {}
+        """The name of each source that has one."""
+        self.is_resumed = False
+        """Whether the run goes on: what a name has may be what a process wrote that was then killed."""
 
     def __call__(self, source: str) -> str:
         """The name for a source, the same each time."""
-        return self._given[source] if source in self._given else self.another(source)
+        return self.given[source] if source in self.given else self.another(source)
 
     def another(self, source: str) -> str:
         """Another name for a source: the one that it had is now something else's."""
-        self._given[source] = self._next(source)
-        return self._given[source]
+        self.given[source] = self._next(source)
+        return self.given[source]
 
     def take_over(self, given: dict[str, str]) -> None:
         """Take the names that another process gives to all sources."""
-        self._given = dict(given)
+        self.given = dict(given)
         self._taken = {os.path.splitext(name)[0].casefold() for name in given.values()}
 
     def _next(self, source: str) -> str:
@@ -80,6 +85,11 @@ class FreeNames:
         )
 
 
+def _hold(files: Mapping[Path, Any]) -> bool:
+    """Whether files with these contents are there."""
+    return all(path.is_file() and path.read_bytes() == bytes(content) for path, content in files.items())
+
+
 class Results:
     """Writes results and pictures in one of `RESULT_FORMATS`, beside what is there.
 
@@ -94,6 +104,7 @@ class Results:
         pictures: whether to write them: of a film, a film.
         font: of their labels; see `Detections.draw`.
         frames: whether there are films, for which CSV has columns of its own.
+        tracks: whether objects are tracked, as well.
         on_film_error: called with the source and the error where its film cannot be written, or not whole;
             results go on.
     """
@@ -109,13 +120,14 @@ class Results:
         pictures: bool,
         font: Path | None = None,
         frames: bool = False,
+        tracks: bool = False,
         on_film_error: Callable[[str, Exception], object] = lambda name, error: None,
     ) -> None:
-        self._frames, self._on_film_error = frames, on_film_error
+        self._frames, self._tracks, self._on_film_error = frames, tracks, on_film_error
         self._film: _Film | None = None
-        self.films: list[Path] = []
-        """Those that are written, and whole or can be played."""
-        self._folder, self._format, self._names, self._pictures = folder, format, names, pictures
+        self.has_pictures = False
+        """Whether there are any, of films those that can be played."""
+        self._folder, self._format, self.names, self._pictures = folder, format, names, pictures
         self._class_names, self._coco_ids, self._font = class_names, coco_ids, font
         self._stack = ExitStack()  # of what the block holds
         self._file: Draft | None = None
@@ -139,7 +151,7 @@ class Results:
                         self.path.rmdir()
                 raise
         else:
-            columns = (*CSV_COLUMNS, *(FRAME_COLUMNS if self._frames else ()))
+            columns = csv_columns(frames=self._frames, tracks=self._tracks)
             head = {"csv": f"{','.join(columns)}\n", "jsonl": ""}.get(self._format, "[").encode()
             with ExitStack() as stack:
                 self._file = stack.enter_context(draft(self.path))
@@ -150,11 +162,13 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         with self._stack:
-            self._end_film()
-            if self._file:
-                self._file.put(self._end, self._last())  # where an entry was cut, that is gone
-                self._file.finish()
-                self.path = self._file.take_free()
+            try:
+                self._end_film()
+            finally:
+                if self._file:
+                    self._file.put(self._end, self._last())  # where an entry was cut, that is gone
+                    self._file.finish()
+                    self.path = self._file.take_free()
 
     def add(self, found: Detections) -> None:
         """Write one result, and what it has files of its own for."""
@@ -171,22 +185,26 @@ class Results:
         if found.frame is not None:
             self._write_frame(found)
             return
-        name = self._names(found.source)
+        name = self.names(found.source)
         picture = found.picture_for(name, font=self._font) if self._pictures and found.has_image else None
         labels = found.to_yolo().encode() if self._format == "yolo" else None
         while True:
             label_file = self.path / f"{os.path.splitext(name)[0]}.txt"
             contents = {self._folder / name: picture, label_file: labels}
+            files = {path: content for path, content in contents.items() if content is not None}
             try:
-                write_new({path: content for path, content in contents.items() if content is not None})
+                write_new(files)
+                self.has_pictures = self.has_pictures or picture is not None
                 return
             except FileExistsError:  # another process was faster
-                name = self._names.another(found.source)
+                if self.names.is_resumed and _hold(files):
+                    return
+                name = self.names.another(found.source)
 
     def _write_frame(self, found: Detections) -> None:
         if self._pictures and found.has_image:
             if not self._film:
-                stem = os.path.splitext(self._names(found.source))[0]
+                stem = os.path.splitext(self.names(found.source))[0]
                 self._film = _Film(found.source, self._folder / f"{stem}.mp4")
             try:
                 self._film.add(found, self._font)
@@ -194,22 +212,21 @@ class Results:
                 self._on_film_error(found.source, error)
         labels = found.to_yolo().encode() if self._format == "yolo" else None
         while labels is not None:
-            stem = os.path.splitext(self._names(found.source))[0]
+            stem = os.path.splitext(self.names(found.source))[0]
             try:
                 write_new({self.path / f"{stem}-{found.frame:06d}.txt": labels})
                 return
             except FileExistsError:
-                self._names.another(found.source)
+                self.names.another(found.source)
 
     def _end_film(self) -> None:
         film, self._film = self._film, None
         if film:
             try:
-                path = film.end()
-            except OSError as error:
+                film.end()
+            except (OSError, UserError) as error:
                 self._on_film_error(film.source, error)
-            else:
-                self.films += [path] if path else []
+            self.has_pictures = self.has_pictures or film.is_kept
 
     def enter(self, found: Detections) -> None:
         """Write one result into the file of all, if there is one."""
@@ -254,7 +271,7 @@ class Results:
 
 
 class _Film:
-    """A film that is being written.
+    """A film that is being written, a few pictures behind, by a thread of its own.
 
     It takes its name when it ends, be it early or because no more can be written, if it can be played.
     """
@@ -264,48 +281,59 @@ class _Film:
         self._stack = ExitStack()
         self._draft: Draft | None = None
         self._writer: Any = None
-        self._failed = False
+        self._thread: Behind | None = None
+        self._is_told = False
+        self.is_kept = False
+        """Whether it ended, and can be played."""
 
     def add(self, found: Detections, font: Path | None) -> None:
         """Write the picture of a frame, unless an earlier one could not be written.
 
         Raises:
-            OSError: it cannot be written; this comes but once.
+            OSError: it, or an earlier one, cannot be written; this comes but once.
         """
-        if self._failed:
+        if self._is_told:
             return
-        self._failed = True  # also where this is interrupted
-        if self._writer is None:
+        self._is_told = True  # also where this is interrupted
+        if self._thread is None:
             from ssd.video import FilmWriter  # noqa: PLC0415 (an extra)
 
             like = self.source if is_film(self.source) else None
             self._draft = self._stack.enter_context(draft(self._path))
             self._writer = FilmWriter(self._draft, found.image_size[::-1], like)
-        assert found.time is not None
-        with writing(self._path):
-            self._writer.add(found.draw(font=font, enlarge=False), found.time)
-        self._failed = False
+            self._thread = Behind(self._write, _BEHIND)
+        picture = found.draw(font=font, enlarge=False)
+        self._thread.put((picture, found.time))
+        if self._thread.error:
+            raise self._thread.error
+        self._is_told = False
 
-    def end(self) -> Path | None:
-        """End it; the name that it has taken, or None where nothing can be played.
+    def _write(self, picture_and_time: tuple[Any, float]) -> None:
+        with writing(self._path):
+            self._writer.add(*picture_and_time)
+
+    def end(self) -> None:
+        """End it; what can be played takes its name.
 
         Raises:
-            OSError: its end cannot be written; then what can be played has taken its name.
+            OSError: its end cannot be written; what can be played has taken its name all the same.
         """
         from ssd.video import is_playable  # noqa: PLC0415 (an extra)
 
         with self._stack:
-            if self._writer is None or self._draft is None:
-                return None
+            if self._thread is None or self._draft is None:
+                return
             try:
+                self._thread.end()
                 self._writer.close()
+                if self._thread.error and not self._is_told:
+                    raise self._thread.error
             finally:
-                path = None
                 if is_playable(self._draft.path):
                     with suppress(OSError):
                         self._draft.finish()
-                    path = self._draft.take_free()
-        return path
+                    self._draft.take_free()
+                    self.is_kept = True
 
 
 class CocoIds:

@@ -12,22 +12,25 @@ import typer
 from ssd import __version__
 from ssd.cli.common import AUTO, Json
 from ssd.devices import choose_precision, native_precisions
+from ssd.hf import SCHEME
 from ssd.model import load_model
-from ssd.pretrained import PUBLISHED, cached_path
+from ssd.pretrained import PUBLISHED, cached_path, fetch
 from ssd.web import is_web_url
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pycocotools", "safetensors")
 
 
 def download(
-    weights: Annotated[str, typer.Argument(help='"coco", or the URL of a checkpoint.')] = "coco",
+    weights: Annotated[
+        str, typer.Argument(help='"coco", the URL of a checkpoint, hf://owner/repo.')
+    ] = "coco",
     force: Annotated[bool, typer.Option("--force", help="Download again what is there already.")] = False,
 ) -> None:
     """Without a network, the error says which file to get and where to put it."""
-    if weights not in PUBLISHED and not is_web_url(weights):
+    if weights not in PUBLISHED and not is_web_url(weights) and not weights.startswith(SCHEME):
         raise typer.BadParameter(f"{weights} is neither a URL nor one of {', '.join(PUBLISHED)}")
     model, _ = load_model(weights, force=force)
-    path = cached_path(weights)
+    path = fetch(weights)
     typer.echo(f"{path} ({_megabytes(path)}, {model.backbone}, {model.num_classes - 1} classes)")
 
 

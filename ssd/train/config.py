@@ -68,11 +68,11 @@ class TrainConfig:
     backbone: Backbone | None = None
     """Trunk of the network; by default that of `weights`, or resnet50."""
     weights: str | None = None
-    """Starting point: coco, shapes, a file or a URL.
+    """Starting point: coco, shapes, a file, a URL or hf://owner/repo.
 
     Class heads are kept if the classes are the same."""
     backbone_weights: str | None = None
-    """Starting point of the trunk alone: imagenet, a name of torchvision's, or a file."""
+    """Starting point of the trunk alone: imagenet, a name of torchvision's, a file, or hf://owner/repo/file."""
     head_norm: bool = field(default=True, metadata={"flags": "--head-norm/--plain-heads"})
     """BatchNorm in the heads, where `weights` does not decide it."""
     freeze: int = 0

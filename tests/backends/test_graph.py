@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import OTHER_LAYOUTS, made_model
 
-from ssd import export
+from ssd import proof
 from ssd.backends import NMS, Metadata
 from ssd.backends.graph import Graph, greedy, suppress
 from ssd.boxes import Layout
@@ -49,7 +49,7 @@ def test_greedy_equals_a_loop(suppress):
 
 def test_the_graph_equals_the_postprocess(small_model):
     graph = Graph(small_model, metadata(uint8=True, nms=NMS(0.05, 0.5, 50)), greedy)
-    images = export._images_to_try(300)[1:4]
+    images = proof._images_to_try(300)[1:4]
     with torch.inference_mode():
         boxes, scores, class_ids, counts = graph(images)
         raw = Graph(small_model, metadata(uint8=True), greedy)(images)

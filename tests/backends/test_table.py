@@ -53,7 +53,11 @@ TOY = """
 
 
     def write(model, path, metadata, images):
-        torch.save({"weights": model.state_dict(), "notes": metadata.to_json()}, path)
+        def save(metadata):
+            torch.save({"weights": model.state_dict(), "notes": metadata.to_json()}, path)
+
+        save(metadata)
+        return save
 
 
     def load_file(path, device, precision):

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,28 @@ def test_export_and_detect_with_it(run, photos, tmp_path, weights_file):
         assert [each["name"] for each in found["detections"]] == right.names.tolist()
 
 
+def test_folders_and_pages(run, monkeypatch, weights_file, tmp_path):
+    """What writes them is tried in tests/test_standalone.py and tests/test_browser.py."""
+
+    def write(*arguments):
+        asked.append(arguments)
+        Path(arguments[1]).touch()
+        return Path(arguments[1])
+
+    asked = []
+    monkeypatch.setattr("ssd.cli.export.write_standalone", write)
+    monkeypatch.setattr("ssd.cli.export.write_page", write)
+    status, out, err = run("export", weights_file, "--standalone", "made/one")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[1] == "Prove it, there or on another machine: python made/one/detect.py --verify"
+    status, out, err = run("export", weights_file, "--html", "a.html", "--precision", "fp16")
+    assert (status, err, out) == (0, "", "a.html (0.0 MB): open it in a browser, on any device\n")
+    assert asked == [
+        (str(weights_file), Path("made/one"), "fp32"),
+        (str(weights_file), Path("a.html"), "fp16", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -29,6 +52,12 @@ def test_export_and_detect_with_it(run, photos, tmp_path, weights_file):
         (["--format", "pt2", "--triton", "models"], "a Triton repository holds ONNX"),
         (["--precision", "int8"], "int8 goes with openvino"),
         (["--output", "model.bin"], "has to end in .onnx"),
+        (["--standalone", "a", "--html", "b.html"], "leave out --html"),
+        (["--standalone", "a", "--format", "pt2", "--batch", "2"], "leave out --format, --batch"),
+        (["--html", "a.html", "--output", "b.onnx"], "leave out --output"),
+        (["--onnxruntime-web", "a"], "is for --html"),
+        (["--html", "a.onnx"], "has to end in .html"),
+        (["--standalone", "a", "--precision", "int8"], "int8 goes with openvino"),
     ],
 )
 def test_wrong_exports_are_usage_errors(run, weights_file, arguments, message):

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
+import av
 import numpy as np
 import pytest
 from conftest import SMALL_LAYOUT, command
@@ -164,6 +166,26 @@ def test_a_film_that_breaks_off(detect, film, tmp_path):
     assert ", 1 left out" in out
 
 
+def test_a_film_with_sound_that_is_left_out(detect, tmp_path):
+    write_film(tmp_path / "clip.avi", FRAMES[:9], sound="adpcm_ms")
+    with pytest.warns(UserWarning, match=r"^clip\.avi: MP4 cannot hold its sound, of adpcm_ms; ") as told:
+        assert detect("clip.avi")[0] == 0
+    assert len(told) == 1
+    assert len(numbers(tmp_path / "out" / "clip.mp4")) == 9
+
+
+def test_a_film_that_cannot_be_encoded(detect, tmp_path):
+    """Its results are written all the same."""
+    pictures = [Image.new("RGB", (20_000, 210), color) for color in ("red", "blue")]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    status, out, err = detect("a.gif", "--all-frames", "--format", "jsonl")
+    assert status == 1
+    assert err.count("ssd: the film with boxes of a.gif ends early: ") == 1
+    assert "does not encode pictures of 20000x210" in err
+    assert os.listdir(tmp_path / "out") == ["detections.jsonl"]
+    assert out.splitlines()[-1].startswith("2 images and frames, ")
+
+
 def test_a_full_disk_ends_the_film_and_not_the_results(detect, film, tmp_path, monkeypatch):
     real, count = video.FilmWriter.add, []
 
@@ -179,7 +201,7 @@ def test_a_full_disk_ends_the_film_and_not_the_results(detect, film, tmp_path, m
     assert status == 1
     assert err.count("the film with boxes of clip.mkv ends early: No space left on device") == 1
     assert len((tmp_path / "out" / "detections.jsonl").read_text().splitlines()) == 30
-    assert len(count) == 21
+    assert len(count) == 21  # nothing is written after the first error
     assert [each for each in os.listdir(tmp_path / "out") if each.endswith(".tmp")] == []
 
 
@@ -222,3 +244,49 @@ def test_films_beside_photos_in_a_folder(detect, tmp_path):
     assert "left out in/c.mp4: cannot be opened as a film" in err
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.mp4", "detections.json"]
     assert out.splitlines()[-1].startswith("4 images and frames, ")
+
+
+SOAK = """
+import os, sys, threading
+from dataclasses import replace
+from pathlib import Path
+import torch
+from ssd.cli.results import FreeNames, Results, ids_by_name
+from ssd.detector import Detector
+
+def held():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), threading.active_count()
+
+weights, film = sys.argv[1:]
+torch.set_num_threads(1)
+detector = Detector.load(weights, "cpu", "fp32")
+one = (torch.tensor([[0.2, 0.2, 0.6, 0.6]]), torch.tensor([0.9]), torch.tensor([1]))
+# The network itself would take minutes, and is soaked by benchmarks/soak.py.
+detector._detect = lambda batch, options: detector.results(batch, [one] * len(batch), options)
+names = FreeNames(Path("."), pictures=True, labels=None)
+ids = ids_by_name([film])
+with Results(Path("."), "csv", names, detector.class_names, ids, pictures=True, frames=True) as out:
+    for found in detector.stream(film, batch_size=32):
+        out.add(found if found.frame % 8 == 0 else replace(found, image=None))
+        if (found.frame + 1) % 4000 == 0:
+            print(*held())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
+def test_memory_is_flat_over_a_long_film(tmp_path, tiny_file):
+    """20,000 frames of 9 kB, of which one of 8 is drawn on: if each were kept, it would be seen."""
+    frames = [drawn(number, (64, 48)) for number in range(250)] * 80
+    (tmp_path / "in").mkdir()
+    write_film(tmp_path / "in" / "clip.mp4", frames, codec="mpeg4", pixels="yuv420p")
+    code = [sys.executable, "-c", SOAK, str(tiny_file), "in/clip.mp4"]
+    result = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=True)
+    first, *_, last = held = [[int(each) for each in line.split()] for line in result.stdout.splitlines()]
+    assert len(held) == 5
+    assert last[0] - first[0] < 40e6, held  # all frames between are 147 MB
+    assert held[-2][1:] == first[1:], held  # files and threads, before they end
+    assert len((tmp_path / "detections.csv").read_text().splitlines()) == 20_001
+    with av.open(str(tmp_path / "clip.mp4")) as film:
+        assert film.streams.video[0].frames == 2500

@@ -119,10 +119,16 @@ def seeds() -> list[Case]:
     return [*playable, *films, *({"film.png": animation} for animation in _animations())]
 
 
+def is_playable(case: Case) -> bool:
+    """Whether it is one of the whole films."""
+    ((name, content),) = case.items()
+    return (os.path.splitext(name)[1], content) in _playable()
+
+
 def mutate(rng: random.Random, case: Case) -> Case:
     """Another suffix, or other bytes behind the first ones, by which the kind is told."""
     ((name, content),) = case.items()
-    if (os.path.splitext(name)[1], content) in _playable():
+    if is_playable(case):
         return {name: some_bytes(rng, content)}
     name = f"film{rng.choice(SUFFIXES)}"
     if content in _films() and content[:1] != b"G":

@@ -1,5 +1,6 @@
 """A little of each target with a fixed seed, and all that was ever found."""
 
+import random
 import signal
 
 import pytest
@@ -25,6 +26,21 @@ def test_what_once_broke_a_promise_does_so_no_more(name):
     assert told(outcome) == []
     assert outcome.counts.total() == len(cases)
     assert all((engine.CORPUS / name / each / "story.txt").is_file() for each in cases)
+
+
+@pytest.mark.slow
+def test_a_thousand_mutations_of_films():
+    """Of whole films, of all containers and codecs in turn, and of nothing else."""
+    films = engine.target("films")
+    whole = [case for case in films.seeds() if films.is_playable(case)]
+    assert len(whole) >= 4
+    cases = {
+        str(number): films.mutate(random.Random(number), whole[number % len(whole)]) for number in range(1000)
+    }
+    outcome = engine.replay("films", cases)
+    assert told(outcome) == []
+    assert outcome.counts.total() == 1000
+    assert min(outcome.counts[each] for each in ("played", "breaks off", "refused")) > 0, outcome.counts
 
 
 def test_a_number_and_a_seed_make_the_same_case():

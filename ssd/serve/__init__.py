@@ -1,0 +1,1 @@
+"""Detection over HTTP: a page for people, an API for programs."""

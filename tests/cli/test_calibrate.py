@@ -1,0 +1,109 @@
+"""``ssd calibrate``: from a dataset to weights that know what their scores are worth."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from typer.testing import CliRunner
+
+import ssd
+from ssd import checkpoint, pretrained
+from ssd.cli import app
+from ssd.shapes import write_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_dataset(folder, 1, 24, 7)
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_what_is_kept_and_what_it_does(data, tmp_path):
+    made = tmp_path / "made.safetensors"
+    done = run("calibrate", "shapes", data, "--output", made, "--plots", "--coverage", "0.8")
+    assert done.exit_code == 0, done.output
+    assert "circle" in done.output
+    assert "expected calibration error" in done.output
+    assert made.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    before, after = (checkpoint.read(path) for path in (pretrained.fetch("shapes"), made))
+    assert all(torch.equal(value, after.state_dict[key]) for key, value in before.state_dict.items())
+    assert after.class_names == before.class_names
+    assert len(after.score_thresholds) == 6
+    assert after.calibration.coverage == 0.8
+    assert after.calibration.margin > 0
+
+    plain, detector = ssd.Detector.load("shapes", "cpu", "fp32"), ssd.Detector.load(made, "cpu", "fp32")
+    image = sorted((data / "val").iterdir())[1]
+    # With a number nothing changes, to the bit; calibrated, boxes of the thresholds have probabilities.
+    raw, same = (each(image, score_threshold=0.05) for each in (plain, detector))
+    assert np.array_equal(raw.scores, same.scores)
+    assert np.array_equal(raw.boxes, same.boxes)
+    found = detector(image, score_threshold="calibrated")
+    kept = raw.scores > np.float32(detector.score_thresholds)[raw.class_ids]
+    assert kept.any()
+    assert np.array_equal(found.boxes, raw.boxes[kept])
+    assert np.array_equal(found.scores, detector.calibration.probabilities(raw.scores[kept]))
+    assert not np.array_equal(found.scores, raw.scores[kept])
+    wide = found.widened(detector.calibration.margin)
+    assert (wide.boxes[:, :2] < found.boxes[:, :2]).all()
+
+
+def test_readers_of_before_load_it(data, tmp_path):
+    """They look at the entries of the file that they know, which are what they were."""
+    made = tmp_path / "made.safetensors"
+    assert run("calibrate", "shapes", data, "--output", made).exit_code == 0
+    with (
+        safetensors.safe_open(made, "pt") as new,
+        safetensors.safe_open(pretrained.fetch("shapes"), "pt") as old,
+    ):
+        assert set(new.metadata()) - set(old.metadata()) <= {"calibration", "score_thresholds", "layout"}
+        assert new.metadata()["class_names"] == old.metadata()["class_names"]
+        assert set(new.keys()) == set(old.keys())
+
+
+def test_numbers_for_programs(data, tmp_path):
+    done = run(
+        "calibrate", "shapes", data, "--recall", "0.5", "--json", "--output", tmp_path / "x.safetensors"
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert all(row["recall"] >= 0.5 or not row["reached"] for row in facts["classes"].values())
+    assert any(row["reached"] for row in facts["classes"].values())
+    assert facts["calibration_error"]["after"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "0.9", "--recall", "0.9"], "one of --precision and --recall"),
+        (["--coverage", "1"], "above 0 and below 1"),
+    ],
+)
+def test_usage(options, message, data):
+    done = run("calibrate", "shapes", data, *options)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_nothing_is_overwritten(data, tmp_path):
+    (tmp_path / "made.safetensors").write_bytes(b"mine")
+    done = run("calibrate", "shapes", data, "--output", tmp_path / "made.safetensors")
+    assert done.exit_code == 2
+    assert "is there already" in " ".join(done.output.split())
+    assert (tmp_path / "made.safetensors").read_bytes() == b"mine"
+
+
+def test_plots_need_an_extra_before_the_work(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("calibrate", "shapes", data, "--plots", "--output", tmp_path / "made.safetensors")
+    assert "ssd300[plots]" in str(done.exception)
+    assert list(tmp_path.glob("made*")) == []

@@ -83,7 +83,7 @@ def make_named(block):
     """What a block takes up from another."""
     if "shapes.onnx" in block:
         export("shapes", "shapes.onnx", nms=True, uint8=True)
-    if "best-calibrated" in block:
+    if "best-calibrated" in block and "ssd calibrate" not in block:
         shapes_weights = checkpoint.read(pretrained.cached_path("shapes"))
         checkpoint.save(
             "best-calibrated.safetensors",

@@ -1,8 +1,5 @@
-import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,16 +204,3 @@ def test_calibration_images_are_spread_over_a_folder(tmp_path, monkeypatch):
 def test_what_is_exported_already(tiny_exported, tmp_path):
     with pytest.raises(ValueError, match="is exported already"):
         export.export(tiny_exported["pt2"], tmp_path / "model.onnx")
-
-
-@pytest.mark.slow
-def test_the_snippet_of_the_documents_runs(exported, photos, tmp_path, monkeypatch, capsys):
-    """docs/export.md, ONNX without this package."""
-    pytest.importorskip("onnxruntime")
-    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
-    shutil.copy(exported["onnx nms"], tmp_path / "shapes.onnx")
-    shutil.copy(photos / "coffee.jpg", tmp_path / "scene.jpg")
-    monkeypatch.chdir(tmp_path)
-    [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(snippet, "export.md", "exec"), {})
-    assert "[[" in capsys.readouterr().out

@@ -986,7 +986,7 @@ def _range_advice(low: float, high: float) -> str:
 def read_url(
     url: str,
     *,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     public_only: bool = False,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> bytes:
@@ -994,7 +994,7 @@ def read_url(
 
     Args:
         url: of an image.
-        max_bytes: most that are read.
+        max_bytes: most that are read; by default `MAX_BYTES`.
         public_only: refuse private addresses; see `ssd.web.open_url`.
         is_wanted: asked while it is read; once it says no, what was read so far is given.
 
@@ -1004,6 +1004,7 @@ def read_url(
     if not web.is_web_url(url):
         hint = "; pass the path itself" if url.lower().startswith("file:") else ""
         raise ImageError(f"{url}: only http and https URLs are read{hint}")
+    most = MAX_BYTES if max_bytes is None else max_bytes
     try:
         with web.open_url(url, public_only=public_only) as response:
             if response.headers.get_content_type() == "text/html":
@@ -1011,8 +1012,8 @@ def read_url(
             body = bytearray()
             for chunk in web.chunks(response):
                 body += chunk
-                if len(body) > max_bytes:
-                    raise ImageError(f"{url}: more than {max_bytes >> 20} MiB; download it and pass the file")
+                if len(body) > most:
+                    raise ImageError(f"{url}: more than {most >> 20} MiB; download it and pass the file")
                 if not is_wanted():
                     break
     except web.READ_ERRORS as error:

@@ -222,7 +222,7 @@ def test_detect_films(folder, tmp_path, tiny, faults, format, monkeypatch):
     film = write_film(tmp_path / "clip.mkv", [drawn(number) for number in range(4)], times)
     one = (torch.tensor([[0.2, 0.2, 0.6, 0.6]]), torch.tensor([0.9]), torch.tensor([1]))
     monkeypatch.setattr(  # the network is not what is tried
-        tiny, "_detect", lambda batch, options: tiny.results(batch, [one] * len(batch), options)
+        tiny, "detect", lambda batch, options: tiny.results(batch, [one] * len(batch), options)
     )
     monkeypatch.setattr("ssd.cli.detect.load_detector", lambda *_, **__: tiny)
     (folder / "out" / "labels").mkdir(parents=True)

@@ -263,7 +263,7 @@ torch.set_num_threads(1)
 detector = Detector.load(weights, "cpu", "fp32")
 one = (torch.tensor([[0.2, 0.2, 0.6, 0.6]]), torch.tensor([0.9]), torch.tensor([1]))
 # The network itself would take minutes, and is soaked by benchmarks/soak.py.
-detector._detect = lambda batch, options: detector.results(batch, [one] * len(batch), options)
+detector.detect = lambda batch, options: detector.results(batch, [one] * len(batch), options)
 names = FreeNames(Path("."), pictures=True, labels=None)
 ids = ids_by_name([film])
 with Results(Path("."), "csv", names, detector.class_names, ids, pictures=True, frames=True) as out:

@@ -254,7 +254,7 @@ def test_every_field_is_an_option_with_its_own_help(run, monkeypatch):
         assert f"--{field.name.replace('_', '-')}" in out, field.name
         assert all(word in shown for word in docs[field.name].replace("`", "").split()), field.name
     assert "[cosine|multistep]" in out
-    assert "[default: (60)]" in shown
+    assert "[default: (90)]" in shown
 
 
 def test_a_toy_option_by_one_field(scenes, tmp_path):

@@ -89,6 +89,14 @@ def made_model(num_classes: int = 4, head_norm: bool = False, layout: Layout = P
     return model.eval()
 
 
+def require_trackers() -> None:
+    """Skip the test, or the module, where the packages that track are missing, or a library that they need."""
+    try:
+        import trackers  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"trackers cannot be imported: {error}", allow_module_level=True)
+
+
 SMALL_LAYOUT = Layout(
     size=96,
     maps=(12, 6, 3, 1),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import require_trackers
 
-pytest.importorskip("trackers", reason="the extra track is not installed")
+require_trackers()
 
 import moving
 from made_films import write_film

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import require_trackers
 from made_films import drawn, write_film
 from PIL import Image
 
@@ -52,7 +53,7 @@ def found(monkeypatch):
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "csv", "coco", "yolo"])
 def test_ids_and_counts_are_in_the_results(run, film, found, tmp_path, format):
-    pytest.importorskip("trackers")
+    require_trackers()
     options = ("--line", "40,72,40,0", "--zone", "48,0,96,0,96,72,48,72", "--format", format)
     status, out, _ = run("detect", film, *options, "--output", "out", "--every", "2", "--batch-size", "4")
     assert status == 0
@@ -86,7 +87,7 @@ def out_path(format):
 
 
 def test_films_share_no_ids(run, film, found, tmp_path):
-    pytest.importorskip("trackers")
+    require_trackers()
     film.with_name("other.mkv").write_bytes(film.read_bytes())
     assert run("detect", "clip.mkv", "other.mkv", "--track", "--no-images", "--output", "out")[0] == 0
     entries = json.loads((tmp_path / "out" / "detections.json").read_text())
@@ -106,7 +107,7 @@ def test_films_share_no_ids(run, film, found, tmp_path):
 )
 def test_mistakes(run, tmp_path, options, message):
     if "--show" not in options:
-        pytest.importorskip("trackers")
+        require_trackers()
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     status, _, err = run("detect", "a.png", *options)
     assert status == 2
@@ -115,7 +116,7 @@ def test_mistakes(run, tmp_path, options, message):
 
 
 def test_a_line_outside_of_the_film_ends_in_a_line(run, film):
-    pytest.importorskip("trackers")
+    require_trackers()
     status, _, err = run("detect", film, "--line", "0,0,96,100")
     assert status == 1
     assert "has 96 x 72 pixels, and 0,0,96,100 reaches outside of it" in err

@@ -90,7 +90,7 @@ def made_model(num_classes: int = 4, head_norm: bool = False, layout: Layout = P
 
 
 def require_trackers() -> None:
-    """Skip the test, or the module, where the packages that track are missing, or a library that they need."""
+    """Skip the test, or module, where the packages that track are missing, or a library that they need."""
     try:
         import trackers  # noqa: F401
     except ImportError as error:

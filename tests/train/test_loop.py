@@ -274,7 +274,7 @@ def test_killed_at_random_moments_and_resumed_equals_an_unbroken_run(scenes, ima
     long = replace(QUICK, epochs=4, precision="auto")
     config = {
         name: getattr(long, name)
-        for name in ("epochs", "batch_size", "backbone", "precision", "workers", "lr")
+        for name in ("epochs", "batch_size", "backbone", "precision", "workers", "lr", "half_size")
     }
     config |= {"evaluate_every": 2}
     fit(images, load(scenes, "val"), TrainConfig(**config), tmp_path / "unbroken", say=None)

@@ -24,6 +24,7 @@ from fake_cuda import FakeCuda
 from PIL import Image
 
 from ssd import checkpoint, pretrained
+from ssd.backends.base import METADATA
 from ssd.boxes import LAYOUTS, PUBLISHED_LAYOUT, Layout
 from ssd.detector import Detector
 from ssd.export import export
@@ -95,6 +96,16 @@ def require_trackers() -> None:
         import trackers  # noqa: F401
     except ImportError as error:
         pytest.skip(f"trackers cannot be imported: {error}", allow_module_level=True)
+
+
+def with_metadata(source: Path, target: Path, changes: dict[str, object]) -> Path:
+    """A copy of an ONNX file that says something else of itself."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(source)
+    [entry] = [each for each in model.metadata_props if each.key == METADATA]
+    entry.value = json.dumps(json.loads(entry.value) | changes)
+    onnx.save(model, target)
+    return target
 
 
 SMALL_LAYOUT = Layout(

@@ -92,7 +92,7 @@ def page(weights, tiny_exported, tmp_path_factory):
     """Around an ONNX file that other tests use, too: exporting takes long."""
     if not all((RUNTIME / "dist" / name).is_file() for name in RUNTIME_FILES):
         pytest.skip(f"no npm package onnxruntime-web in {RUNTIME}; ONNXRUNTIME_WEB may say where it is")
-    from test_standalone import with_metadata
+    from conftest import with_metadata
 
     changes = {"class_names": NAMES, "score_thresholds": [0.3, 0.2, 0.4]}
 

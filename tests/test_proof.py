@@ -8,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EXPORTS, SMALL_LAYOUT
-from test_standalone import with_metadata
+from conftest import EXPORTS, SMALL_LAYOUT, with_metadata
 
 from ssd import backends, browser, proof
 from ssd.backends import load
 from ssd.errors import CheckpointError
 from ssd.proof import SEED, seeded_images, verify
 from ssd.transforms import normalize
+
+pytest.importorskip("onnxruntime")
 
 
 def test_images_are_the_same_everywhere():

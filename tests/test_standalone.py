@@ -11,11 +11,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import OTHER_LAYOUTS, SMALL_LAYOUT, made_model
+from conftest import OTHER_LAYOUTS, SMALL_LAYOUT, made_model, with_metadata
 from PIL import ExifTags, Image
 
 from ssd import checkpoint, standalone
-from ssd.backends.base import METADATA
 from ssd.calibration import Calibration
 from ssd.detector import Detector
 from ssd.standalone import TEMPLATES, write_standalone
@@ -25,16 +24,6 @@ pytest.importorskip("onnxruntime")
 NAMES = ("cat", "cup", "person")
 LOW = 0.2
 CALIBRATION = Calibration(temperature=2.5, bias=-0.5)
-
-
-def with_metadata(source, target, changes):
-    """A copy of an ONNX file that says something else of itself."""
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load(source)
-    [entry] = [each for each in model.metadata_props if each.key == METADATA]
-    entry.value = json.dumps(json.loads(entry.value) | changes)
-    onnx.save(model, target)
-    return target
 
 
 def module():

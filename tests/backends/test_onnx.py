@@ -1,9 +1,9 @@
 import json
 
 import pytest
+from conftest import with_metadata
 
 from ssd.backends import NMS
-from ssd.backends.base import METADATA
 from ssd.checkpoint import CheckpointError
 from ssd.detector import Detector
 
@@ -21,16 +21,6 @@ def test_a_file_of_someone_else_is_named(tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(CheckpointError, match=r"other\.onnx: was not written by `ssd export`"):
         Detector.load(tmp_path / "other.onnx")
-
-
-def with_metadata(source, target, changes):
-    """A copy of a file that says something else of itself."""
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load(source)
-    [entry] = [each for each in model.metadata_props if each.key == METADATA]
-    entry.value = json.dumps(json.loads(entry.value) | changes)
-    onnx.save(model, target)
-    return target
 
 
 @pytest.mark.parametrize("changes", [{"uint8": True}, {"class_names": ["a", "b"]}, {"nms": vars(NMS())}])

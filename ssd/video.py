@@ -502,9 +502,7 @@ class FilmWriter:
             OSError: it cannot be written.
         """
         context = self._pictures.codec_context
-        # As Pillow has them, which is the quickest.
-        pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint8).reshape(*picture.size[::-1], 4)
-        frame = av.VideoFrame.from_numpy_buffer(pixels, "rgba")
+        frame = av.VideoFrame.from_numpy_buffer(np.asarray(picture), "rgb24")
         frame = frame.reformat(*self._size, format=self._pictures.pix_fmt, dst_colorspace=context.colorspace)
         self._last = max(self._last + 1, round(Fraction(time) / context.time_base))
         frame.pts, frame.time_base = self._last, context.time_base

@@ -535,7 +535,7 @@ class Detector:
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
-            raise TypeError(f"{name}: is a film, not an image; a detector's stream takes films")
+            raise TypeError(f"{name}: is a film, not an image; detector.stream(...) takes it")
         how = how or Reading()
         if isinstance(image, Frame):
             return self._read_frame(image, name, number, how)

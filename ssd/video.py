@@ -217,7 +217,8 @@ class _Packets:
 
     def __init__(self, container: Any, stream: Any, name: str) -> None:
         self._container, self._stream, self._name = container, stream, name
-        self._count, self._damaged, self._end = 0, 0, Fraction(0)
+        self._count, self._end = 0, Fraction(0)
+        self._damaged: set[int | None] = set()  # the times of pictures, that each may count once
         self._is_cut = self._ends_cut = False  # the last packet
         self.shown: Frame | None = None
         """The last frame that was given."""
@@ -242,7 +243,7 @@ class _Packets:
                 break
             self._note(packet)
             if self._is_cut:  # an error in a decoder of several threads costs what the others hold
-                self._damaged += 1
+                self._damaged.add(packet.pts)
             else:
                 yield from self._decode(packet)
         if broken:
@@ -250,24 +251,30 @@ class _Packets:
         if broken or (broken := self._missing()):
             raise self._error(broken)
         if self._damaged:
-            text = f"{self._name}: {self._damaged} of {self._count} packets are damaged and were left out"
+            what = "pictures are damaged: they look wrong, or were left out"
+            text = f"{self._name}: at least {len(self._damaged)} of {self._count} {what}"
             warnings.warn(as_line(text), stacklevel=2)
 
     def _decode(self, packet: Any) -> Iterator[Any]:
         try:
-            yield from self._stream.decode(packet)
+            for frame in self._stream.decode(packet):
+                if frame.is_corrupt:  # what the decoder lacked, it has made up from other pictures
+                    self._damaged.add(frame.pts)
+                yield frame
         except av.EOFError:  # it has given all already
             return
         except av.FFmpegError:
-            self._damaged += 1
+            self._damaged.add(packet.pts if packet else None)
 
     def _note(self, packet: Any) -> None:
         if not packet.size:  # which has the decoder give what it still has
             self._is_cut, self._ends_cut = False, self._is_cut
             return
         self._count += 1
-        # In a transport stream that stands for any error of transmission.
-        self._is_cut = packet.is_corrupt and self._container.format.name != "mpegts"
+        if packet.is_corrupt and self._container.format.name == "mpegts":  # any error of transmission
+            self._damaged.add(packet.pts)
+        else:
+            self._is_cut = packet.is_corrupt
         at = packet.pts if packet.pts is not None else packet.dts
         if at is not None:
             self._end = max(self._end, (at + (packet.duration or 0)) * packet.time_base)

@@ -242,6 +242,30 @@ def test_every_cut_is_told(tmp_path, kind, part):
     assert len(numbers) >= 40 * part - 14
 
 
+@pytest.mark.parametrize("damage", ["marked", "lost"])
+def test_what_was_damaged_on_the_way_is_told(tmp_path, damage):
+    """In a transport stream (ISO 13818-1, 2.4.3.2), whose decoder makes up what is missing."""
+    frames = [drawn(i, (640, 480)) for i in range(24)]
+    path = write_film(tmp_path / "a.ts", frames, **H264, options={"crf": "1", "bf": "0"})
+    whole, content = pixels(path), path.read_bytes()
+    packets = [bytearray(content[at : at + 188]) for at in range(0, len(content), 188)]
+    of_pictures = [i for i, each in enumerate(packets) if each[1] & 0x1F == 1 and each[2] == 0]
+    starts = [i for i in of_pictures if packets[i][1] & 0x40]
+    for number in (19, 12, 5):
+        if damage == "marked":
+            packets[starts[number]][1] |= 0x80
+        else:
+            del packets[starts[number] + 1]
+    path.write_bytes(b"".join(packets))
+    with pytest.warns(UserWarning, match=r"a\.ts: at least \d+ of 24 pictures are damaged: they") as told:
+        found = pixels(path)
+    assert len(told) == 1
+    count = int(str(told[0].message).split("at least ")[1].split()[0])
+    wrong = sum(not np.array_equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert count == 3 if damage == "marked" else 3 <= count <= wrong
+    assert wrong == 0 if damage == "marked" else wrong < 24
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

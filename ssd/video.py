@@ -412,8 +412,8 @@ class FilmWriter:
     """Writes pictures as an MP4 film, with the times and the sound of the film that they are made of.
 
     H.264 where the installed PyAV encodes it, else MPEG-4. At any moment what is in the file can be played;
-    it is fragmented until `close`. Sides of odd length are kept, for which H.264 has to take a profile that
-    not every player has.
+    it is fragmented until `close`. Sides of odd length get one more row or column, like the last: H.264 has
+    them only with colours of full resolution (4:4:4), which phones and browsers do not play.
 
     Args:
         file: to write to; never read, and not closed.
@@ -422,7 +422,9 @@ class FilmWriter:
     """
 
     def __init__(self, file: IO[bytes], size: tuple[int, int], like: str | None = None) -> None:
-        self._file, self._size, self._last = _Careful(file), size, -1
+        self._file, self._last = _Careful(file), -1
+        self.size = size[0] + size[0] % 2, size[1] + size[1] % 2
+        """Width and height of the film."""
         self._stack = ExitStack()
         try:
             source = None if like is None else self._opened(like)
@@ -431,7 +433,7 @@ class FilmWriter:
             options = {"movflags": flags, "frag_duration": "1000000"}  # a second
             self._film = av.open(self._file, "w", format="mp4", options=options)
             self._stack.push(lambda *_: self._end_file())
-            self._pictures = self._picture_stream(source)
+            self._pictures = self._picture_stream(source, size)
             self._sound = self._sound_of(source, like)
         except BaseException:
             self._stack.close()
@@ -442,26 +444,24 @@ class FilmWriter:
         container = self._stack.enter_context(_container(file, path))
         return container, video_stream(container, path)
 
-    def _picture_stream(self, source: Any) -> Any:
-        width, height = self._size
+    def _picture_stream(self, source: Any, size: tuple[int, int]) -> Any:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         base, rate, shape = Fraction(1, 90_000), Fraction(25), None
         if source is not None:
             like = source[1]
             base, rate = like.time_base, Fraction(like.average_rate or like.guessed_rate or rate)
             shape = like.sample_aspect_ratio
-            if shape and (like.codec_context.width, like.codec_context.height) != self._size:
+            if shape and (like.codec_context.width, like.codec_context.height) != size:
                 shape = 1 / shape  # it was turned
         if codec == "mpeg4" and base.denominator > 65_535:  # more than that it cannot count
             base = Fraction(1, 60_000)
         stream: Any = self._film.add_stream(codec, rate=rate.limit_denominator(65_535))
-        stream.width, stream.height = width, height
-        is_even = width % 2 == height % 2 == 0
-        stream.pix_fmt = "yuv420p" if is_even or codec == "mpeg4" else "yuv444p"
+        stream.width, stream.height = self.size
+        stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base, context.max_b_frames = base, 0
         context.gop_size = max(1, min(250, round(2 * rate)))
-        context.colorspace = _BT709 if height >= _HD else _BT601
+        context.colorspace = _BT709 if size[1] >= _HD else _BT601
         if shape:
             context.sample_aspect_ratio = shape
         if codec == "libx264":
@@ -471,7 +471,7 @@ class FilmWriter:
         try:
             context.open()
         except av.FFmpegError as error:
-            text = f"{codec} does not encode pictures of {width}x{height} ({_reason(error)})"
+            text = f"{codec} does not encode pictures of {size[0]}x{size[1]} ({_reason(error)})"
             raise ImageError(text) from error
         return stream
 
@@ -509,8 +509,11 @@ class FilmWriter:
             OSError: it cannot be written.
         """
         context = self._pictures.codec_context
-        frame = av.VideoFrame.from_numpy_buffer(np.asarray(picture), "rgb24")
-        frame = frame.reformat(*self._size, format=self._pictures.pix_fmt, dst_colorspace=context.colorspace)
+        pixels = np.asarray(picture)
+        if pixels.shape[0] % 2 or pixels.shape[1] % 2:
+            pixels = np.pad(pixels, ((0, picture.height % 2), (0, picture.width % 2), (0, 0)), mode="edge")
+        frame = av.VideoFrame.from_numpy_buffer(pixels, "rgb24")
+        frame = frame.reformat(*self.size, format="yuv420p", dst_colorspace=context.colorspace)
         self._last = max(self._last + 1, round(Fraction(time) / context.time_base))
         frame.pts, frame.time_base = self._last, context.time_base
         with _as_os_errors():

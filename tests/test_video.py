@@ -470,21 +470,33 @@ def write_again(source, target, frames=None, like=True):
     return target
 
 
-@pytest.mark.parametrize("size", [(96, 72), (97, 71)])
 @pytest.mark.parametrize("ticks", ["steady", "uneven"])
-def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, size, ticks):
+def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, ticks):
     times = [(Fraction(n) if ticks == "steady" else UNEVEN[n]) * ODD for n in range(40)]
-    frames = [drawn(i, size) for i in range(40)]
-    how = {"codec": "libx264", "pixels": "yuv444p", "options": {"crf": "10"}}
-    source = write_film(tmp_path / "a.mp4", frames, times, base=ODD, **how)
+    source = write_film(tmp_path / "a.mp4", FRAMES, times, base=ODD, **H264, options={"crf": "10"})
     target = write_again(source, tmp_path / "b.mp4")
     assert raw_times(target) == times
     found = read(target)
     assert [number_of(each.pixels) for each in found] == list(range(40))
-    assert {each.pixels.shape for each in found} == {(size[1], size[0], 3)}
+    assert {each.pixels.shape for each in found} == {(72, 96, 3)}
     with av.open(str(target)) as film:
         assert film.streams.video[0].codec_context.name == "h264"
         assert film.streams.video[0].frames == 40  # not fragments, which some players cannot seek in
+
+
+@pytest.mark.parametrize("size", [(97, 72), (96, 71), (97, 71)])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_odd_sides_get_one_more_pixel(tmp_path, size, codec, monkeypatch):
+    """For what every player plays; what there is keeps its place, and is not scaled."""
+    monkeypatch.setattr(video.av, "codecs_available", {codec})
+    frames = [drawn(i, size) for i in range(3)]
+    target = write_again(write_film(tmp_path / "a.mkv", frames), tmp_path / "b.mp4")
+    with av.open(str(target)) as film:
+        assert film.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    for found, frame in zip(pixels(target), frames, strict=True):
+        assert found.shape == (72, size[0] + size[0] % 2, 3)
+        whole = np.pad(frame, [(0, a - b) for a, b in zip(found.shape, frame.shape, strict=True)], "edge")
+        assert np.abs(found.astype(int) - whole).mean() < 3
 
 
 def test_a_film_that_starts_late_does_so_again(tmp_path):

@@ -1,5 +1,6 @@
 """``ssd detect``."""
 
+import json
 import math
 import os
 import sys
@@ -38,6 +39,7 @@ from ssd.detector import ScoreThreshold
 from ssd.distributed import World, join
 from ssd.drawing import missing_letters, tell_missing
 from ssd.errors import as_line
+from ssd.files import write_free
 from ssd.frames import has_frames
 from ssd.images import MAX_PIXELS, shortened
 from ssd.sources import Named, find_all, left_out_line, source_of
@@ -168,6 +170,9 @@ def detect(
     wanted = _wanted(classes)
     found_images, total = _find(sources)
     has_films = _has_films(found_images, total, all_frames=all_frames)
+    if resume is not None and has_films:
+        text = "takes images that are known beforehand: files, folders, globs; begin films anew, without it"
+        raise typer.BadParameter(text, param_hint="--resume")
     lines, zones = _points(line, "--line"), _points(zone, "--zone")
     track = track or bool(lines or zones)
     _require_films(found_images if track and total is not None else (), all_frames=all_frames)
@@ -238,14 +243,14 @@ def detect(
             if counts.done and not isinstance(error, BrokenPipeError):
                 typer.echo(f"{counts}; the results are not written")
             raise
+        counted = _write_places(counts.places, folder, failures.add)
         if isinstance(stopped, Exception) and not isinstance(stopped, BrokenPipeError):
             raise stopped
         if shards and not stopped:
             shards.finish()
         written = f"; results in {out.path}" + (f" ({coco_ids.rule})" if format == "coco" else "")
         has_pictures = out.has_pictures or (images and shards is not None)
-        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if has_pictures else ""))
-        typer.echo("".join(f"{as_line(text)}\n" for text in counts.at_places()), nl=False)
+        typer.echo(f"{counts}{written}" + (f", pictures in {folder}" if has_pictures else "") + counted)
     raise typer.Exit(INTERRUPTED if stopped else FAILED if failures.names or failures.films else 0)
 
 
@@ -307,16 +312,11 @@ class _Counts:
     def add(self, found: Detections) -> None:
         """Count a result."""
         self.done, self.objects = self.done + 1, self.objects + len(found)
+        self.frames = self.frames or found.frame is not None
         if found.track_ids is not None:
             self.tracks = (self.tracks or set()) | (set(found.track_ids.tolist()) - {-1})
         if found.counts:
             self.places[found.source] = found.counts
-
-    def at_places(self) -> Iterator[str]:
-        """A line for each line and zone of each film."""
-        for source, counts in self.places.items():
-            for each in counts:
-                yield f"{source}: {each.name}: {each}"
 
     def __str__(self) -> str:
         done, objects, failed = self.done, self.objects, len(self.failures)
@@ -346,11 +346,9 @@ def _write(
                 at = "" if found.frame is None else f" frame {found.frame} ({found.time:.3f} s)"
                 try:
                     add(found)
+                    counts.add(found)
                 except (OSError, ValueError) as error:  # a name, a size or a disk that cannot be written
                     report(f"{found.source}{at}", error)
-                else:
-                    counts.add(found)
-                counts.frames = counts.frames or found.frame is not None
                 tqdm.write(as_line(f"{found.source}{at}: {found.summary()}"), file=sys.stdout)
                 if alone:
                     typer.echo(str(found))
@@ -360,6 +358,27 @@ def _write(
         except (KeyboardInterrupt, Exception) as error:
             return error
     return None
+
+
+def _write_places(
+    places: Mapping[str, Sequence[LineCount | ZoneCount]],
+    folder: Path,
+    report: Callable[[str, Exception], None],
+) -> str:
+    """Write the counts of lines and zones, beside results of any format; gives what is told of them."""
+    if not places:
+        return ""
+    entries = [
+        {"source": source, "counts": [each.to_dict() for each in counts]} for source, counts in places.items()
+    ]
+    path, where = folder / "counts.json", ""
+    try:
+        content = json.dumps(entries, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
+        where = f", counts in {write_free({path: content})[0]}"
+    except OSError as error:
+        report(str(path), error)
+    lines = [f"{source}: {each.name}: {each}" for source, counts in places.items() for each in counts]
+    return "\n".join([where, *map(as_line, lines)])
 
 
 def _require_no_whole_images(wanted: dict[str, bool]) -> None:

@@ -174,6 +174,16 @@ def test_a_film_with_sound_that_is_left_out(detect, tmp_path):
     assert len(numbers(tmp_path / "out" / "clip.mp4")) == 9
 
 
+def test_films_are_not_gone_on_with(run, film, tmp_path):
+    (tmp_path / "run").mkdir()
+    status, _, err = run("detect", film, "--resume", "run")
+    assert status == 2
+    text = " ".join(err.replace("│", " ").split())
+    assert "for --resume: takes images that are known beforehand" in text
+    assert "begin films anew, without it" in text
+    assert "several processes" not in text
+
+
 def test_a_film_of_an_odd_size(detect, tmp_path):
     pictures = [Image.new("RGB", (201, 161), color) for color in ("red", "blue")]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])

@@ -64,6 +64,10 @@ def test_ids_and_counts_are_in_the_results(run, film, found, tmp_path, format):
     ]
     ids = [-1, 1, 1, 1, 1, 1]
     folder = tmp_path / "out"
+    line = {"line": [40, 72, 40, 0], "in": 0, "out": 1}
+    zone = {"zone": [48, 0, 96, 0, 96, 72, 48, 72], "inside": 1, "total": 1}
+    counts = json.loads((folder / "counts.json").read_text())
+    assert counts == [{"source": str(film), "counts": [line, zone]}]
     if format == "yolo":
         lines = [path.read_text().split() for path in sorted((folder / "labels").iterdir())]
         assert [int(line[-1]) for line in lines] == ids
@@ -83,7 +87,21 @@ def out_path(format):
     names = {"yolo": "labels", "csv": "detections.csv", "jsonl": "detections.jsonl"}
     ids = " (image ids count from 1, as the images come; --annotations FILE takes those of a dataset)"
     text = f"out/{names.get(format, 'detections.json')}{ids if format == 'coco' else ''}"
-    return f"{text}, pictures in out"
+    return f"{text}, pictures in out, counts in out/counts.json"
+
+
+def test_counts_that_cannot_be_written_are_told_and_shown(run, film, found, tmp_path, monkeypatch):
+    require_trackers()
+
+    def fail(contents):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ssd.cli.detect.write_free", fail)
+    status, out, err = run("detect", film, "--line", "40,72,40,0", "--output", "out", "--format", "csv")
+    assert status == 1
+    assert "ssd: left out out/counts.json: [Errno 28] No space left on device" in err
+    assert out.splitlines()[-1] == f"{film}: line 40,72,40,0: 0 in, 1 out"
+    assert (tmp_path / "out" / "detections.csv").is_file()
 
 
 def test_films_share_no_ids(run, film, found, tmp_path):

@@ -125,7 +125,9 @@ print(time.perf_counter() - start)
 
 def times_of_peer(python: str, film: Path) -> float:
     code = [python, "-c", PEER, str(film), str(film.parent)]
-    return float(subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()[-1])
+    own = {**os.environ, "YOLO_CONFIG_DIR": str(film.parent), "YOLO_OFFLINE": "true"}  # no downloads of fonts
+    result = subprocess.run(code, stdout=subprocess.PIPE, text=True, check=True, env=own)
+    return float(result.stdout.split()[-1])
 
 
 def once(function: Callable[[], object]) -> float:
@@ -154,7 +156,7 @@ def measure(detector: Detector, size: tuple[int, int], options: argparse.Namespa
         times = medians(functions, options.rounds, clock)
         if options.peer_python:  # in turn with ours, so that both meet the same machine
             peer = options.peer_python
-            pairs = [(times_of_peer(peer, film), once(functions["the whole"])) for _ in range(3)]
+            pairs = [(times_of_peer(peer, film), once(functions["the whole"])) for _ in range(options.rounds)]
             per = 1e3 / options.frames
             theirs, ours = (per * statistics.median(each) for each in zip(*pairs, strict=True))
             print(f"  ultralytics predict, yolov8n at 640: {theirs:.2f} ms a frame; ssd in turn: {ours:.2f}")

@@ -346,3 +346,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture
+def pixels():
+    """A picture that is not symmetric in any way: uint8 [6, 9, 3]."""
+    return np.random.RandomState(0).randint(0, 256, (6, 9, 3), np.uint8)

@@ -18,7 +18,18 @@ PACKAGE = ROOT / "ssd"
 ORDER = [
     *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking", "calibration"),
+    *(
+        "rgb",
+        "images",
+        "sources",
+        "video",
+        "frames",
+        "pixels",
+        "drawing",
+        "detections",
+        "tracking",
+        "calibration",
+    ),
     *("transforms", "augment"),
     *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
@@ -79,7 +90,7 @@ ONLY = {
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "images", "sources"),
+    *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "rgb", "images", "sources"),
     *(
         "frames",
         "pixels",

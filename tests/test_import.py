@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ssd"
 # A module or folder imports only from those before it; so do the modules of a folder, whose kinds (in
 # braces) do not import each other.
 ORDER = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
+    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
     *(
         "rgb",
@@ -90,7 +90,8 @@ ONLY = {
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "rgb", "images", "sources"),
+    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures", "rgb", "images"),
+    "sources",
     *(
         "frames",
         "pixels",

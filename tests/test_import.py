@@ -31,7 +31,8 @@ ORDER = [
         "calibration",
     ),
     *("transforms", "augment"),
-    *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("resnet", "pickles", "containers", "networks", "hf", "pretrained", "checkpoint", "model"),
+    *("loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
     *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "serve", "cli"),
 ]

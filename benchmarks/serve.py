@@ -5,7 +5,7 @@ python benchmarks/serve.py [WEIGHTS] [--clients 32] [--images 256] [--rounds 5] 
 Made-up scenes as JPEG files in memory. Each client sends one image a request and waits for its answer, on a
 connection that stays open; all clients share this process, and the machine with the server. Each answer is
 compared with what `Detector` gave for its image: the classes of the objects of 0.5 and more. What an image
-takes of the processor is told of both, and of the clients: unlike the time, it differs little beside other work.
+takes of the processor is told of each, too: unlike the time, it differs little beside other work.
 """
 
 import argparse

@@ -10,11 +10,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -66,8 +67,8 @@ class Input:
 
     name: str
     """What its result and its errors call it."""
-    image: Image.Image | Original | None
-    """Upright, RGB; or where to read it again; None if it was not read at full size."""
+    image: Image.Image | npt.NDArray[np.uint8] | Original | None
+    """Upright, RGB, of a film its pixels; or where to read it again; None if not read at full size."""
     size: tuple[int, int]
     """Width and height, at full size."""
     views: Tensor
@@ -378,7 +379,7 @@ class Detector:
     def _as_probabilities(self, found: Detections) -> Detections:
         """The same with calibrated scores."""
         assert self.calibration is not None
-        return replace(found, scores=self.calibration.probabilities(found.scores), image=found._kept)
+        return found.changed(scores=self.calibration.probabilities(found.scores))
 
     def options(
         self,
@@ -526,23 +527,30 @@ class Detector:
             ImageError, FileNotFoundError: it cannot be read; the message names it.
         """
         name, image = _named(source, number)
-        of_film: dict[str, Any] = {}
-        if isinstance(image, Frame):
-            of_film = {"frame": image.number, "time": image.time, "taken": image.taken}
-            image = image.pixels
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
-            raise TypeError(f"{name}: is a film, not an image; a detector's stream takes films")
+            raise TypeError(f"{name}: is a film, not an image; detector.stream(...) takes it")
         how = how or Reading()
+        if isinstance(image, Frame):
+            return self._read_frame(image, name, number, how)
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
         try:
-            return replace(self._read_once(image, name, number, how, where), **of_film)
+            return self._read_once(image, name, number, how, where)
         except ImageMemoryError:
             if not where:
                 raise
         # Those that were read at the same time may have left too little.
-        return replace(self._read_once(image, name, number, how, where, alone=True), **of_film)
+        return self._read_once(image, name, number, how, where, alone=True)
+
+    def _read_frame(self, frame: Frame, name: str, number: int | None, how: Reading) -> Input:
+        height, width = frame.pixels.shape[:2]
+        with enough_memory(name, (width, height)):
+            windows = cut(width, height, how.tiles)
+            parts = (frame.pixels[top:bottom, left:right] for left, top, right, bottom in windows)
+            views = torch.stack([resize(each, self.layout.size) for each in parts])
+        of_film = (frame.number, frame.time, frame.taken)
+        return Input(name, frame.pixels, (width, height), views, tuple(windows), number, *of_film)
 
     def _read_once(
         self,

@@ -148,7 +148,7 @@ def _film_of(source: object, playback: Playback) -> Film | None:
 def _animation(path: str, max_pixels: int) -> Iterator[Frame]:
     at = 0.0
     for number, (image, seconds) in enumerate(load_frames(path, max_pixels=max_pixels)):
-        yield Frame(np.asarray(image), number, round(at, 3))  # durations are whole milliseconds
+        yield Frame(np.array(image), number, round(at, 3))  # durations are whole milliseconds
         at += seconds
 
 

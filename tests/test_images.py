@@ -841,6 +841,12 @@ def test_only_http_is_opened(url):
         load_image(url)
 
 
+def test_an_rtsp_stream_is_told_what_takes_it():
+    with pytest.raises(ImageError, match=r"detector\.stream\(\.\.\.\) and ssd detect") as told:
+        load_image("rtsp://me:secret@camera/stream")
+    assert "secret" not in str(told.value)
+
+
 @pytest.mark.parametrize("url", ["http://a..b/a.jpg", f"http://{'x' * 70}/a.jpg", "http://[x/a.jpg"])
 def test_malformed_addresses(url):
     with pytest.raises(ImageError):

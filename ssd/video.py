@@ -41,6 +41,8 @@ FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0  # seconds
 _TIMEOUT = 10.0  # seconds that a live source may be silent
 _BUFFER = 1 << 18  # bytes that are read of a file at a time
+# Titles and the like may be in any encoding; PyAV 19 takes them so by itself.
+_ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _SHORTFALL = Fraction(1, 2)  # seconds by which a film may be shorter than it says
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18  # of ITU-T H.273, table 3
 _BT709, _UNSPECIFIED, _BT601 = 1, 2, 5  # matrix coefficients, as there in table 4
@@ -159,7 +161,7 @@ def _decodable(container: Any, stream: Any) -> Iterator[Any]:
 def _live_container(address: str) -> Any:
     if "://" in address:
         options = {"rtsp_transport": "tcp", "protocol_whitelist": "rtsp,rtsps,rtp,srtp,tcp,udp,tls,crypto"}
-        return av.open(address, options=options, timeout=_TIMEOUT, metadata_errors="replace")
+        return av.open(address, options=options, timeout=_TIMEOUT, **_ANY_TEXT)
     if sys.platform == "darwin":
         return av.open(address, format="avfoundation", timeout=_TIMEOUT)
     device = f"/dev/video{address}" if address.isdigit() else address
@@ -172,7 +174,7 @@ def _container(file: IO[bytes], name: str) -> Iterator[Any]:
     # As an open file, and of known readers: whatever stands in it, nothing else is opened.
     options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "none"}
     try:
-        container = av.open(file, options=options, buffer_size=_BUFFER, metadata_errors="replace")
+        container = av.open(file, options=options, buffer_size=_BUFFER, **_ANY_TEXT)
     except (av.FFmpegError, ValueError, OSError) as error:
         if not _is_damage(error):
             raise
@@ -386,7 +388,8 @@ def _to_sdr(transfer: int) -> npt.NDArray[np.uint8]:
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """How a picture is to be turned: a, b, c, d of ``x' = a x + c y``, ``y' = b x + d y``, times 65536."""
-    for each in frame.side_data:
+    every = frame.side_data
+    for each in map(every.__getitem__, range(len(every))):  # looping over it gives its keys from PyAV 19 on
         if each.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(each, np.int32)[:5].tolist()
             return a, b, c, d

@@ -423,7 +423,7 @@ def test_the_thread_ends_with_the_stream(detector, tmp_path):
     stream = detector.stream(path, batch_size=1)
     next(stream)
     stream.close()
-    assert not [each for each in threading.enumerate() if each.name == "ssd-frames"]
+    assert not [each for each in threading.enumerate() if each.name == "ssd-ahead"]
 
 
 def test_a_process_ends_in_the_middle_of_a_film(tmp_path):

@@ -17,8 +17,8 @@ from ssd.data.names import loose, named_parts, written_parts
 from ssd.detections import Detections, csv_columns
 from ssd.errors import AnnotationError, UserError, as_line
 from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
-from ssd.frames import Behind
 from ssd.sources import is_film
+from ssd.threads import Behind
 
 RESULT_FORMATS = {
     "json": "detections.json",

@@ -1,19 +1,28 @@
-"""The C library's memory, which training takes and frees the same amount of in each step."""
+"""The C library's memory, of which work that repeats itself takes and frees the same amount every time."""
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
 
 
-def keep_memory() -> bool:
+def keep_memory(most: int | None = None) -> bool:
     """Have the C library keep what this process frees, for the rest of its life; False where it cannot.
 
-    Each step frees the blocks that the next one takes. glibc gives large ones back to the system, which then
-    clears every page anew. ``ssd train`` calls this; a process that does more than training may want its
-    memory back instead.
+    Each step of training, and each batch of detection, frees the blocks that the next one takes. glibc gives
+    large ones back to the system, which then clears every page anew. ``ssd train`` and ``ssd serve`` call
+    this; a process that does more may want its memory back instead.
+
+    Args:
+        most: bytes that are kept at the end of the heap, of which all threads then have one; those of their
+            own would be given back whole. Blocks of more than a quarter of it, as of a very large photo, go
+            back at once. By default all is kept.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    if most is None:
+        choices = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
+    else:
+        choices = {_M_MMAP_THRESHOLD: most // 4, _M_TRIM_THRESHOLD: most, _M_ARENA_MAX: 1}
+    return all(mallopt(*each) for each in choices.items())

@@ -10,16 +10,20 @@ from pathlib import Path
 import torch
 
 
-def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each function, called in turn, so that a busy moment of the machine hits all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

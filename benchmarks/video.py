@@ -1,7 +1,7 @@
 """A film to detections and a film with boxes: what overlaps, and beside ultralytics' `predict`.
 
 python benchmarks/video.py [--rounds 5] [--frames 240] [--sizes 1280x720 640x360] [--precision auto]
-    [--peer-python PYTHON]
+    [--peer-python PYTHON] [--processor]
 
 The film is a window that goes over drawn scenes, in H.264. "detection alone" has its frames in memory and
 draws nothing; "decoding and encoding alone" writes each frame as it is read; "the whole" is what ssd detect
@@ -148,16 +148,20 @@ def measure(detector: Detector, size: tuple[int, int], options: argparse.Namespa
             "the whole": lambda: whole(detector, film),
             "the whole, --no-images": lambda: whole(detector, film, pictures=False),
         }
-        if hasattr(os, "sched_setaffinity"):
+        clock = time.process_time if options.processor else time.perf_counter
+        if hasattr(os, "sched_setaffinity") and not options.processor:
             functions |= {f"{each}, half of the cores": on_half(functions[each]) for each in ALONE}
-        times = medians(functions, options.rounds)
+        times = medians(functions, options.rounds, clock)
         if options.peer_python:  # in turn with ours, so that both meet the same machine
             peer = options.peer_python
             pairs = [(times_of_peer(peer, film), once(functions["the whole"])) for _ in range(3)]
             per = 1e3 / options.frames
             theirs, ours = (per * statistics.median(each) for each in zip(*pairs, strict=True))
             print(f"  ultralytics predict, yolov8n at 640: {theirs:.2f} ms a frame; ssd in turn: {ours:.2f}")
-    show(f"{size[0]}x{size[1]}, {options.frames} frames, ms a frame", times, "the whole", per=options.frames)
+    kind = "processor ms" if options.processor else "ms"
+    show(f"{size[0]}x{size[1]}, {options.frames} frames, {kind} a frame", times, "the whole", options.frames)
+    if options.processor:
+        return
     for which in ("", ", half of the cores"):
         slower = max(times.get(f"{each}{which}", 0) for each in ALONE)
         print(f"  slower alone{which} / the whole: {slower / times['the whole']:.2f}")
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("--weights", default="shapes")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--peer-python", help="of an environment with ultralytics")
+    parser.add_argument("--processor", action="store_true", help="time of all cores, added up")
     options = parser.parse_args()
     print(heading())
     detector = Detector.load(options.weights, precision=options.precision)

@@ -88,7 +88,7 @@ class Layout:
                 f"the first map of an input of {self.size} has {first} cells; got {self.maps[0]}"
             )
         for larger, smaller in pairwise(self.maps):
-            if smaller < 1 or smaller not in (larger - 2, math.ceil(larger / 2)):
+            if smaller < 1 or smaller not in (_following(larger, 1), _following(larger, 2)):
                 raise ValueError(f"a map of half of {larger} cells, or two fewer, comes next; got {smaller}")
         if not all(0 < number <= _MAX_NUMBER for number in numbers):
             raise ValueError(
@@ -98,6 +98,17 @@ class Layout:
             raise ValueError(f"a layout has at most {_MAX_RATIOS} aspect ratios of a map")
         if self.num_default_boxes > _MAX_BOXES:
             raise ValueError(f"a layout has at most {_MAX_BOXES:,} boxes; got {self.num_default_boxes:,}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of each block that makes the next map: 1, without padding, or 2, with a border of 1 around the map.
+
+        1 where both give that map, from 5 cells to 3.
+
+        >>> LAYOUTS["300"].strides
+        (2, 2, 2, 1, 1)
+        """
+        return tuple(1 if smaller == _following(larger, 1) else 2 for larger, smaller in pairwise(self.maps))
 
     @property
     def boxes_per_cell(self) -> tuple[int, ...]:
@@ -161,9 +172,8 @@ class Layout:
         size, maps = self.size // 2, list(self.maps[1:2])
         if size < 8 or maps != [math.ceil(size / 8)]:
             return None
-        for larger, smaller, wanted in zip(self.maps, self.maps[1:], self.maps[2:], strict=False):
-            # What the block that makes the second map out of the first makes of the second.
-            if wanted != (maps[-1] - 2 if smaller == larger - 2 else math.ceil(maps[-1] / 2)):
+        for stride, wanted in zip(self.strides, self.maps[2:], strict=False):
+            if wanted != _following(maps[-1], stride):
                 break
             maps.append(wanted)
         count = len(maps)
@@ -246,6 +256,11 @@ class Layout:
         if not isinstance(values, Mapping) or set(values) != names:
             raise ValueError(f"a layout has {', '.join(sorted(names))}")
         return cls(**values)
+
+
+def _following(cells: int, stride: int) -> int:
+    """Cells of the map that a block's convolution of 3x3 makes of one with so many; see `Layout.strides`."""
+    return cells - 2 if stride == 1 else math.ceil(cells / 2)
 
 
 def evenly(boxes: Tensor, most: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from ssd.checkpoint import Checkpoint
 from ssd.errors import CheckpointError, MissingExtra, as_line
 from ssd.evaluate import MEANINGS, METRICS
+from ssd.pretrained import PUBLISHED, weights_in
 
 _MOST_CLASSES = 200  # that are listed
 _NO_LICENCE = "Not given: ask the owner before using these weights."
@@ -72,6 +73,28 @@ def data_of_run(weights: Path) -> str:
         return _base(str(json.loads((weights.parent / "config.json").read_bytes())["data"]["data"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
+
+
+def accuracy_of(weights: str | os.PathLike[str]) -> str:
+    """What weights reached, as published or as their run folder says; empty if that is not known.
+
+    Args:
+        weights: as for `ssd.load_model`.
+
+    >>> accuracy_of("coco")
+    '0.25 AP on COCO val2017, as published by NVIDIA'
+    """
+    if (record := PUBLISHED.get(os.fspath(weights))) is not None:
+        return record.accuracy
+    path = Path(weights)
+    path = weights_in(path) if path.is_dir() else path
+    data = data_of_run(path)
+    if (measured := measured_in_run(path, data)) is None:
+        return ""
+    named = ", ".join(
+        f"{measured.metrics[name]:.3f} {name}" for name in ("AP", "AP50") if name in measured.metrics
+    )
+    return f"{named} on the {measured.split} split of {data or 'its dataset'}, {measured.how}"
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:

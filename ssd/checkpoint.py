@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ssd import containers
+from ssd import containers, networks
 from ssd.boxes import PUBLISHED_LAYOUT, Layout
 from ssd.calibration import Calibration
 from ssd.choices import Backbone
@@ -88,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = weights_in(Path(path)) if os.path.isdir(path) else Path(path)
     content, metadata = containers.read(path)
-    network = containers.find_network(path, content)
+    network = networks.find_network(path, content)
     notes = _metadata_notes(path, metadata) if metadata else _notes(network.around)
     found = describe(path, _with_counters(network.tensors), notes)
     _require_harmless(path, network.beside, found.layout)
@@ -102,7 +102,7 @@ def read_trunk(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError, FileNotFoundError: as `read`.
     """
     content, _ = containers.read(Path(path))
-    return _with_counters(containers.find_network(Path(path), content, containers.RESNET).tensors)
+    return _with_counters(networks.find_network(Path(path), content, networks.RESNET).tensors)
 
 
 def _notes(around: Sequence[Mapping[Any, Any]]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _require_harmless(path: Path, beside: Mapping[str, Tensor], layout: Layout) 
             )
     strange = [key for key in several if not _BOXES.search(key) and not _HELPERS.search(key)]
     if strange:
-        few = containers.first_names(strange) + ", ..." * (len(strange) > 3)
+        few = networks.first_names(strange) + ", ..." * (len(strange) > 3)
         raise CheckpointError(
             f"{path} does not fit the network: beside its tensors there are others, on which detections may "
             f"depend ({few}). If they do not, save the network's alone, `model` being the SSD: "
@@ -246,7 +246,7 @@ def describe(path: Path, state_dict: dict[str, Tensor], notes: Mapping[str, Any]
     usable = head is not None and not _tensor_problem(head, head) and head.ndim == 4 and head.numel() > 0
     if backbone is None or head is None or not usable or len(head) % shapes or len(head) < 2 * shapes:
         raise CheckpointError(
-            f"{path}: not an SSD300 with a ResNet trunk; it begins with {containers.first_names(state_dict)}"
+            f"{path}: not an SSD300 with a ResNet trunk; it begins with {networks.first_names(state_dict)}"
         )
     num_classes = len(head) // shapes
     return Checkpoint(
@@ -322,7 +322,7 @@ def _read_names(key: str, notes: Mapping[str, Any], count: int) -> tuple[str, ..
 def _with_names(path: Path) -> str:
     """Code that gives a file other class names."""
     new, names = str(path.with_name(f"named-{path.name}")), "'the first class', 'the second'"
-    code = f"from ssd import containers; c, notes = containers.read({str(path)!r}); "
+    code = f"from ssd import containers, networks; c, notes = containers.read({str(path)!r}); "
     if path.suffix == ".safetensors":
         kept = f"{{k: notes[k] for k in {_NOTES} if k in notes}}"
         return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
@@ -330,7 +330,7 @@ def _with_names(path: Path) -> str:
         )
     kept = f"{{k: a[k] for a in n.around for k in {_KEPT} if k in a}}"
     return (
-        f"import torch; {code}n = containers.find_network({str(path)!r}, c); torch.save({kept} | "
+        f"import torch; {code}n = networks.find_network({str(path)!r}, c); torch.save({kept} | "
         f"{{'model': n.tensors | n.beside, 'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
     )
 

@@ -98,7 +98,7 @@ class ZoneCount(NamedTuple):
 
 
 class _ImageField:
-    """The field `Detections.image`: what is kept as an `Original` is read when it is asked for."""
+    """The field `Detections.image`: what is kept as an `Original`, or as pixels, is one when asked for."""
 
     @overload
     def __get__(self, found: None, owner: type) -> None: ...
@@ -106,9 +106,11 @@ class _ImageField:
     def __get__(self, found: "Detections", owner: type) -> Image.Image | None: ...
     def __get__(self, found: "Detections | None", owner: type) -> Image.Image | None:
         kept = None if found is None else vars(found)["image"]  # None is the default
-        return kept.read() if isinstance(kept, Original) else kept
+        if isinstance(kept, Original):
+            return kept.read()
+        return Image.fromarray(kept) if isinstance(kept, np.ndarray) else kept
 
-    def __set__(self, found: "Detections", value: "Image.Image | Original | _ImageField | None") -> None:
+    def __set__(self, found: "Detections", value: object) -> None:
         is_default = isinstance(value, _ImageField)  # as dataclasses pass it
         vars(found)["image"] = None if is_default else value
 
@@ -232,14 +234,16 @@ class Detections:
                 index = index.astype(np.int64)  # an empty list has no type of its own
             if index.ndim == 0:
                 return self._single(operator.index(index))
-        return replace(
-            self,
+        return self.changed(
             boxes=self.boxes[index],
             scores=self.scores[index],
             class_ids=self.class_ids[index],
             track_ids=None if self.track_ids is None else self.track_ids[index],
-            image=self._kept,
         )
+
+    def changed(self, **values: Any) -> "Detections":
+        """The same with other values; unlike `dataclasses.replace`, it does not read the image for that."""
+        return replace(self, **{"image": self._kept, **values})
 
     def _single(self, index: int) -> Detection:
         class_id = int(self.class_ids[index])
@@ -277,7 +281,7 @@ class Detections:
         """
         by = margin * (self.boxes[:, 2:] - self.boxes[:, :2])
         boxes = np.hstack([self.boxes[:, :2] - by, self.boxes[:, 2:] + by])
-        return replace(self, boxes=boxes, image=self._kept)
+        return self.changed(boxes=boxes)
 
     @property
     def names(self) -> npt.NDArray[np.str_]:
@@ -435,7 +439,7 @@ class Detections:
             Mark(np.reshape(each[0], (-1, 2)), str(each), is_closed=isinstance(each, ZoneCount))
             for each in self.counts
         ]
-        ours = isinstance(self._kept, Original)
+        ours = not isinstance(self._kept, Image.Image)
         colors = self.class_ids if self.track_ids is None else self.track_ids
         return draw_detections(
             image, self.boxes, labels, colors, marks, font=font, in_place=ours, enlarge=enlarge

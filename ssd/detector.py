@@ -1,24 +1,21 @@
 """Detector: from images of any kind to `Detections`."""
 
-import atexit
 import contextlib
 import ctypes
 import difflib
 import math
 import operator
 import os
-import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
-from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,6 +33,7 @@ from ssd.images import MAX_PIXELS, ImageSource, enough_memory, load_scaled, sour
 from ssd.model import SSD, load_model
 from ssd.pixels import DECODED, Original, opened_path, origin
 from ssd.sources import Film, Frame, Named, find_images
+from ssd.threads import Outcome, Readers, require_process, submit
 from ssd.tiles import Found, Window, cut, gather
 from ssd.transforms import resize
 
@@ -47,8 +45,6 @@ E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)
 _MOST_VIEWS = 64  # images and tiles that go through the network together
-_PATIENCE = 3.0  # seconds that Python's exit waits for them
-
 
 _made: "weakref.WeakSet[Detector]" = weakref.WeakSet()
 
@@ -71,8 +67,8 @@ class Input:
 
     name: str
     """What its result and its errors call it."""
-    image: Image.Image | Original | None
-    """Upright, RGB; or where to read it again; None if it was not read at full size."""
+    image: Image.Image | npt.NDArray[np.uint8] | Original | None
+    """Upright, RGB, of a film its pixels; or where to read it again; None if not read at full size."""
     size: tuple[int, int]
     """Width and height, at full size."""
     views: Tensor
@@ -383,7 +379,7 @@ class Detector:
     def _as_probabilities(self, found: Detections) -> Detections:
         """The same with calibrated scores."""
         assert self.calibration is not None
-        return replace(found, scores=self.calibration.probabilities(found.scores), image=found._kept)
+        return found.changed(scores=self.calibration.probabilities(found.scores))
 
     def options(
         self,
@@ -443,16 +439,16 @@ class Detector:
     ) -> Iterator[Detections]:
         pool, process = ThreadPoolExecutor(1, "ssd-detect"), os.getpid()
         batch: list[Input] = []
-        under_way: deque[tuple[list[Input], _Outcome[list[Detections]]]] = deque()
+        under_way: deque[tuple[list[Input], Outcome[list[Detections]]]] = deque()
 
         def start() -> None:
             nonlocal batch
             if batch:
-                under_way.append((batch, _submit(pool, self.detect, batch, options)))
+                under_way.append((batch, submit(pool, self.detect, batch, options)))
             batch = []
 
         def results(left: int = 0) -> Iterator[Detections]:
-            _require_process(process)
+            require_process(process)
             while len(under_way) > left:
                 yield from self._finite(*under_way.popleft(), options, on_error)
 
@@ -485,7 +481,7 @@ class Detector:
     def _finite(
         self,
         batch: list[Input],
-        outcome: "_Outcome[list[Detections]]",
+        outcome: "Outcome[list[Detections]]",
         options: Options,
         on_error: OnError | None,
     ) -> list[Detections]:
@@ -531,23 +527,30 @@ class Detector:
             ImageError, FileNotFoundError: it cannot be read; the message names it.
         """
         name, image = _named(source, number)
-        of_film: dict[str, Any] = {}
-        if isinstance(image, Frame):
-            of_film = {"frame": image.number, "time": image.time, "taken": image.taken}
-            image = image.pixels
         if isinstance(image, Exception):  # where a film breaks off
             raise image
         if isinstance(image, Film):
-            raise TypeError(f"{name}: is a film, not an image; a detector's stream takes films")
+            raise TypeError(f"{name}: is a film, not an image; detector.stream(...) takes it")
         how = how or Reading()
+        if isinstance(image, Frame):
+            return self._read_frame(image, name, number, how)
         where: list[tuple[str | bytes, tuple[int, int] | None]] = []
         try:
-            return replace(self._read_once(image, name, number, how, where), **of_film)
+            return self._read_once(image, name, number, how, where)
         except ImageMemoryError:
             if not where:
                 raise
         # Those that were read at the same time may have left too little.
-        return replace(self._read_once(image, name, number, how, where, alone=True), **of_film)
+        return self._read_once(image, name, number, how, where, alone=True)
+
+    def _read_frame(self, frame: Frame, name: str, number: int | None, how: Reading) -> Input:
+        height, width = frame.pixels.shape[:2]
+        with enough_memory(name, (width, height)):
+            windows = cut(width, height, how.tiles)
+            parts = (frame.pixels[top:bottom, left:right] for left, top, right, bottom in windows)
+            views = torch.stack([resize(each, self.layout.size) for each in parts])
+        of_film = (frame.number, frame.time, frame.taken)
+        return Input(name, frame.pixels, (width, height), views, tuple(windows), number, *of_film)
 
     def _read_once(
         self,
@@ -594,12 +597,12 @@ class Detector:
         threads; and of images in memory, which are kept, only so many pixels as `DECODED` has room for.
         """
         workers = min(_MAX_READERS, os.cpu_count() or 1)
-        pool, process = _Readers(workers), os.getpid()
-        waiting: deque[tuple[Named, int, _Outcome[Input]]] = deque()
+        pool, process = Readers(workers), os.getpid()
+        waiting: deque[tuple[Named, int, Outcome[Input]]] = deque()
         found = with_frames(sources, reading.playback, max_pixels=reading.max_pixels)
 
         def oldest() -> Iterator[tuple[str, int, Input | BaseException] | None]:
-            _require_process(process)
+            require_process(process)
             (name, _), number, outcome = waiting.popleft()
             if outcome.empty():
                 yield None
@@ -613,7 +616,7 @@ class Detector:
         try:
             for number, source in found:
                 named = _named(source, number)
-                outcome = _submit(pool, self.read, named, number, reading)
+                outcome = submit(pool, self.read, named, number, reading)
                 waiting.append((named, number, outcome))
                 if is_full():
                     yield from oldest()
@@ -686,90 +689,6 @@ def _pixels_in_memory(image: ImageSource | Film | Frame) -> int:
         return image.width * image.height
     shape = getattr(image.pixels if isinstance(image, Frame) else image, "shape", ())
     return math.prod(shape) // 3 if shape else 0
-
-
-class _Outcome(SimpleQueue[T | BaseException]):
-    """What a function in another thread gave or raised, to `get` once.
-
-    Not a future: a KeyboardInterrupt while waiting for one can leave its lock taken, and its thread stuck.
-    Waiting for a SimpleQueue can be interrupted at any moment.
-    """
-
-
-class _Readers:
-    """Threads that read images, and may wait for a pipe for ever.
-
-    Not those of an executor, for which Python's exit waits without an end. For these it waits a little: one
-    that came back from torch when Python is gone would abort the process.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most, self._threads = most, list[threading.Thread]()
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        _readers.add(self)
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Have it called in one of the threads."""
-        self._tasks.put(task)
-        if len(self._threads) < self._most:
-            thread = threading.Thread(target=self._work, name="ssd-read", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task()
-            del task  # and the image that it holds
-
-    def shutdown(self, *, wait: bool) -> None:
-        """End the threads after all tasks, or without waiting, after their present ones."""
-        with contextlib.suppress(Empty):
-            while not wait:
-                self._tasks.get_nowait()
-        for _ in self._threads:
-            self._tasks.put(None)
-        if wait:
-            self.join()
-
-    def join(self, end: float = math.inf) -> None:
-        """Wait for the threads' end, not longer than until a time of `time.monotonic`."""
-        for thread in self._threads:
-            thread.join(None if end == math.inf else max(0, end - time.monotonic()))
-
-
-_readers: "weakref.WeakSet[_Readers]" = weakref.WeakSet()
-
-
-@atexit.register
-def _end_readers() -> None:
-    end = time.monotonic() + _PATIENCE
-    with contextlib.suppress(KeyboardInterrupt):
-        for each in list(_readers):
-            each.shutdown(wait=False)
-            each.join(end)
-
-
-def _submit(
-    pool: "ThreadPoolExecutor | _Readers", function: Callable[..., T], *args: Any, **options: Any
-) -> _Outcome[T]:
-    outcome: _Outcome[T] = _Outcome()
-
-    def run() -> None:
-        try:
-            outcome.put(function(*args, **options))
-        except BaseException as error:
-            outcome.put(error)
-
-    pool.submit(run)
-    return outcome
-
-
-def _require_process(number: int) -> None:
-    if os.getpid() != number:
-        raise RuntimeError(
-            "this stream was begun in the process that this one was forked from, and its threads are not "
-            "here; begin it anew"
-        )
 
 
 def _marked(error: E, name: str, number: int | None) -> E:

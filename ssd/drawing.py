@@ -9,7 +9,7 @@ import subprocess
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -24,6 +24,7 @@ IntArray = npt.NDArray[np.int64]
 _SMALLEST_PICTURE = (160, 320)
 _CELL, _GAP = (480, 360), 8  # of a sheet of pictures, in pixels
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
+_KEPT = 256  # labels that stay as they are drawn: those of a film come again in most of its frames
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
 
 
@@ -150,12 +151,19 @@ def _draw_boxes(
     for box, text, color in zip(boxes, texts, colors, strict=True):
         area = _label_area(box, text.box, line, picture.size, taken)
         taken.append(area)
-        canvas.rectangle(area, fill=color)
-        red, green, blue = color
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue > 140  # ITU-R BT.601 luma
-        for run in text.runs:
-            at = (area[0] - text.box[0] + line + run.x, area[1] - text.box[1] + line)
-            canvas.text(at, run.letters, "black" if dark else "white", run.font, anchor="ls")
+        picture.paste(_label(text, color, line), (int(area[0]), int(area[1])))
+
+
+@lru_cache(_KEPT)
+def _label(text: "_Text", color: tuple[int, int, int], margin: int) -> Image.Image:
+    left, top, right, bottom = text.box
+    label = Image.new("RGB", (int(right - left) + 2 * margin + 1, int(bottom - top) + 2 * margin + 1), color)
+    red, green, blue = color
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue > 140  # ITU-R BT.601 luma
+    for run in text.runs:
+        at = (margin - left + run.x, margin - top)
+        ImageDraw.Draw(label).text(at, run.letters, "black" if dark else "white", run.font, anchor="ls")
+    return label
 
 
 def _letter_size(picture: Image.Image) -> float:
@@ -244,7 +252,7 @@ class _Run(NamedTuple):
 
 
 class _Text(NamedTuple):
-    runs: list[_Run]
+    runs: tuple[_Run, ...]
     length: float
     box: tuple[float, float, float, float]
     """What it covers, from the beginning of its base line."""
@@ -395,30 +403,31 @@ def _fontconfigs() -> Iterator[_FontFile]:
 
 
 def _lay_out(labels: list[str], size: float, fonts: "dict[str, _FontFile | None]") -> list[_Text]:
-    faces = {file: _face(file, size) for file in {home or _PILLOWS_OWN for home in fonts.values()}}
-    return [_line_of(label, faces, fonts) for label in labels]
+    return [_measured(_parts_of(label, fonts), size) for label in labels]
 
 
-def _line_of(
-    label: str,
-    faces: dict[_FontFile, ImageFont.FreeTypeFont],
-    fonts: "dict[str, _FontFile | None]",
-) -> _Text:
-    """A label as runs of letters of one font; what joins or separates letters goes with what is before."""
+def _parts_of(label: str, fonts: "dict[str, _FontFile | None]") -> tuple[tuple[_FontFile, str], ...]:
+    """A label in parts of one font; what joins or separates letters goes with what is before."""
     homes: list[tuple[_FontFile, str]] = []
     for letter in _composed(label):
         home = fonts[letter] or _PILLOWS_OWN
         if homes and unicodedata.category(letter) in ("Cf", "Mn", "Mc"):
             home = homes[-1][0]
         homes.append((home, letter if fonts[letter] else "?"))
+    groups = groupby(homes, key=lambda each: each[0])
+    return tuple((home, "".join(letter for _, letter in group)) for home, group in groups)
+
+
+@lru_cache(_KEPT)
+def _measured(parts: tuple[tuple[_FontFile, str], ...], size: float) -> _Text:
     runs: list[_Run] = []
     x = 0.0
     left = top = right = bottom = 0.0
-    for home, group in groupby(homes, key=lambda each: each[0]):
-        letters, face = "".join(letter for _, letter in group), faces[home]
+    for home, letters in parts:
+        face = _face(home, size)
         box = face.getbbox(letters, anchor="ls")
         left, right = (min(left, x + box[0]), max(right, x + box[2])) if runs else (box[0], box[2])
         top, bottom = (min(top, box[1]), max(bottom, box[3])) if runs else (box[1], box[3])
         runs.append(_Run(x, letters, face))
         x += face.getlength(letters)
-    return _Text(runs, x, (left, top, right, bottom))
+    return _Text(tuple(runs), x, (left, top, right, bottom))

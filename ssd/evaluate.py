@@ -72,8 +72,8 @@ class Evaluation:
     """Boxes that are small, medium or large by their own area: no other, or an impossible one, is given."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON; without the thresholds, which are the weights' own."""
-        return {key: value for key, value in asdict(self).items() if key != "score_thresholds"}
+        """Plain data, for JSON."""
+        return asdict(self)
 
     def __str__(self) -> str:
         wide = max(len("class"), *(len(as_line(name)) for name in self.per_class))

@@ -18,6 +18,7 @@ from ssd.backends.base import (
     most_detections,
     needing_extra,
 )
+from ssd.card import accuracy_of
 from ssd.errors import ExportError
 from ssd.files import gone_if_unused, mode_of, replace_together, sync_file, temporary_folder, writing
 from ssd.images import ImageSource, load_image
@@ -112,7 +113,7 @@ def export(
                 with needing_extra(format):
                     save = import_module(BACKENDS[format].module).write(model, made, content, pictures)
                 worst = prove(model, made, content, pictures)
-            content = replace(content, proof=proof_of(model, made, content, worst))
+            content = replace(content, proof=proof_of(model, made, content, worst, accuracy_of(weights)))
             save(content)
             if not verify(made).is_proved:
                 raise ExportError(

@@ -1,30 +1,23 @@
-"""Frames of films and animations as images by name, decoded ahead in a thread of their own; and what is done
-behind in one."""
+"""Frames of films and animations as images by name, decoded ahead in a thread of their own."""
 
-import atexit
 import math
 import os
 import threading
-import time
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ssd.errors import as_line
 from ssd.images import MAX_PIXELS, is_animation_name, load_frames
 from ssd.sources import Film, Frame, Named, named_film, without_password
-
-T = TypeVar("T")
+from ssd.threads import ahead
 
 _AHEAD, _AHEAD_LIVE = 4, 2  # frames that are decoded before they are asked for
 _SAME = 1e-6  # seconds by which times may differ that are meant to be the same
-_PATIENCE = 3.0  # seconds that are waited for the present frame's end, where no more are wanted
 
 
 class Playback(NamedTuple):
@@ -155,7 +148,7 @@ def _film_of(source: object, playback: Playback) -> Film | None:
 def _animation(path: str, max_pixels: int) -> Iterator[Frame]:
     at = 0.0
     for number, (image, seconds) in enumerate(load_frames(path, max_pixels=max_pixels)):
-        yield Frame(np.asarray(image), number, round(at, 3))  # durations are whole milliseconds
+        yield Frame(np.array(image), number, round(at, 3))  # durations are whole milliseconds
         at += seconds
 
 
@@ -169,160 +162,3 @@ def _chosen(frames: Iterator[Frame], playback: Playback) -> Iterator[Frame]:
             # From the time that was due, not from that of a frame that came later: else 20 of 30 become 15.
             due = (due if frame.time - due < step else frame.time) + step
         yield frame
-
-
-# --- The thread -------------------------------------------------------------------------------------------
-
-
-def ahead(
-    items: Iterator[T], most: int, on_drop: Callable[[T], object] | None = None
-) -> Generator[T, None, None]:
-    """The items of an iterator, which goes on in a thread while they are used.
-
-    Args:
-        items: to be gone through; closed in its thread when this ends, however that comes.
-        most: how many may be waiting.
-        on_drop: if given, the thread never waits: where there are too many, it takes the oldest away and
-            calls this with it.
-    """
-    thread = _Ahead(items, most, on_drop)
-    try:
-        yield from thread
-    finally:
-        thread.stop()
-        thread.join(time.monotonic() + _PATIENCE)
-
-
-class _Ahead(Generic[T]):
-    # With SimpleQueues alone: a KeyboardInterrupt while waiting for a lock or a condition can leave it taken.
-    def __init__(self, items: Iterator[T], most: int, on_drop: Callable[[T], object] | None) -> None:
-        self._items, self._on_drop, self._process = items, on_drop, os.getpid()
-        self._room: SimpleQueue[None] = SimpleQueue()
-        self._ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
-        self._stopped = False
-        for _ in range(most):
-            self._room.put(None)
-        self._thread = threading.Thread(target=self._work, name="ssd-frames", daemon=True)
-        self._thread.start()
-        _running.add(self)
-
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            if os.getpid() != self._process:
-                raise RuntimeError(
-                    "this film was begun in the process that this one was forked from, and its thread is not "
-                    "here; begin it anew"
-                )
-            item = self._ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            self._room.put(None)
-            yield item[0]
-            del item  # a frame is large
-
-    def _work(self) -> None:
-        try:
-            for item in self._items:
-                self._make_room()
-                if self._stopped:
-                    break
-                self._ready.put((item,))
-                del item
-            self._close()
-            self._ready.put(None)
-        except BaseException as error:
-            self._close()
-            self._ready.put(error)
-
-    def _make_room(self) -> None:
-        if self._on_drop is not None:
-            with suppress(Empty):
-                self._room.get_nowait()
-                return
-            with suppress(Empty):
-                oldest = self._ready.get_nowait()
-                assert isinstance(oldest, tuple)  # nothing comes after what else there is
-                self._on_drop(oldest[0])
-                return
-        self._room.get()
-
-    def _close(self) -> None:
-        if isinstance(self._items, Generator):
-            with suppress(Exception):
-                self._items.close()
-
-    def stop(self) -> None:
-        """Have the thread end after what it does."""
-        self._stopped = True
-        self._room.put(None)
-
-    def join(self, end: float) -> None:
-        """Wait for its end, not longer than until a time of `time.monotonic`."""
-        self._thread.join(None if end == math.inf else max(0, end - time.monotonic()))
-
-
-class Behind:
-    """Has a thread of its own do one thing after another, while one goes on.
-
-    Args:
-        do: with each thing. Once this raised an error, nothing more is done.
-        most: how many things may be waiting.
-    """
-
-    def __init__(self, do: Callable[[T], object], most: int) -> None:
-        self._room: SimpleQueue[None] = SimpleQueue()
-        self._tasks: SimpleQueue[tuple[Any] | None] = SimpleQueue()
-        self._over: SimpleQueue[None] = SimpleQueue()
-        self.error: BaseException | None = None
-        """What ended it early."""
-        for _ in range(most):
-            self._room.put(None)
-        self._thread = threading.Thread(target=self._work, args=(do,), name="ssd-behind", daemon=True)
-        self._thread.start()
-        _running.add(self)
-
-    def put(self, item: object) -> None:
-        """Have this done next; waits where too many are waiting."""
-        self._room.get()
-        self._tasks.put((item,))
-
-    def end(self) -> None:
-        """Wait until all is done, or has failed."""
-        self.stop()
-        self._over.get()
-        self._over.put(None)
-
-    def _work(self, do: Callable[[Any], object]) -> None:
-        while (task := self._tasks.get()) is not None:
-            if self.error is None:
-                try:
-                    do(*task)
-                except BaseException as error:
-                    self.error = error
-            del task  # a picture is large
-            self._room.put(None)
-        self._over.put(None)
-
-    def stop(self) -> None:
-        """Have the thread end after what it has to do."""
-        self._tasks.put(None)
-
-    def join(self, end: float) -> None:
-        """Wait for its end, not longer than until a time of `time.monotonic`."""
-        self._thread.join(None if end == math.inf else max(0, end - time.monotonic()))
-
-
-_running: "weakref.WeakSet[_Ahead[Any] | Behind]" = weakref.WeakSet()
-
-
-@atexit.register
-def _end_threads() -> None:
-    """One that came back from a decoder when Python is gone could abort the process."""
-    end = time.monotonic() + _PATIENCE
-    with suppress(KeyboardInterrupt):
-        for each in list(_running):
-            each.stop()
-        for each in list(_running):
-            each.join(end)

@@ -239,10 +239,10 @@ def _problem(error: Exception, wanted: Reference, doing: str) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         there = (
-            "" if status == 403 else "there is no such repository, or it is not open to everyone: check the "
+            "there is no such repository, or it is not open to everyone: check the name "
+            f"({constants.ENDPOINT}/{wanted.repo}); or "
         )
-        there += "" if status == 403 else f"name ({constants.ENDPOINT}/{wanted.repo}); or "
-        return f"HTTP {status}; {there}{_LOGIN} that may {right}"
+        return f"HTTP {status}; {'' if status == 403 else there}{_LOGIN} that may {right}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {wanted.revision}; name a branch, a tag or a commit of it"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):

@@ -73,10 +73,9 @@ class SSD(nn.Module):
         channels = _repeated(_OUT_CHANNELS[backbone], count)
         self.feature_extractor = Trunk(backbone)
         self.additional_blocks = nn.ModuleList(
-            # Valid where that gives the next map: from 5 cells to 3, where a stride of 2 would too.
-            _additional_block(c_in, c_mid, c_out, downsample=smaller != larger - 2)
-            for (c_in, c_out), c_mid, (larger, smaller) in zip(
-                pairwise(channels), _repeated(_MIDDLE_CHANNELS, count - 1), pairwise(layout.maps), strict=True
+            _additional_block(c_in, c_mid, c_out, stride)
+            for (c_in, c_out), c_mid, stride in zip(
+                pairwise(channels), _repeated(_MIDDLE_CHANNELS, count - 1), layout.strides, strict=True
             )
         )
         shapes = layout.boxes_per_cell
@@ -155,13 +154,12 @@ def _repeated(values: tuple[int, ...], count: int) -> tuple[int, ...]:
     return (values + values[-1:] * count)[:count]
 
 
-def _additional_block(c_in: int, c_mid: int, c_out: int, *, downsample: bool) -> nn.Sequential:
-    stride, padding = (2, 1) if downsample else (1, 0)
+def _additional_block(c_in: int, c_mid: int, c_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(c_in, c_mid, 1, bias=False),
         nn.BatchNorm2d(c_mid),
         nn.ReLU(inplace=True),
-        nn.Conv2d(c_mid, c_out, 3, stride=stride, padding=padding, bias=False),
+        nn.Conv2d(c_mid, c_out, 3, stride=stride, padding=stride - 1, bias=False),
         nn.BatchNorm2d(c_out),
         nn.ReLU(inplace=True),
     )

@@ -34,7 +34,7 @@ swings most; what counts is AP, which docs/performance.md gives."""
 _BATCHES = [1, 2, 5]  # that an export is tried on
 
 SEED = 8732
-"""Of the images that `seeded_images` makes for a proof that travels."""
+"""Of the images that files are proved on, here and elsewhere."""
 
 _IMAGES = 4  # of them
 _SHAPES = 6  # on each
@@ -107,7 +107,7 @@ def _told(found: Difference, allowed: Difference) -> str:
 
 def _images_to_try(size: int, pictures: Tensor | None = None) -> Tensor:
     """Eight images to compare on: an empty one first, then scenes, noise, and some of `pictures`."""
-    rng = np.random.default_rng(8732)
+    rng = np.random.default_rng(SEED)
     # Not quite flat: default boxes side by side would have equal scores, and any order of them be right.
     empty = torch.from_numpy(rng.integers(120, 136, (size, size, 3), np.uint8))
     noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8))
@@ -191,6 +191,8 @@ class Verdict(NamedTuple):
     """Of what computed it here."""
     exported_by: dict[str, str]
     """Those of where it was exported."""
+    accuracy: str
+    """What the weights that it was made of reached; empty if that was not known."""
 
     @property
     def is_proved(self) -> bool:
@@ -230,9 +232,10 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
             found = _repeat(backend, metadata.proof["reference"])
         except NonFiniteError:
             found = Difference(math.nan, math.nan, math.nan)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{place}: its proof cannot be used ({reason(error)})") from error
-        return Verdict(backend.name, found, allowed, largest, versions(model), then)
+        accuracy = str(metadata.proof.get("accuracy", ""))
+        return Verdict(backend.name, found, allowed, largest, versions(model), then, accuracy)
 
 
 def _model_of_page(page: Path) -> bytes:
@@ -247,7 +250,7 @@ def _model_of_page(page: Path) -> bytes:
         ) from error
 
 
-def proof_of(model: SSD, path: Path, metadata: Metadata, worst: Difference) -> dict[str, Any]:
+def proof_of(model: SSD, path: Path, metadata: Metadata, worst: Difference, accuracy: str) -> dict[str, Any]:
     """What a file is to carry: how it was proved, and what to compare it with where its model is not.
 
     Args:
@@ -255,10 +258,11 @@ def proof_of(model: SSD, path: Path, metadata: Metadata, worst: Difference) -> d
         path: the file, which was proved.
         metadata: what it says of itself.
         worst: what `prove` gave.
+        accuracy: what the weights reached, for people; empty if that is not known.
 
     Returns:
-        For JSON: "versions"; "seed" of the images; the "largest" differences, and the "allowed" ones; and a
-        "reference": what torch gives for `seeded_images`.
+        For JSON: "versions"; "accuracy"; "seed" of the images; the "largest" differences, and the "allowed"
+        ones; and a "reference": what torch gives for `seeded_images`.
     """
     images = seeded_images(model.layout.size)
     reference: Any
@@ -278,6 +282,7 @@ def proof_of(model: SSD, path: Path, metadata: Metadata, worst: Difference) -> d
         allowed = Difference(*np.maximum(allowed, _SLACK * np.array(here)).tolist())
     return {
         "versions": versions(path),
+        "accuracy": accuracy,
         "seed": SEED,
         "largest": worst._asdict(),
         "allowed": allowed._asdict(),

@@ -64,7 +64,7 @@ _FROM_ITS_PROGRAM = "save it as PNG or JPEG in the program that made it"
 DEVELOP = "develop it to JPEG or TIFF first, in darktable or the program of the camera's maker"
 _UNCRUSH = "convert it back, as by: pngcrush -revert-iphone-optimizations FILE photo.png"
 _FRAMES = (
-    "ssd detect takes films, and so does a detector's stream; "
+    "detector.stream(...) and ssd detect take films; "
     "or take pictures out of it, as by: ffmpeg -i FILE frame-%06d.jpg"
 )
 _TO_8_BITS = "scale its values to 8 bits and save it as PNG"

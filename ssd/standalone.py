@@ -47,7 +47,7 @@ def write_standalone(
             `ssd.export.export`.
     """
     home = Path(folder)
-    require_new(home)
+    _require_new(home)
     with gone_if_unused(home.parent):
         home.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(home) as made, writing(home):
@@ -65,7 +65,7 @@ def write_standalone(
     return home
 
 
-def require_new(path: Path) -> None:
+def _require_new(path: Path) -> None:
     """Refuse a folder in which there is something.
 
     Raises:

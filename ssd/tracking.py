@@ -1,7 +1,6 @@
 """Objects that keep their number over the frames of a film, and what they cross: ByteTrack of `trackers`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,7 +157,7 @@ class Tracker:
             ids[tracked.data["index"]] = tracked.tracker_id
         ids[ids >= 0] += self._first_id
         self.next_id = max(self.next_id, int(ids.max(initial=0)) + 1)
-        return replace(found, track_ids=ids)[np.flatnonzero(is_sure | (ids >= 0)).tolist()]
+        return found.changed(track_ids=ids)[np.flatnonzero(is_sure | (ids >= 0)).tolist()]
 
 
 class Counter:
@@ -222,7 +221,7 @@ class Counter:
             ZoneCount(each, int(zone.current_count), len(seen))
             for each, zone, seen in zip(self._zones, self._at_zones, self._seen, strict=True)
         ]
-        return replace(found, counts=tuple(counts))
+        return found.changed(counts=tuple(counts))
 
 
 def checked_points(points: Any, *, closed: bool) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,30 +21,41 @@ def describe_transform(size: int) -> str:
     return f"the whole image resized to {size}x{size} (bilinear, antialiased), ImageNet mean and deviation"
 
 
-def resize(image: Image.Image, size: int) -> Tensor:
+def resize(image: Image.Image | npt.NDArray[np.uint8], size: int) -> Tensor:
     """The whole image squashed to the network's size, bilinear and antialiased, as published.
 
     torch's kernel is three times as fast as Pillow's, which the published code used; a value in some
     hundreds differs by 1 of 255.
 
     Args:
-        image: mode RGB.
+        image: mode RGB; or its pixels, uint8 ``[H, W, 3]``, which need no copy.
         size: width and height of the result.
 
     Returns:
         uint8 ``[size, size, 3]``.
     """
-    width, height = image.size
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image)
+        height, width = image.shape[:2]
+    else:
+        width, height = image.size
     rows = max(1, _BAND // width)
     if height > rows:
         # The kernel makes rows narrow before it makes columns short, with uint8 between: the same in parts,
         # which need not be all in memory as arrays.
         tops = range(0, height, rows)
-        bands = (image.crop((0, top, width, min(top + rows, height))) for top in tops)
-        narrow = torch.cat([_squash(torch.from_numpy(np.array(band)), band.height, size) for band in bands])
+        bands = (_rows(image, top, min(top + rows, height)) for top in tops)
+        narrow = torch.cat([_squash(band, len(band), size) for band in bands])
     else:
-        narrow = torch.from_numpy(np.array(image))
+        narrow = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image))
     return _squash(narrow, size, size).contiguous()
+
+
+def _rows(image: Image.Image | npt.NDArray[np.uint8], top: int, bottom: int) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = np.array(image.crop((0, top, image.width, bottom)))
+        top, bottom = 0, len(image)
+    return torch.from_numpy(image[top:bottom])
 
 
 def _squash(pixels: Tensor, height: int, width: int) -> Tensor:

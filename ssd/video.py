@@ -41,6 +41,8 @@ FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0  # seconds
 _TIMEOUT = 10.0  # seconds that a live source may be silent
 _BUFFER = 1 << 18  # bytes that are read of a file at a time
+# Titles and the like may be in any encoding; PyAV 19 takes them so by itself.
+_ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _SHORTFALL = Fraction(1, 2)  # seconds by which a film may be shorter than it says
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18  # of ITU-T H.273, table 3
 _BT709, _UNSPECIFIED, _BT601 = 1, 2, 5  # matrix coefficients, as there in table 4
@@ -159,7 +161,7 @@ def _decodable(container: Any, stream: Any) -> Iterator[Any]:
 def _live_container(address: str) -> Any:
     if "://" in address:
         options = {"rtsp_transport": "tcp", "protocol_whitelist": "rtsp,rtsps,rtp,srtp,tcp,udp,tls,crypto"}
-        return av.open(address, options=options, timeout=_TIMEOUT, metadata_errors="replace")
+        return av.open(address, options=options, timeout=_TIMEOUT, **_ANY_TEXT)
     if sys.platform == "darwin":
         return av.open(address, format="avfoundation", timeout=_TIMEOUT)
     device = f"/dev/video{address}" if address.isdigit() else address
@@ -172,7 +174,7 @@ def _container(file: IO[bytes], name: str) -> Iterator[Any]:
     # As an open file, and of known readers: whatever stands in it, nothing else is opened.
     options = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "none"}
     try:
-        container = av.open(file, options=options, buffer_size=_BUFFER, metadata_errors="replace")
+        container = av.open(file, options=options, buffer_size=_BUFFER, **_ANY_TEXT)
     except (av.FFmpegError, ValueError, OSError) as error:
         if not _is_damage(error):
             raise
@@ -217,7 +219,8 @@ class _Packets:
 
     def __init__(self, container: Any, stream: Any, name: str) -> None:
         self._container, self._stream, self._name = container, stream, name
-        self._count, self._damaged, self._end = 0, 0, Fraction(0)
+        self._count, self._end = 0, Fraction(0)
+        self._damaged: set[int | None] = set()  # the times of pictures, that each may count once
         self._is_cut = self._ends_cut = False  # the last packet
         self.shown: Frame | None = None
         """The last frame that was given."""
@@ -242,7 +245,7 @@ class _Packets:
                 break
             self._note(packet)
             if self._is_cut:  # an error in a decoder of several threads costs what the others hold
-                self._damaged += 1
+                self._damaged.add(packet.pts)
             else:
                 yield from self._decode(packet)
         if broken:
@@ -250,24 +253,30 @@ class _Packets:
         if broken or (broken := self._missing()):
             raise self._error(broken)
         if self._damaged:
-            text = f"{self._name}: {self._damaged} of {self._count} packets are damaged and were left out"
+            what = "pictures are damaged: they look wrong, or were left out"
+            text = f"{self._name}: at least {len(self._damaged)} of {self._count} {what}"
             warnings.warn(as_line(text), stacklevel=2)
 
     def _decode(self, packet: Any) -> Iterator[Any]:
         try:
-            yield from self._stream.decode(packet)
+            for frame in self._stream.decode(packet):
+                if frame.is_corrupt:  # what the decoder lacked, it has made up from other pictures
+                    self._damaged.add(frame.pts)
+                yield frame
         except av.EOFError:  # it has given all already
             return
         except av.FFmpegError:
-            self._damaged += 1
+            self._damaged.add(packet.pts if packet else None)
 
     def _note(self, packet: Any) -> None:
         if not packet.size:  # which has the decoder give what it still has
             self._is_cut, self._ends_cut = False, self._is_cut
             return
         self._count += 1
-        # In a transport stream that stands for any error of transmission.
-        self._is_cut = packet.is_corrupt and self._container.format.name != "mpegts"
+        if packet.is_corrupt and self._container.format.name == "mpegts":  # any error of transmission
+            self._damaged.add(packet.pts)
+        else:
+            self._is_cut = packet.is_corrupt
         at = packet.pts if packet.pts is not None else packet.dts
         if at is not None:
             self._end = max(self._end, (at + (packet.duration or 0)) * packet.time_base)
@@ -379,7 +388,8 @@ def _to_sdr(transfer: int) -> npt.NDArray[np.uint8]:
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """How a picture is to be turned: a, b, c, d of ``x' = a x + c y``, ``y' = b x + d y``, times 65536."""
-    for each in frame.side_data:
+    every = frame.side_data
+    for each in map(every.__getitem__, range(len(every))):  # looping over it gives its keys from PyAV 19 on
         if each.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(each, np.int32)[:5].tolist()
             return a, b, c, d
@@ -405,8 +415,8 @@ class FilmWriter:
     """Writes pictures as an MP4 film, with the times and the sound of the film that they are made of.
 
     H.264 where the installed PyAV encodes it, else MPEG-4. At any moment what is in the file can be played;
-    it is fragmented until `close`. Sides of odd length are kept, for which H.264 has to take a profile that
-    not every player has.
+    it is fragmented until `close`. Sides of odd length get one more row or column, like the last: H.264 has
+    them only with colours of full resolution (4:4:4), which phones and browsers do not play.
 
     Args:
         file: to write to; never read, and not closed.
@@ -415,7 +425,9 @@ class FilmWriter:
     """
 
     def __init__(self, file: IO[bytes], size: tuple[int, int], like: str | None = None) -> None:
-        self._file, self._size, self._last = _Careful(file), size, -1
+        self._file, self._last = _Careful(file), -1
+        self.size = size[0] + size[0] % 2, size[1] + size[1] % 2
+        """Width and height of the film."""
         self._stack = ExitStack()
         try:
             source = None if like is None else self._opened(like)
@@ -424,7 +436,7 @@ class FilmWriter:
             options = {"movflags": flags, "frag_duration": "1000000"}  # a second
             self._film = av.open(self._file, "w", format="mp4", options=options)
             self._stack.push(lambda *_: self._end_file())
-            self._pictures = self._picture_stream(source)
+            self._pictures = self._picture_stream(source, size)
             self._sound = self._sound_of(source, like)
         except BaseException:
             self._stack.close()
@@ -435,26 +447,24 @@ class FilmWriter:
         container = self._stack.enter_context(_container(file, path))
         return container, video_stream(container, path)
 
-    def _picture_stream(self, source: Any) -> Any:
-        width, height = self._size
+    def _picture_stream(self, source: Any, size: tuple[int, int]) -> Any:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         base, rate, shape = Fraction(1, 90_000), Fraction(25), None
         if source is not None:
             like = source[1]
             base, rate = like.time_base, Fraction(like.average_rate or like.guessed_rate or rate)
             shape = like.sample_aspect_ratio
-            if shape and (like.codec_context.width, like.codec_context.height) != self._size:
+            if shape and (like.codec_context.width, like.codec_context.height) != size:
                 shape = 1 / shape  # it was turned
         if codec == "mpeg4" and base.denominator > 65_535:  # more than that it cannot count
             base = Fraction(1, 60_000)
         stream: Any = self._film.add_stream(codec, rate=rate.limit_denominator(65_535))
-        stream.width, stream.height = width, height
-        is_even = width % 2 == height % 2 == 0
-        stream.pix_fmt = "yuv420p" if is_even or codec == "mpeg4" else "yuv444p"
+        stream.width, stream.height = self.size
+        stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base, context.max_b_frames = base, 0
         context.gop_size = max(1, min(250, round(2 * rate)))
-        context.colorspace = _BT709 if height >= _HD else _BT601
+        context.colorspace = _BT709 if size[1] >= _HD else _BT601
         if shape:
             context.sample_aspect_ratio = shape
         if codec == "libx264":
@@ -464,7 +474,7 @@ class FilmWriter:
         try:
             context.open()
         except av.FFmpegError as error:
-            text = f"{codec} does not encode pictures of {width}x{height} ({_reason(error)})"
+            text = f"{codec} does not encode pictures of {size[0]}x{size[1]} ({_reason(error)})"
             raise ImageError(text) from error
         return stream
 
@@ -502,10 +512,11 @@ class FilmWriter:
             OSError: it cannot be written.
         """
         context = self._pictures.codec_context
-        # As Pillow has them, which is the quickest.
-        pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint8).reshape(*picture.size[::-1], 4)
-        frame = av.VideoFrame.from_numpy_buffer(pixels, "rgba")
-        frame = frame.reformat(*self._size, format=self._pictures.pix_fmt, dst_colorspace=context.colorspace)
+        pixels = np.asarray(picture)
+        if pixels.shape[0] % 2 or pixels.shape[1] % 2:
+            pixels = np.pad(pixels, ((0, picture.height % 2), (0, picture.width % 2), (0, 0)), mode="edge")
+        frame = av.VideoFrame.from_numpy_buffer(pixels, "rgb24")
+        frame = frame.reformat(*self.size, format="yuv420p", dst_colorspace=context.colorspace)
         self._last = max(self._last + 1, round(Fraction(time) / context.time_base))
         frame.pts, frame.time_base = self._last, context.time_base
         with _as_os_errors():

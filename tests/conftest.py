@@ -98,12 +98,16 @@ def require_trackers() -> None:
         pytest.skip(f"trackers cannot be imported: {error}", allow_module_level=True)
 
 
+LEFT_OUT = object()
+
+
 def with_metadata(source: Path, target: Path, changes: dict[str, object]) -> Path:
-    """A copy of an ONNX file that says something else of itself."""
+    """A copy of an ONNX file that says something else of itself, or nothing where that is `LEFT_OUT`."""
     onnx = pytest.importorskip("onnx")
     model = onnx.load(source)
     [entry] = [each for each in model.metadata_props if each.key == METADATA]
-    entry.value = json.dumps(json.loads(entry.value) | changes)
+    values = json.loads(entry.value) | changes
+    entry.value = json.dumps({key: value for key, value in values.items() if value is not LEFT_OUT})
     onnx.save(model, target)
     return target
 
@@ -346,3 +350,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture
+def pixels():
+    """A picture that is not symmetric in any way: uint8 [6, 9, 3]."""
+    return np.random.RandomState(0).randint(0, 256, (6, 9, 3), np.uint8)

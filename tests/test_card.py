@@ -1,14 +1,16 @@
 """The model card: front matter that the Hub takes, and only what is known."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SMALL_LAYOUT
 
-from ssd import checkpoint
-from ssd.card import Measured, data_of_run, measured_in, measured_in_run, model_card
+from ssd import checkpoint, pretrained
+from ssd.card import Measured, accuracy_of, data_of_run, measured_in, measured_in_run, model_card
 from ssd.errors import CheckpointError
 from ssd.evaluate import METRICS
 
@@ -103,3 +105,13 @@ def test_what_a_run_folder_says(tmp_path):
     assert measured_in_run(tmp_path / "other.safetensors", "cells") is None
     assert measured_in_run(tmp_path / "none" / "best.safetensors", "") is None
     assert data_of_run(tmp_path / "none" / "best.safetensors") == ""
+    (tmp_path / "best.safetensors").touch()
+    said = "0.500 AP, 0.700 AP50 on the val split of cells, during training, by the epoch's evaluation"
+    assert accuracy_of(tmp_path) == accuracy_of(str(tmp_path / "best.safetensors")) == said
+    assert accuracy_of(tmp_path / "other.safetensors") == accuracy_of("https://a/best.safetensors") == ""
+
+
+def test_the_accuracy_of_the_shipped_weights_is_what_their_page_says():
+    page = (Path(pretrained.__file__).parent / "weights" / "README.md").read_text()
+    number = re.search(r"500 held-out scenes of val, official COCO numbers: AP (0\.\d+)", page)[1]
+    assert accuracy_of("shapes").startswith(f"{number} AP on 500 made-up scenes")

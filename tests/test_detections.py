@@ -377,6 +377,19 @@ def test_the_image_of_a_file_is_read_when_it_is_asked_for(reread, image, monkeyp
     assert len(reads) == 2
 
 
+def test_pixels_become_an_image_when_it_is_asked_for(monkeypatch):
+    pixels = np.full((330, 400, 3), 7, np.uint8)
+    found = Detections([[10, 10, 90, 90]], [0.9], [1], class_names=NAMES, image_size=(330, 400), image=pixels)
+    monkeypatch.setattr(Image, "fromarray", None)  # not for a part, nor with other values
+    found = found.changed(boxes=found.boxes + 1)[:1]
+    monkeypatch.undo()
+    assert np.array_equal(np.asarray(found.image), pixels)
+    drawn = np.asarray(found.draw())
+    assert not np.array_equal(drawn, pixels)
+    assert (pixels == 7).all()
+    assert np.array_equal(np.asarray(replace(found, image=Image.fromarray(pixels)).draw()), drawn)
+
+
 def test_a_picture_of_a_file_is_that_of_its_image(reread, image, tmp_path):
     kept = replace(reread, image=image.copy())
     assert reread.draw().tobytes() == kept.draw().tobytes() == reread.draw().tobytes()

@@ -204,3 +204,10 @@ def test_calibration_images_are_spread_over_a_folder(tmp_path, monkeypatch):
 def test_what_is_exported_already(tiny_exported, tmp_path):
     with pytest.raises(ValueError, match="is exported already"):
         export.export(tiny_exported["pt2"], tmp_path / "model.onnx")
+
+
+def test_what_a_run_measured_goes_along(tiny_exported, tmp_path):
+    (tmp_path / "best.safetensors").write_bytes(tiny_exported.weights.read_bytes())
+    (tmp_path / "metrics.csv").write_text("epoch,AP,AP50\n1,0.25,0.5\n")
+    made = export.export(tmp_path, tmp_path / "model.torchscript", "torchscript")
+    assert export.verify(made).accuracy.startswith("0.250 AP, 0.500 AP50 on the val split of its dataset")

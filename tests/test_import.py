@@ -16,11 +16,23 @@ PACKAGE = ROOT / "ssd"
 # A module or folder imports only from those before it; so do the modules of a folder, whose kinds (in
 # braces) do not import each other.
 ORDER = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "signatures"),
+    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *("images", "sources", "video", "frames", "pixels", "drawing", "detections", "tracking", "calibration"),
+    *(
+        "rgb",
+        "images",
+        "sources",
+        "video",
+        "frames",
+        "pixels",
+        "drawing",
+        "detections",
+        "tracking",
+        "calibration",
+    ),
     *("transforms", "augment"),
-    *("resnet", "containers", "hf", "pretrained", "checkpoint", "model", "loss", "postprocess", "fused"),
+    *("resnet", "pickles", "containers", "networks", "hf", "pretrained", "checkpoint", "model"),
+    *("loss", "postprocess", "fused"),
     *("data", "backends", "tiles", "detector", "hub", "shapes", "check", "evaluate", "card", "plots"),
     *("benchmark", "triton", "proof", "export", "standalone", "browser", "train", "serve", "cli"),
 ]
@@ -79,7 +91,8 @@ ONLY = {
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
-    *("errors", "choices", "terminal", "files", "web", "labels", "signatures", "images", "sources"),
+    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures", "rgb", "images"),
+    "sources",
     *(
         "frames",
         "pixels",

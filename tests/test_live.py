@@ -156,7 +156,7 @@ def test_detection_on_a_stream(film, tiny_model):
     ((where, error),) = errors
     assert where == name
     assert error.frames == len(found)
-    assert not [each for each in threading.enumerate() if each.name == "ssd-frames"]
+    assert not [each for each in threading.enumerate() if each.name == "ssd-ahead"]
 
 
 @pytest.mark.parametrize("kind", ["named", "film", "text"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EXPORTS, SMALL_LAYOUT, with_metadata
+from conftest import EXPORTS, LEFT_OUT, SMALL_LAYOUT, with_metadata
 
 from ssd import backends, browser, proof
 from ssd.backends import load
@@ -66,7 +66,7 @@ def test_a_bias_that_is_off_in_any_map_is_seen(tiny_model, tiny_exported, level)
     """As if a file had been damaged, or its runtime had a bug, in a place that little comes through."""
     _, metadata = load(tiny_exported["onnx"])
     worst = proof.Difference(0, 0, 0)
-    reference = proof.proof_of(tiny_model, tiny_exported["onnx"], metadata, worst)["reference"]
+    reference = proof.proof_of(tiny_model, tiny_exported["onnx"], metadata, worst, "")["reference"]
     sound = in_the_layouts_order(tiny_model)
     assert proof._repeat(sound, reference).score < 1e-4
     model = copy.deepcopy(tiny_model)
@@ -104,7 +104,10 @@ def test_an_altered_openvino_folder_is_not_proved(tiny_exported, tmp_path):
 
 
 def test_a_file_of_an_earlier_version_says_so(tiny_exported, tmp_path):
-    path = with_metadata(tiny_exported["onnx"], tmp_path / "model.onnx", {"proof": None})
+    """It is used as ever, but it cannot be proved again."""
+    second = {"version": 2, "proof": LEFT_OUT, "calibration": LEFT_OUT}
+    path = with_metadata(tiny_exported["onnx"], tmp_path / "model.onnx", second)
+    assert load(path)[1] == replace(load(tiny_exported["onnx"])[1], proof=None)
     with pytest.raises(
         CheckpointError, match=r"model\.onnx: carries no proof, as files that earlier versions"
     ):
@@ -118,6 +121,7 @@ def test_a_file_of_an_earlier_version_says_so(tiny_exported, tmp_path):
         {"reference": []},
         {"reference": {"highest": "a"}},
         {"allowed": {}},
+        {"allowed": {"score": 10**400, "box": 1, "lost": 0}},
         {"versions": 3},
         {"reference": 1},
     ],

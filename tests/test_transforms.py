@@ -67,3 +67,14 @@ def test_large_images_are_resized_in_parts_with_the_same_result(size, monkeypatc
         results.append(resize(image, 300).int())
     assert (results[0] - results[1]).abs().max() <= 1
     assert (results[0] != results[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(640, 360), (1920, 1080), (37, 900)])
+def test_pixels_are_resized_to_the_same_values_as_their_image(size):
+    """Also those of a tile, which are not together in memory; and of large images, which go in parts."""
+    random = np.random.RandomState(0)
+    pixels = random.randint(0, 256, (size[1], size[0], 3), np.uint8)
+    whole, part = (0, 0, *size), (5, 7, 30, 300)
+    for left, top, right, bottom in (whole, part):
+        expected = resize(Image.fromarray(pixels).crop((left, top, right, bottom)), 300)
+        assert torch.equal(resize(pixels[top:bottom, left:right], 300), expected)

@@ -242,6 +242,30 @@ def test_every_cut_is_told(tmp_path, kind, part):
     assert len(numbers) >= 40 * part - 14
 
 
+@pytest.mark.parametrize("damage", ["marked", "lost"])
+def test_what_was_damaged_on_the_way_is_told(tmp_path, damage):
+    """In a transport stream (ISO 13818-1, 2.4.3.2), whose decoder makes up what is missing."""
+    frames = [drawn(i, (640, 480)) for i in range(24)]
+    path = write_film(tmp_path / "a.ts", frames, **H264, options={"crf": "1", "bf": "0"})
+    whole, content = pixels(path), path.read_bytes()
+    packets = [bytearray(content[at : at + 188]) for at in range(0, len(content), 188)]
+    of_pictures = [i for i, each in enumerate(packets) if each[1] & 0x1F == 1 and each[2] == 0]
+    starts = [i for i in of_pictures if packets[i][1] & 0x40]
+    for number in (19, 12, 5):
+        if damage == "marked":
+            packets[starts[number]][1] |= 0x80
+        else:
+            del packets[starts[number] + 1]
+    path.write_bytes(b"".join(packets))
+    with pytest.warns(UserWarning, match=r"a\.ts: at least \d+ of 24 pictures are damaged: they") as told:
+        found = pixels(path)
+    assert len(told) == 1
+    count = int(str(told[0].message).split("at least ")[1].split()[0])
+    wrong = sum(not np.array_equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert count == 3 if damage == "marked" else 3 <= count <= wrong
+    assert wrong == 0 if damage == "marked" else wrong < 24
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -399,7 +423,7 @@ def test_the_thread_ends_with_the_stream(detector, tmp_path):
     stream = detector.stream(path, batch_size=1)
     next(stream)
     stream.close()
-    assert not [each for each in threading.enumerate() if each.name == "ssd-frames"]
+    assert not [each for each in threading.enumerate() if each.name == "ssd-ahead"]
 
 
 def test_a_process_ends_in_the_middle_of_a_film(tmp_path):
@@ -446,21 +470,33 @@ def write_again(source, target, frames=None, like=True):
     return target
 
 
-@pytest.mark.parametrize("size", [(96, 72), (97, 71)])
 @pytest.mark.parametrize("ticks", ["steady", "uneven"])
-def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, size, ticks):
+def test_a_written_film_has_the_size_and_the_times_of_its_source(tmp_path, ticks):
     times = [(Fraction(n) if ticks == "steady" else UNEVEN[n]) * ODD for n in range(40)]
-    frames = [drawn(i, size) for i in range(40)]
-    how = {"codec": "libx264", "pixels": "yuv444p", "options": {"crf": "10"}}
-    source = write_film(tmp_path / "a.mp4", frames, times, base=ODD, **how)
+    source = write_film(tmp_path / "a.mp4", FRAMES, times, base=ODD, **H264, options={"crf": "10"})
     target = write_again(source, tmp_path / "b.mp4")
     assert raw_times(target) == times
     found = read(target)
     assert [number_of(each.pixels) for each in found] == list(range(40))
-    assert {each.pixels.shape for each in found} == {(size[1], size[0], 3)}
+    assert {each.pixels.shape for each in found} == {(72, 96, 3)}
     with av.open(str(target)) as film:
         assert film.streams.video[0].codec_context.name == "h264"
         assert film.streams.video[0].frames == 40  # not fragments, which some players cannot seek in
+
+
+@pytest.mark.parametrize("size", [(97, 72), (96, 71), (97, 71)])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_odd_sides_get_one_more_pixel(tmp_path, size, codec, monkeypatch):
+    """For what every player plays; what there is keeps its place, and is not scaled."""
+    monkeypatch.setattr(video.av, "codecs_available", {codec})
+    frames = [drawn(i, size) for i in range(3)]
+    target = write_again(write_film(tmp_path / "a.mkv", frames), tmp_path / "b.mp4")
+    with av.open(str(target)) as film:
+        assert film.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    for found, frame in zip(pixels(target), frames, strict=True):
+        assert found.shape == (72, size[0] + size[0] % 2, 3)
+        whole = np.pad(frame, [(0, a - b) for a, b in zip(found.shape, frame.shape, strict=True)], "edge")
+        assert np.abs(found.astype(int) - whole).mean() < 3
 
 
 def test_a_film_that_starts_late_does_so_again(tmp_path):

@@ -34,8 +34,9 @@ MAX_BATCH = 1024
 METADATA = "ssd300"
 """Name of the entry in an exported file that holds its `Metadata`."""
 
-VERSION = 2
-"""Of `Metadata` as files hold it. The first, which had no number, had no layout either."""
+VERSION = 3
+"""Of `Metadata` as files hold it. The first, which had no number, had no layout either; the second
+lacked "proof", and, where there were none, "calibration" and "score_thresholds"."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,16 @@ class Metadata:
     """None: the outputs are loc and conf."""
     layout: Layout = PUBLISHED_LAYOUT
     score_thresholds: tuple[float, ...] = ()
-    """Of each class, or none; see `ssd.evaluate.best_thresholds`. Files of earlier versions have none."""
+    """Of each class, or none; see `ssd.evaluate.best_thresholds`."""
     calibration: Calibration | None = None
     """What scores and boxes are worth, where that was measured."""
     proof: dict[str, Any] | None = None
-    """See `ssd.proof.proof_of`. Files of earlier versions have none."""
+    """See `ssd.proof.proof_of`; None in files of earlier versions."""
 
     def to_json(self) -> str:
         """As the file holds it; beside the fields, how images are normalised."""
         preprocessing = {"size": self.layout.size, "mean": MEAN, "deviation": STD}
-        values = asdict(self)
-        if self.calibration is None:  # earlier versions refuse what they do not know
-            del values["calibration"]
-        return json.dumps({"version": VERSION, **values, **preprocessing})
+        return json.dumps({"version": VERSION, **asdict(self), **preprocessing})
 
     @classmethod
     def from_json(cls, text: str) -> "Metadata":
@@ -115,9 +113,8 @@ class Metadata:
                 "update it: pip install --upgrade ssd300"
             )
         values["layout"] = _first_layout(values) if version == 1 else _layout(values)
-        values.setdefault("score_thresholds", [])
-        values.setdefault("calibration", None)
-        values.setdefault("proof", None)
+        if version < 3:
+            values = {"score_thresholds": [], "calibration": None, "proof": None} | values
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             lacks, extra = (", ".join(sorted(names)) for names in (known - set(values), set(values) - known))

@@ -83,7 +83,8 @@ def write(
     path.mkdir()
     file = path / "model.onnx"
     onnx.write(model, file, metadata)
-    converted = openvino.convert_model(file)
+    with quiet():  # OpenVINO 2025.0 asks torch.export first, which tells at length that it is none of its own
+        converted = openvino.convert_model(file)
     if images is not None:
         _core(openvino.Core)  # before those that nncf makes and ends
         converted = _quantize(converted, metadata, images)

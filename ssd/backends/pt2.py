@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ def load_file(path: Path, device: torch.device | None, precision: str) -> tuple[
     """See `ssd.backends`."""
     _refuse_pickles(path)
     notes = {METADATA: ""}
-    program = torch.export.load(path, extra_files=notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.10's, of a buffer that it does not write to
+        program = torch.export.load(path, extra_files=notes)
     metadata = parse_metadata(path, notes[METADATA])
     require_own_precision(path, metadata, precision)
     device = device or usable_device(None)

@@ -20,6 +20,7 @@ from ssd.cli.common import (
     Follow,
     Images,
     Json,
+    Precision,
     chosen_device,
     usage_errors,
 )
@@ -44,17 +45,18 @@ def calibrate(
     split: Annotated[str, OneOf(SPLITS), typer.Option(help="Which part; not what was trained on.")] = "val",
     images: Images = None,
     follow: Follow = False,
-    precision: Annotated[
+    target_precision: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="That each class shall have; else its best F1 is taken."),
     ] = None,
-    recall: Annotated[
+    target_recall: Annotated[
         float | None, typer.Option(min=0, max=1, help="That each class shall have, instead.")
     ] = None,
     coverage: Annotated[
         float, typer.Option(help="The share of found objects that boxes with the margin are to hold.")
     ] = 0.9,
     device: Device = None,
+    precision: Precision = AUTO,
     batch_size: BatchSize = 8,
     output: Annotated[
         Path | None, typer.Option(help="Weights to write; by default WEIGHTS's name with -calibrated.")
@@ -67,8 +69,8 @@ def calibrate(
 
     That is ssd detect --score-threshold calibrated.
     """
-    if precision is not None and recall is not None:
-        raise typer.BadParameter("give one of --precision and --recall")
+    if target_precision is not None and target_recall is not None:
+        raise typer.BadParameter("give one of --target-precision and --target-recall")
     if not 0 < coverage < 1:
         raise typer.BadParameter(f"is above 0 and below 1; got {coverage:g}", param_hint="--coverage")
     if kind_of(weights):
@@ -84,9 +86,9 @@ def calibrate(
         require_matplotlib()
     target = chosen_device(device)
     model, found = load_model(weights)
-    detector = Detector(
-        of_model(model.to(target), choose_precision(AUTO, target)), found.class_names, found.category_ids
-    )
+    with usage_errors():
+        backend = of_model(model.to(target), choose_precision(precision, target))
+    detector = Detector(backend, found.class_names, found.category_ids)
     annotations = load(data, split, images=images, class_names=found.class_names, follow=follow)
     annotations = usable_for_evaluation(annotations, lenient=lenient)
     for line in notes_of(annotations, "evaluation"):
@@ -96,11 +98,12 @@ def calibrate(
         truth, detections = detect_all(
             detector, annotations, alone(target), batch_size=batch_size, on_done=bar.update
         )
-    result = calibrated(truth, detections, precision=precision, recall=recall, coverage=coverage)
+    result = calibrated(
+        truth, detections, precision=target_precision, recall=target_recall, coverage=coverage
+    )
     if as_json:
-        typer.echo(
-            json.dumps(result.to_dict() | {"data": str(data), "split": split, "weights": weights}, indent=2)
-        )
+        facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
+        typer.echo(json.dumps(facts | {"precision": detector.precision}, indent=2))
     else:
         typer.echo(_table(result, coverage))
     checkpoint.save(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -14,10 +15,10 @@ from urllib.parse import unquote, urlsplit
 from ssd.data.builder import read_text
 from ssd.data.names import loose, named_parts, written_parts
 from ssd.detections import Detections, csv_columns
-from ssd.errors import AnnotationError, UserError
+from ssd.errors import AnnotationError, UserError, as_line
 from ssd.files import Draft, clear_leftovers, draft, write_free, write_new, writing
-from ssd.frames import Behind
 from ssd.sources import is_film
+from ssd.threads import Behind
 
 RESULT_FORMATS = {
     "json": "detections.json",
@@ -300,7 +301,11 @@ class _Film:
 
             like = self.source if is_film(self.source) else None
             self._draft = self._stack.enter_context(draft(self._path))
-            self._writer = FilmWriter(self._draft, found.image_size[::-1], like)
+            size = found.image_size[::-1]
+            self._writer = FilmWriter(self._draft, size, like)
+            if self._writer.size != size:
+                text = "{}: the film with boxes is {}x{}, not {}x{}, as most players play even sizes alone"
+                warnings.warn(as_line(text.format(self.source, *self._writer.size, *size)), stacklevel=2)
             self._thread = Behind(self._write, _BEHIND)
         picture = found.draw(font=font, enlarge=False)
         self._thread.put((picture, found.time))

@@ -169,6 +169,8 @@ def _settle(
     if resume is not None:
         saved = _read_run(resume)
         source, config = saved["data"] | source, saved["config"] | choices
+        if "loss" not in saved["config"] and choices.get("loss", "multibox") != "multibox":
+            raise typer.BadParameter(f"{resume} was begun without a choice of --loss, and keeps multibox")
         if "data" not in source:
             raise typer.BadParameter(f"{resume} was not started by this command; give its dataset too")
         if {"val", "val_fraction"} <= set(source):

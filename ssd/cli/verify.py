@@ -21,6 +21,8 @@ def verify_export(
     verdict = verify(file)
     for line in _table(verdict):
         typer.echo(line)
+    if verdict.accuracy:
+        typer.echo(f"the weights that it was made of: {as_line(verdict.accuracy, 200)}")
     if not verdict.is_proved:
         typer.echo(f"NOT PROVED: {file} does not compute here what it was exported to; export it again")
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ from ssd.data import (
 )
 from ssd.data.dataset import parts_of
 from ssd.data.judge import notes_of, trained_on
-from ssd.devices import choose_precision, native_precisions
+from ssd.devices import DTYPES, choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError, CheckpointError
 from ssd.images import lacks_memory
@@ -46,6 +46,8 @@ _WITHOUT_VAL = (
     "Make one, name one with --val, or hold images out with --val-fraction 0.2 (in Python, val=... of fit, "
     "and ssd.data.holdout.hold_out)"
 )
+
+_OWN_MEMORY = ("cuda",)  # devices whose memory ends at once
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images ``[N, 3, size, size]`` to raw loc and conf, as `ssd.model.SSD`."""
@@ -153,6 +155,12 @@ def set_up(
         counted = boxes_of_classes(train, len(names), crowd=config.crowd)
         weights = {"class_weights": balanced_weights(counted).to(world.device)}
     limits = Limits(config.epochs, config.time, config.patience, config.half_size or 0.0)
+    is_half = limits.is_half(run.progress)
+    if state and limits.wants_half(run.progress) and not is_half:
+        _require_earlier_half_size(state, config)
+    # A compiled network needs another amount, which only compiling would tell.
+    if is_half and world.device.type in _OWN_MEMORY and not config.compile:
+        require_memory(run.model, config, world.device)
 
     @lru_cache(maxsize=1)  # a run changes from one to the other once
     def stage(half: bool) -> Stage:
@@ -357,6 +365,14 @@ def half_size_of(config: TrainConfig, layout: Layout) -> float:
     return 0.0 if config.weights or layout.halved() is None else 0.5
 
 
+def _require_earlier_half_size(state: dict[str, Any], config: TrainConfig) -> None:
+    if config.half_size != state["config"].get("half_size", 0.0):
+        raise ValueError(
+            f"half_size {config.half_size}: the run sees whole images already, and does not go back to those "
+            "of half the size; leave half_size out"
+        )
+
+
 def rate_of(config: TrainConfig, total: int, images_per_step: int) -> Rate:
     """The learning rate of each step; of `total` steps, unless the run has a time."""
     choices: dict[str, Any] = {"peak": config.peak_lr() * images_per_step / 32}
@@ -504,6 +520,40 @@ def _start(model: SSD, config: TrainConfig, world: World, names: tuple[str, ...]
     data = {"class_names": list(names), "images": images, "processes": world.size}
     data |= {"batch_size": config.batch_size, "accumulate": config.accumulate, "seed": config.seed}
     return Run(model, average, optimizer, scaler, Progress(), data, asdict(config))
+
+
+def require_memory(model: SSD, config: TrainConfig, device: torch.device) -> None:
+    """Require that a step on whole images fits a device's memory, by one of a copy of the network.
+
+    Else a run that begins with images of half the size would fail where whole ones begin.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        _step_of_a_copy(model, config, device)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise ValueError(
+            f"batch_size {config.batch_size}: {device} has too little memory for a step on images of "
+            f"{model.layout.size} pixels, which follow those of half the size; use a smaller batch_size, "
+            "and accumulate for as many images in a step"
+        ) from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks of other sizes than the first half needs
+
+
+def _step_of_a_copy(model: SSD, config: TrainConfig, device: torch.device) -> None:
+    assert config.precision != "auto"
+    tried, size, dtype = copy.deepcopy(model).train(), model.layout.size, DTYPES[config.precision]
+    freeze(tried, config.freeze)
+    images = torch.zeros(config.batch_size, 3, size, size, device=device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loc, conf = tried(images)
+    (loc.float().sum() + conf.float().sum()).backward()
 
 
 def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:

@@ -23,7 +23,7 @@ _LASTING = ("backbone", "weights", "backbone_weights", "head_norm", "freeze", "l
 
 _OF_OLD = {"layout": "300", "loss": "multibox", "half_size": 0.0}  # of states that do not say theirs
 
-_COST_OF_HALF = 1 / 3  # of an epoch at half the size, of one at the whole; for what is told of the time left
+_MOST_FOR_WHOLE = 4  # times the time of an epoch at half the size: the pixels are so many more
 
 
 @dataclass
@@ -63,22 +63,30 @@ class Limits:
     """Part of the run, at its start, in which images are of half the size."""
 
     def is_half(self, progress: Progress) -> bool:
-        """Whether the images of the epoch under way are of half the size."""
-        if progress.epoch > progress.half_epochs:  # a run that is made longer does not go back
-            return False
+        """Whether the images of the epoch under way are of half the size.
+
+        A run that is made longer does not go back to that.
+        """
+        return progress.epoch <= progress.half_epochs and self.wants_half(progress)
+
+    def wants_half(self, progress: Progress) -> bool:
+        """The same, but for runs that have seen whole images."""
         if self.minutes is None:
             return progress.epoch < int(self.half_size * self.epochs)
         return progress.seconds < self.half_size * self.seconds
 
-    def epochs_left(self, progress: Progress) -> float:
-        """Of all epochs those that are not done, in such as take the time of the one under way.
+    def epochs_left(self, progress: Progress) -> tuple[int, int]:
+        """Of all epochs those that are not done, at least and at most, in such as the one under way.
+
+        Where that is at half the size, one at the whole takes as long if reading images is what takes time,
+        and up to four times as long if the network is.
 
         >>> Limits(60, None, 0, half_size=0.5).epochs_left(Progress(epoch=20, half_epochs=20))
-        100.0
+        (40, 130)
         """
         half = int(self.half_size * self.epochs) - progress.epoch if self.is_half(progress) else 0
         left = self.epochs - progress.epoch - half
-        return half + left / _COST_OF_HALF if half else float(left)
+        return half + left, half + left * (_MOST_FOR_WHOLE if half else 1)
 
     @property
     def seconds(self) -> float:
@@ -182,7 +190,9 @@ def read_state(path: Path) -> dict[str, Any]:
 def with_choices_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
     """The config with what the run has: its layout, if none is named, and what there was no choice of."""
     earlier = _OF_OLD | state["config"]
-    first = {name: earlier[name] for name in ("loss", "half_size") if name not in state["config"]}
+    first = {"loss": earlier["loss"]} if "loss" not in state["config"] else {}
+    if "half_size" not in state["config"] and config.half_size is None:
+        first["half_size"] = earlier["half_size"]
     return replace(config, layout=config.layout or earlier["layout"], **first)
 
 

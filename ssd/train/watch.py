@@ -148,15 +148,18 @@ class Watch:
         progress = self._run.progress
         loc, conf = (each / max(progress.sums[2], 1.0) for each in progress.sums[:2])
         done = max(progress.batch - self._first, 1)
-        left = self._limits.epochs_left(progress) * self._batches - progress.batch
-        seconds = left * (now - self._start) / done
+        least, most = (
+            (epochs * self._batches - progress.batch) * (now - self._start) / done
+            for epochs in self._limits.epochs_left(progress)
+        )
         if self._limits.minutes is not None:
-            seconds = max(self._limits.seconds - progress.seconds, 0)
+            least = most = max(self._limits.seconds - progress.seconds, 0)
+        times = dict.fromkeys(str(datetime.timedelta(seconds=round(each))) for each in (least, most))
         images = done * self._images / (now - self._start)
         text = (
             f"loss {loc + conf:.3f} (loc {loc:.3f}, conf {conf:.3f})  "
             f"lr {self._run.optimizer.param_groups[0]['lr']:.2g}  {images:.1f} images/s  "
-            f"all done in {datetime.timedelta(seconds=round(seconds))}"
+            f"all done in {' to '.join(times)}"
         )
         self._bar.set_postfix_str(text, refresh=False)
         if self._say and now - self._said >= _LINE_SECONDS and progress.batch < self._batches:

@@ -342,8 +342,6 @@ def test_thresholds_that_are_none_are_refused(thresholds):
     values = json.loads(
         Metadata(("a", "b"), (), "resnet34", "fp32", False, None, None, SMALL_LAYOUT).to_json()
     )
-    del values["score_thresholds"]  # as earlier versions
-    assert Metadata.from_json(json.dumps(values)).score_thresholds == ()
     with pytest.raises(ValueError, match="score_thresholds is"):
         Metadata.from_json(json.dumps(values | {"score_thresholds": thresholds}))
 
@@ -352,7 +350,7 @@ def test_metadata_says_how_to_prepare_an_image():
     """For those who run the file without this package."""
     metadata = Metadata(("a", "b"), (), "resnet34", "fp32", False, None, None, SMALL_LAYOUT)
     values = json.loads(metadata.to_json())
-    assert values["version"] == VERSION == 2
+    assert values["version"] == VERSION == 3
     assert (values["size"], values["mean"], values["deviation"]) == (96, list(MEAN), list(STD))
     assert values["layout"]["maps"] == [12, 6, 3, 1]
 
@@ -378,6 +376,17 @@ def test_metadata_of_the_first_version_is_of_the_published_layout():
             Metadata.from_json(json.dumps(FIRST | changes))
     with pytest.raises(ValueError, match="it lacks uint8, and has nothing too much"):
         Metadata.from_json(json.dumps({key: value for key, value in FIRST.items() if key != "uint8"}))
+
+
+@pytest.mark.parametrize(
+    "lacks", [["proof"], ["proof", "calibration"], ["proof", "calibration", "score_thresholds"]]
+)
+def test_metadata_of_the_second_version_lacks_what_it_did_not_know(lacks):
+    metadata = Metadata(("a", "b"), (), "resnet18", "fp32", False, None, None, SMALL_LAYOUT)
+    values = {key: value for key, value in json.loads(metadata.to_json()).items() if key not in lacks}
+    assert Metadata.from_json(json.dumps(values | {"version": 2})) == metadata
+    with pytest.raises(ValueError, match=f"it lacks {', '.join(sorted(lacks))}, and has nothing too much"):
+        Metadata.from_json(json.dumps(values))
 
 
 LAYOUT = PUBLISHED_LAYOUT.to_dict()
@@ -418,7 +427,7 @@ LAYOUT = PUBLISHED_LAYOUT.to_dict()
         ({"version": 0}, "its version is impossible"),
         ({"version": "2"}, "its version is impossible"),
         ({"version": True}, "its version is impossible"),
-        ({"version": 3}, r"of version 3, and this ssd300 knows up to 2; update it: pip install --upgrade"),
+        ({"version": 4}, r"of version 4, and this ssd300 knows up to 3; update it: pip install --upgrade"),
     ],
 )
 def test_hostile_metadata_is_refused(changes, message):
@@ -427,7 +436,7 @@ def test_hostile_metadata_is_refused(changes, message):
         Metadata.from_json(json.dumps(values | changes))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"version": 2}', "null"])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"version": 3}', "null"])
 def test_what_is_no_metadata_is_refused(text):
     with pytest.raises(ValueError):  # noqa: PT011 (some are the JSON parser's)
         Metadata.from_json(text)

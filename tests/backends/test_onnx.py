@@ -31,7 +31,7 @@ def test_metadata_that_does_not_fit_the_graph_is_refused(tiny_exported, tmp_path
 
 
 def test_a_file_of_a_later_version_says_to_update(tiny_exported, tmp_path):
-    path = with_metadata(tiny_exported["onnx"], tmp_path / "model.onnx", {"version": 3, "anchors": "free"})
+    path = with_metadata(tiny_exported["onnx"], tmp_path / "model.onnx", {"version": 4, "anchors": "free"})
     with pytest.raises(CheckpointError, match=r"model\.onnx: .*pip install --upgrade ssd300"):
         Detector.load(path)
 

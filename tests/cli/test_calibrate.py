@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from training import ALONE
 from typer.testing import CliRunner
 
 import ssd
 from ssd import checkpoint, pretrained
 from ssd.cli import app
+from ssd.evaluate import calibrated, detect_all
 from ssd.shapes import write_dataset
 
 
@@ -71,20 +73,28 @@ def test_readers_of_before_load_it(data, tmp_path):
 
 
 def test_numbers_for_programs(data, tmp_path):
-    done = run(
-        "calibrate", "shapes", data, "--recall", "0.5", "--json", "--output", tmp_path / "x.safetensors"
-    )
+    options = ["--target-recall", "0.5", "--precision", "fp32", "--json"]
+    done = run("calibrate", "shapes", data, *options, "--output", tmp_path / "x.safetensors")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert all(row["recall"] >= 0.5 or not row["reached"] for row in facts["classes"].values())
     assert any(row["reached"] for row in facts["classes"].values())
     assert facts["calibration_error"]["after"] >= 0
+    assert facts["precision"] == "fp32"
+    detector = ssd.Detector.load("shapes", "cpu", "fp32")
+    truth = ssd.data.load(data, "val", class_names=detector.class_names)
+    expected = calibrated(*detect_all(detector, truth, ALONE), recall=0.5)
+    assert facts["classes"] == expected.to_dict()["classes"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--precision", "0.9", "--recall", "0.9"], "one of --precision and --recall"),
+        (
+            ["--target-precision", "0.9", "--target-recall", "0.9"],
+            "one of --target-precision and --target-re",
+        ),
+        (["--precision", "0.9"], "0.9"),
         (["--coverage", "1"], "above 0 and below 1"),
     ],
 )

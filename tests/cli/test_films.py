@@ -174,6 +174,14 @@ def test_a_film_with_sound_that_is_left_out(detect, tmp_path):
     assert len(numbers(tmp_path / "out" / "clip.mp4")) == 9
 
 
+def test_a_film_of_an_odd_size(detect, tmp_path):
+    pictures = [Image.new("RGB", (201, 161), color) for color in ("red", "blue")]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    with pytest.warns(UserWarning, match=r"^a\.gif: the film with boxes is 202x162, not 201x161, ") as told:
+        assert detect("a.gif", "--all-frames")[0] == 0
+    assert len(told) == 1
+
+
 def test_a_film_that_cannot_be_encoded(detect, tmp_path):
     """Its results are written all the same."""
     pictures = [Image.new("RGB", (20_000, 210), color) for color in ("red", "blue")]

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from conftest import LEFT_OUT, with_metadata
 
 onnx = pytest.importorskip("onnx")
 
@@ -14,6 +15,13 @@ def test_verify(run, tiny_exported, tmp_path):
     assert rows[-3].split()[:2] == ["largest", "score"]
     assert end.startswith("proved: ONNX Runtime computes here what torch did")
 
+    values = json.loads(onnx.load(tiny_exported["onnx"]).metadata_props[0].value)
+    carried = values["proof"] | {"accuracy": "0.500 AP on\nmy data"}
+    with_metadata(tiny_exported["onnx"], tmp_path / "known.onnx", {"proof": carried})
+    _, out, _ = run("verify", "known.onnx")
+    assert out.splitlines()[-2] == r"the weights that it was made of: 0.500 AP on\nmy data"
+    assert "the weights that" not in "".join(rows)
+
     model = onnx.load(tiny_exported["onnx"])
     weights = max(model.graph.initializer, key=lambda each: len(each.raw_data))
     weights.raw_data = bytes(len(weights.raw_data))
@@ -22,11 +30,8 @@ def test_verify(run, tiny_exported, tmp_path):
     assert status == 1
     assert out.splitlines()[-1].startswith("NOT PROVED: altered.onnx does not compute here")
 
-    [entry] = model.metadata_props
-    values = json.loads(entry.value)
-    del values["proof"]  # as earlier versions
-    entry.value = json.dumps(values)
-    onnx.save(model, tmp_path / "earlier.onnx")
+    second = {"version": 2, "proof": LEFT_OUT}
+    with_metadata(tiny_exported["onnx"], tmp_path / "earlier.onnx", second)
     status, out, err = run("verify", "earlier.onnx")
     assert (status, out) == (1, "")
     assert err.startswith("ssd: earlier.onnx: carries no proof, as files that earlier versions exported")

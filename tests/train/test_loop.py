@@ -622,3 +622,55 @@ def test_a_run_that_is_made_longer_does_not_go_back_to_half_the_size(images, tmp
     seen.clear()
     fit(images, None, replace(config, epochs=6), tmp_path, say=None, resume=True)
     assert seen == [96] * 12
+
+
+@pytest.mark.parametrize("before", [0.0, 0.4, None], ids=["none", "some", "begun before the choice"])
+def test_a_run_that_sees_whole_images_refuses_more_of_half_the_size(images, tmp_path, before):
+    config = replace(SMALL, epochs=5, half_size=before or 0.0)
+    folder = tmp_path / "run"
+    stopped = Interrupting(images, 20)
+    assert not fit(stopped, None, config, folder, say=None).finished
+    if before is None:
+        state = torch.load(folder / "state.pt")
+        del state["config"]["half_size"]
+        torch.save(state, folder / "state.pt")
+    kept = (folder / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"half_size 0\.9: the run sees whole images already"):
+        fit(images, None, replace(config, half_size=0.9), folder, say=None, resume=True)
+    assert (folder / "state.pt").read_bytes() == kept
+    unnamed = replace(config, half_size=None if before is None else before)
+    assert fit(images, None, unnamed, folder, say=None, resume=True).finished
+
+
+def test_memory_for_whole_images_is_tried_before_half_of_them(images, tmp_path, monkeypatch):
+    """On CUDA; here the CPU counts as such, and a forward pass of whole images as too much for it."""
+    real = SSD.forward
+
+    def forward(self, pixels):
+        if self.training and pixels.shape[-1] == 96:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real(self, pixels)
+
+    monkeypatch.setattr(SSD, "forward", forward)
+    monkeypatch.setattr(setup, "_OWN_MEMORY", ("cpu",))
+    config = replace(SMALL, epochs=4, half_size=0.5)
+    with pytest.raises(
+        ValueError, match=r"batch_size 2: cpu has too little memory .* images of 96 pixels, which"
+    ):
+        fit(images, None, config, tmp_path / "run", say=None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trying_the_memory_changes_nothing_of_a_run(images, tmp_path, monkeypatch, precision):
+    few = Subset(images, [0, 1])
+    config = replace(SMALL, half_size=0.5, precision=precision, freeze=2)
+    fit(few, None, config, tmp_path / "as it is", say=None)
+    monkeypatch.setattr(setup, "_OWN_MEMORY", ("cpu",))
+    seen = sizes_seen(monkeypatch)
+    fit(few, None, config, tmp_path / "tried", say=None)
+    assert seen == [96, 48, 96]
+    states = [read_state(tmp_path / name / "state.pt") for name in ("as it is", "tried")]
+    for part in ("model", "average"):
+        assert_equal(*(state[part] for state in states))
+    assert torch.equal(*(state["random"] for state in states))

@@ -180,7 +180,8 @@ def test_a_state_from_before_layouts_is_of_the_published_one(tmp_path):
     state = read_state(tmp_path / "state.pt")
     assert state["layout"] == LAYOUTS["300"].to_dict()
     del state["layout"], state["config"]["layout"], state["config"]["loss"], state["config"]["half_size"]
-    config = with_choices_of(state, replace(QUICK, half_size=0.5))
+    assert with_choices_of(state, replace(QUICK, half_size=0.5)).half_size == 0.5  # judged in setup.py
+    config = with_choices_of(state, replace(QUICK, half_size=None))
     assert (QUICK.layout, config.layout, config.loss, config.half_size) == (None, "300", "multibox", 0.0)
     restored = make_run(config)
     restore(tmp_path / "state.pt", state, restored)

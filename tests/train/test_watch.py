@@ -1,5 +1,7 @@
 import re
 from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,23 @@ def test_lines_of_progress_where_there_is_no_bar(images, tmp_path, monkeypatch):
     fit(images, None, SMALL, tmp_path, say=lines.append)
     within = [line for line in lines if "batch" in line and "all done in" in line]
     assert len(within) == 4  # not after the last of three batches: the epoch's own line comes then
+    assert " to " not in "".join(within)
     assert re.fullmatch(r"epoch 1/2  batch 1/3  loss .* lr \S+  \d+\.\d images/s  all done in .*", within[0])
+
+
+def test_what_whole_images_will_take_is_told_as_a_range(images, tmp_path, monkeypatch):
+    """Until some have been seen; a whole epoch takes as long as one at half the size, or up to four times."""
+    monkeypatch.setattr(watch, "_LINE_SECONDS", 0)
+    monkeypatch.setattr(watch, "is_watched", lambda: False)
+    moments = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    lines = []
+    fit(images, None, replace(SMALL, epochs=4, half_size=0.5), tmp_path, say=lines.append)
+    times = [line.split("all done in ")[1] for line in lines if "all done in" in line]
+    # At 100 seconds a batch, of 2 x 3 and 2 x 3; then 2 x 3, of which one and then two are done.
+    assert times[0] == f"{timedelta(seconds=1100)} to {timedelta(seconds=2900)}"
+    assert times[4] == str(timedelta(seconds=500))
+    assert [" to " in each for each in times] == [True] * 4 + [False] * 4
 
 
 @pytest.mark.parametrize("lr", [1e12, 1e25], ids=["loss", "weights and statistics"])

@@ -66,8 +66,8 @@ MAX_BYTES = 64 << 20
 """Most bytes that are read from a URL or a pipe."""
 
 MAX_SCANS = 100
-"""Of a JPEG of `MAX_PIXELS`, as libtiff allows; the fewer pixels, the more. Each goes over all pixels,
-however few bytes it has."""
+"""Of a JPEG of as many pixels as are read, as libtiff allows; the fewer pixels, the more. Each goes over all
+pixels, however few bytes it has."""
 
 _SHORT = 200  # letters of a name in messages
 
@@ -423,7 +423,7 @@ def _decode(
     def decode(image: Image.Image) -> tuple[Image.Image, int, tuple[int, int], str | None]:
         whole = image.size
         if image.info.get("progressive"):
-            _require_few_scans(file, image, name)
+            _require_few_scans(file, image, name, max_pixels)
         if least is not None:
             image.draft(None, (least, least))  # does nothing to other formats than JPEG
         if on_open is not None:
@@ -608,7 +608,7 @@ def _skip_pillows_limit(image: Image.Image) -> None:
         image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size), None).im
 
 
-def _require_few_scans(file: IO[bytes], image: Image.Image, name: str) -> None:
+def _require_few_scans(file: IO[bytes], image: Image.Image, name: str, max_pixels: int) -> None:
     place = file.tell()
     file.seek(0)
     content = file.read()
@@ -617,7 +617,7 @@ def _require_few_scans(file: IO[bytes], image: Image.Image, name: str) -> None:
     while (marker := _JPEG_MARKER.search(content, at)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
         at = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
-    most = max(MAX_SCANS, MAX_SCANS * MAX_PIXELS // (image.width * image.height))
+    most = max(MAX_SCANS, MAX_SCANS * max_pixels // (image.width * image.height))
     if scans > most:
         raise ImageError(
             f"{name}: a JPEG of {scans:,} scans, each of which goes over its {image.width}x{image.height} "

@@ -73,6 +73,7 @@ def serve(
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http="h11",  # httptools, if it is there, limits no headers
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from ssd import __version__
 from ssd.detections import Detections
 from ssd.detector import Detector
-from ssd.drawing import class_color, encoded
+from ssd.drawing import class_color
 from ssd.errors import ImageMemoryError, MissingExtra, NonFiniteError, UserError, as_line
 from ssd.labels import category_ids
 from ssd.serve.batches import Batches, Busy
@@ -302,8 +302,8 @@ def make_app(
         if not choices.annotate:
             text = json.dumps({"results": [each.to_dict() for each in found]}, ensure_ascii=False)
             return Response(text, media_type="application/json")
-        drawn = asyncio.to_thread(lambda: bytes(encoded(found[0].draw())))
-        return Response(await _unless_gone(request, drawn, limits.timeout), media_type="image/jpeg")
+        drawn = asyncio.to_thread(found[0].picture_for, "picture.jpg")
+        return Response(bytes(await _unless_gone(request, drawn, limits.timeout)), media_type="image/jpeg")
 
     return app
 
@@ -393,7 +393,7 @@ class _Guard:
                 403, f"this server is not known as {as_line(host, _TOLD)}; start it with --host-name NAME"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
             return _refusal(403, "requests of pages of other sites are not answered")
         if self.token is not None and path not in ("/", "/healthz", "/favicon.ico"):
             scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -61,6 +61,7 @@ def test_a_signal_ends_it_after_what_is_under_way(started, photos, name):
 
 def test_options_reach_the_server(run, monkeypatch, weights_file):
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from ssd.serve import app
 
@@ -69,7 +70,10 @@ def test_options_reach_the_server(run, monkeypatch, weights_file):
     monkeypatch.setattr(
         app, "make_app", lambda *args, **options: made.update(options) or real(*args, **options)
     )
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: made.update(config=self.config))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: (self.config.load(), made.update(config=self.config))
+    )
+    monkeypatch.setattr("ssd.cli.serve.keep_memory", lambda most: made.update(kept=most))
     monkeypatch.setenv("SSD_TOKEN", "secret")
     status, _, err = run(
         *(
@@ -89,6 +93,8 @@ def test_options_reach_the_server(run, monkeypatch, weights_file):
     assert made["limits"] == app.Limits(1 << 20, 1000, 3, 2.0)
     assert (made["token"], made["hosts"], made["allow_urls"]) == ("secret", ["a.example"], True)
     assert (made["max_wait"], made["batch_size"]) == (0.005, 8)
+    assert made["kept"] == 256 << 20
+    assert made["config"].http_protocol_class is H11Protocol
 
 
 def test_an_open_door_is_told(run, monkeypatch, weights_file):

@@ -211,6 +211,17 @@ def test_a_film(page, tmp_path):
     assert text.splitlines()[0].endswith(",bottom,time")
 
 
+def test_a_busy_server_is_asked_again_but_not_forever(page, scenes):
+    page.execute_script(
+        "window.asked = 0;"
+        'window.fetch = async () => (asked++, new Response(\'{"error": "too much"}\','
+        "  {status: 503, headers: {'Retry-After': '0.01'}}))"
+    )
+    by_id(page, "files").send_keys(str(scenes[0]))
+    soon(page, lambda: by_id(page, "status").text == "too much")
+    assert page.execute_script("return asked") == 10
+
+
 def test_the_camera(page):
     by_id(page, "camera").click()
     soon(page, lambda: page.execute_script("return entries.length === 1 && Boolean(entries[0].result)"))
@@ -257,13 +268,13 @@ def test_nothing_leaves_the_server(page, address, scenes, server):
 
 
 def test_a_token_is_asked_for(chromium, detector, scenes):
-    with serving(detector, token="open sesame") as address:
+    with serving(detector, token="Öffne dich ✓") as address:
         chromium.get(address)
         soon(chromium, lambda: by_id(chromium, "ask").is_displayed())
         by_id(chromium, "token").send_keys("wrong" + Keys.ENTER)
         soon(chromium, lambda: by_id(chromium, "token").get_attribute("value") == "")
         soon(chromium, lambda: by_id(chromium, "ask").is_displayed())
-        by_id(chromium, "token").send_keys("open sesame" + Keys.ENTER)
+        by_id(chromium, "token").send_keys("Öffne dich ✓" + Keys.ENTER)
         soon(chromium, lambda: by_id(chromium, "model").text)
         upload(chromium, scenes[:1], 1)
 

@@ -309,3 +309,10 @@ def test_a_run_whose_config_is_damaged_is_told(run, tmp_path, content, told):
     assert told.replace(" ", "") in message
     assert "config.json" in message
     assert "Traceback" not in message
+
+
+def test_a_run_from_before_there_were_losses_keeps_its_own(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"data": "data"}, "config": {}}))
+    status, _, err = run("train", "--resume", tmp_path, "--loss", "batch", weights=False)
+    assert status == 2
+    assert "was begun without a choice of --loss" in " ".join(err.split()).replace("│ ", "")

@@ -54,6 +54,7 @@ FOLDERS = {
     "cli": [
         "options",
         "common",
+        "coco_ids",
         "results",
         "window",
         "shards",

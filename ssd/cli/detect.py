@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ssd.backends import Options
 from ssd.cli import FAILED, INTERRUPTED
+from ssd.cli.coco_ids import CocoIds, ids_by_name, ids_of_file
 from ssd.cli.common import (
     AUTO,
     BatchSize,
@@ -32,7 +33,7 @@ from ssd.cli.common import (
     usage_errors,
 )
 from ssd.cli.options import OneOf
-from ssd.cli.results import RESULT_FORMATS, CocoIds, FreeNames, Results, ids_by_name, ids_of_file
+from ssd.cli.results import RESULT_FORMATS, FreeNames, Results
 from ssd.cli.shards import Shards, rest
 from ssd.detections import Detections, LineCount, ZoneCount
 from ssd.detector import ScoreThreshold

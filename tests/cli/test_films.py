@@ -269,7 +269,8 @@ import os, sys, threading
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ssd.cli.results import FreeNames, Results, ids_by_name
+from ssd.cli.coco_ids import ids_by_name
+from ssd.cli.results import FreeNames, Results
 from ssd.detector import Detector
 
 def held():

@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 from timing import heading, medians, show
 
-from ssd.cli.results import FreeNames, Results, ids_by_name
+from ssd.cli.coco_ids import ids_by_name
+from ssd.cli.results import FreeNames, Results
 from ssd.detector import Detector
 from ssd.frames import frames_of
 from ssd.shapes import draw_scene

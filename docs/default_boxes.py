@@ -11,7 +11,7 @@ import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_convert
 
-from ssd.boxes import BOXES_PER_CELL, FEATURE_SIZES, STEPS, default_boxes
+from ssd.boxes import PUBLISHED_LAYOUT as LAYOUT
 
 PANEL, GAP, CAPTION = 320, 12, 28
 CELLS = ((15, 14), (7, 7), (3, 3), (2, 1), (1, 1), (0, 0))  # row and column on each map, near the left eye
@@ -20,19 +20,19 @@ COLORS = ("#e6194b", "#ffe119", "#3cb44b", "#42d4f4", "#f58231", "#f032e6")
 
 def main() -> None:
     photo = Image.fromarray(skimage.data.chelsea()).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
-    corners = box_convert(default_boxes(), "cxcywh", "xyxy") * PANEL
+    corners = box_convert(LAYOUT.default_boxes(), "cxcywh", "xyxy") * PANEL
     font = ImageFont.load_default(17)
     width, height = 3 * PANEL + 4 * GAP, 2 * (PANEL + CAPTION) + 3 * GAP
     sheet = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(sheet)
     first = 0
     for level, (cells, shapes, step, cell) in enumerate(
-        zip(FEATURE_SIZES, BOXES_PER_CELL, STEPS, CELLS, strict=True)
+        zip(LAYOUT.maps, LAYOUT.boxes_per_cell, LAYOUT.steps, CELLS, strict=True)
     ):
         panel = photo.copy()
         draw = ImageDraw.Draw(panel, "RGBA")
         for line in range(1, cells):
-            at = line * step * PANEL / 300
+            at = line * step * PANEL / LAYOUT.size
             draw.line((at, 0, at, PANEL), (255, 255, 255, 90))
             draw.line((0, at, PANEL, at), (255, 255, 255, 90))
         row, column = cell

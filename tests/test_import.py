@@ -16,20 +16,10 @@ PACKAGE = ROOT / "ssd"
 # A module or folder imports only from those before it; so do the modules of a folder, whose kinds (in
 # braces) do not import each other.
 ORDER = [
-    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures"),
+    *("errors", "choices", "terminal", "memory", "threads", "files", "web", "labels", "signatures"),
     *("devices", "distributed", "boxes"),
-    *(
-        "rgb",
-        "images",
-        "sources",
-        "video",
-        "frames",
-        "pixels",
-        "drawing",
-        "detections",
-        "tracking",
-        "calibration",
-    ),
+    *("rgb", "images", "sources", "video", "frames", "pixels", "drawing", "detections"),
+    *("tracking", "calibration"),
     *("transforms", "augment"),
     *("resnet", "pickles", "containers", "networks", "hf", "pretrained", "checkpoint", "model"),
     *("loss", "postprocess", "fused"),
@@ -49,7 +39,7 @@ FOLDERS = {
         {"onnx", "pt2", "torchscript"},
         "openvino",
     ],  # which is made of ONNX
-    "train": ["config", "memory", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
+    "train": ["config", "examples", "optim", "state", "folder", "setup", "watch", "loop"],
     "serve": ["batches", "bodies", "app"],
     "cli": [
         "options",
@@ -92,20 +82,9 @@ ONLY = {
 """Packages that only some modules import."""
 
 WITHOUT_TORCH = [
-    *("errors", "choices", "terminal", "threads", "files", "web", "labels", "signatures", "rgb", "images"),
-    "sources",
-    *(
-        "frames",
-        "pixels",
-        "drawing",
-        "detections",
-        "data",
-        "data.formats",
-        "backends",
-        "train",
-        "train.config",
-    ),
-    *("cli", "cli.options"),
+    *("errors", "choices", "terminal", "memory", "threads", "files", "web", "labels", "signatures"),
+    *("rgb", "images", "sources", "frames", "pixels", "drawing", "detections"),
+    *("data", "data.formats", "backends", "train", "train.config", "cli", "cli.options"),
 ]
 
 
@@ -244,3 +223,26 @@ def test_the_order_is_that_of_the_tree():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     listed = re.findall(r"^ssd/(\w+)(?:\.py|/) {2,}", text, re.MULTILINE)
     assert [name for name in listed if name != "weights"] == ORDER
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "examples"])
+def test_what_scripts_import_of_ours_is_there(folder):
+    """Nobody runs most of them for months."""
+    for path in (ROOT / folder).glob("*.py"):
+        for name in imported(ast.parse(path.read_text())):
+            if name.startswith("ssd."):
+                *home, last = name.split(".")[1:]
+                place = PACKAGE.joinpath(*home)
+                file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                assert last in bound(file) or (place / f"{last}.py").exists() or (place / last).is_dir(), path
+
+
+def bound(file):
+    """The names that a module's statements bind, also within its functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.ImportFrom):
+            yield from (each.asname or each.name for each in node.names)

@@ -17,8 +17,10 @@ from ssd.devices import usable_device
 from ssd.distributed import World
 from ssd.errors import UserError
 from ssd.files import make_folder, run_folder
+from ssd.memory import keep_memory
 
 AUTO = "auto"
+_KEPT = 256 << 20  # bytes; batches of eight take blocks of up to 46 MB
 Precision: TypeAlias = Annotated[
     str,
     OneOf((AUTO, *PRECISIONS)),
@@ -70,7 +72,11 @@ def chosen_device(name: str | None) -> torch.device:
 def load_detector(
     weights: str, world: World, device: str | None, precision: str, *, compile: bool = False
 ) -> Detector:
-    """The detector of this process; an exported file chooses its device where none was asked for."""
+    """The detector of this process; an exported file chooses its device where none was asked for.
+
+    The process then keeps what memory each batch frees.
+    """
+    keep_memory(_KEPT)
     target = None if device is None and kind_of(weights) else world.device
     with usage_errors():
         return Detector.load(weights, target, precision, compile=compile)  # type: ignore[arg-type]

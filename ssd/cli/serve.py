@@ -11,9 +11,6 @@ from PIL import Image
 from ssd.cli.common import AUTO, BatchSize, Device, Precision, chosen_device, load_detector
 from ssd.distributed import World
 from ssd.errors import MissingExtra, UserError
-from ssd.train import keep_memory
-
-_KEPT = 256 << 20  # bytes; batches of eight take blocks of up to 46 MB
 
 
 def serve(
@@ -56,7 +53,6 @@ def serve(
         raise MissingExtra("serve") from error
     if token == "":
         raise typer.BadParameter("is empty", param_hint="--token")
-    keep_memory(_KEPT)
     with _listening(host, port) as listener:
         detector = load_detector(model, World(0, 1, chosen_device(device)), device, precision)
         detector(Image.new("RGB", (64, 64)))  # the first one takes longest

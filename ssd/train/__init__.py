@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ssd.memory import keep_memory
     from ssd.train.config import PRESETS, TrainConfig
     from ssd.train.loop import Result, fit
-    from ssd.train.memory import keep_memory
 
 __all__ = ["PRESETS", "Result", "TrainConfig", "fit", "keep_memory"]
 
 _HOMES = {
-    "PRESETS": "config",
-    "Result": "loop",
-    "TrainConfig": "config",
-    "fit": "loop",
-    "keep_memory": "memory",
+    "PRESETS": "ssd.train.config",
+    "Result": "ssd.train.loop",
+    "TrainConfig": "ssd.train.config",
+    "fit": "ssd.train.loop",
+    "keep_memory": "ssd.memory",
 }
 
 
@@ -23,7 +23,7 @@ _HOMES = {
 # torch.
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        return getattr(import_module(f"ssd.train.{_HOMES[name]}"), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ssd.train' has no attribute {name!r}")
 
 

@@ -73,7 +73,7 @@ def test_options_reach_the_server(run, monkeypatch, weights_file):
     monkeypatch.setattr(
         uvicorn.Server, "run", lambda self, sockets: (self.config.load(), made.update(config=self.config))
     )
-    monkeypatch.setattr("ssd.cli.serve.keep_memory", lambda most: made.update(kept=most))
+    monkeypatch.setattr("ssd.cli.common.keep_memory", lambda most: made.update(kept=most))
     monkeypatch.setenv("SSD_TOKEN", "secret")
     status, _, err = run(
         *(

@@ -9,8 +9,8 @@ def keep_memory(most: int | None = None) -> bool:
     """Have the C library keep what this process frees, for the rest of its life; False where it cannot.
 
     Each step of training, and each batch of detection, frees the blocks that the next one takes. glibc gives
-    large ones back to the system, which then clears every page anew. ``ssd train`` and ``ssd serve`` call
-    this; a process that does more may want its memory back instead.
+    large ones back to the system, which then clears every page anew. ``ssd train`` and the verbs that detect
+    call this; a process that does more may want its memory back instead.
 
     Args:
         most: bytes that are kept at the end of the heap, of which all threads then have one; those of their

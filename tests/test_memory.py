@@ -6,7 +6,7 @@ import pytest
 
 KEEPING = """
 import resource, sys, torch
-from ssd.train import keep_memory
+from ssd.memory import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

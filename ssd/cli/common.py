@@ -20,7 +20,8 @@ from ssd.files import make_folder, run_folder
 from ssd.memory import keep_memory
 
 AUTO = "auto"
-_KEPT = 256 << 20  # bytes; batches of eight take blocks of up to 46 MB
+BATCH_MEMORY = 256 << 20
+"""Bytes of memory that a process keeps for its next batch; of eight images it takes blocks of up to 46 MB."""
 Precision: TypeAlias = Annotated[
     str,
     OneOf((AUTO, *PRECISIONS)),
@@ -76,7 +77,7 @@ def load_detector(
 
     The process then keeps what memory each batch frees.
     """
-    keep_memory(_KEPT)
+    keep_memory(BATCH_MEMORY)
     target = None if device is None and kind_of(weights) else world.device
     with usage_errors():
         return Detector.load(weights, target, precision, compile=compile)  # type: ignore[arg-type]

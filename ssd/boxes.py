@@ -103,7 +103,7 @@ class Layout:
     def strides(self) -> tuple[int, ...]:
         """Of each block that makes the next map: 1, without padding, or 2, with a border of 1 around the map.
 
-        1 where both give that map, from 5 cells to 3.
+        1 where both give that map: from 5 cells to 3, and from 4 to 2.
 
         >>> LAYOUTS["300"].strides
         (2, 2, 2, 1, 1)

@@ -322,16 +322,18 @@ def _read_names(key: str, notes: Mapping[str, Any], count: int) -> tuple[str, ..
 def _with_names(path: Path) -> str:
     """Code that gives a file other class names."""
     new, names = str(path.with_name(f"named-{path.name}")), "'the first class', 'the second'"
-    code = f"from ssd import containers, networks; c, notes = containers.read({str(path)!r}); "
+    read = f"c, notes = containers.read({str(path)!r})"
     if path.suffix == ".safetensors":
         kept = f"{{k: notes[k] for k in {_NOTES} if k in notes}}"
-        return f"import json, safetensors.torch; {code}safetensors.torch.save_file(c, {new!r}, " + (
-            f"{kept} | {{'class_names': json.dumps([{names}])}})"
+        return (
+            f"import json, safetensors.torch; from ssd import containers; {read}; "
+            f"safetensors.torch.save_file(c, {new!r}, {kept} | {{'class_names': json.dumps([{names}])}})"
         )
     kept = f"{{k: a[k] for a in n.around for k in {_KEPT} if k in a}}"
     return (
-        f"import torch; {code}n = networks.find_network({str(path)!r}, c); torch.save({kept} | "
-        f"{{'model': n.tensors | n.beside, 'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
+        f"import torch; from ssd import containers, networks; {read}; "
+        f"n = networks.find_network({str(path)!r}, c); torch.save({kept} | {{'model': n.tensors | n.beside, "
+        f"'label_map': dict(enumerate(['background', {names}]))}}, {new!r})"
     )
 
 

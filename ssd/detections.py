@@ -108,7 +108,9 @@ class _ImageField:
         kept = None if found is None else vars(found)["image"]  # None is the default
         if isinstance(kept, Original):
             return kept.read()
-        return Image.fromarray(kept) if isinstance(kept, np.ndarray) else kept
+        if isinstance(kept, np.ndarray):
+            kept = vars(found)["image"] = Image.fromarray(kept)
+        return kept
 
     def __set__(self, found: "Detections", value: object) -> None:
         is_default = isinstance(value, _ImageField)  # as dataclasses pass it
@@ -428,7 +430,9 @@ class Detections:
             ImageError: its file is gone, or was changed.
             OSError: the font cannot be read.
         """
-        image = self.image
+        kept = self._kept
+        ours = not isinstance(kept, Image.Image)
+        image = Image.fromarray(kept) if isinstance(kept, np.ndarray) else self.image
         if image is None:
             raise ValueError("these detections have no image to draw on")
         labels = [
@@ -439,7 +443,6 @@ class Detections:
             Mark(np.reshape(each[0], (-1, 2)), str(each), is_closed=isinstance(each, ZoneCount))
             for each in self.counts
         ]
-        ours = not isinstance(self._kept, Image.Image)
         colors = self.class_ids if self.track_ids is None else self.track_ids
         return draw_detections(
             image, self.boxes, labels, colors, marks, font=font, in_place=ours, enlarge=enlarge

@@ -40,7 +40,6 @@ from ssd.transforms import resize
 OnError = Callable[[str, Exception], None]
 ScoreThreshold: TypeAlias = float | Literal["calibrated"]
 AnySource: TypeAlias = ImageSource | Named | Film
-T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 _MAX_READERS = 8  # threads; with sixteen, fewer photos a second are read (docs/performance.md)

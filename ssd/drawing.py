@@ -24,7 +24,8 @@ IntArray = npt.NDArray[np.int64]
 _SMALLEST_PICTURE = (160, 320)
 _CELL, _GAP = (480, 360), 8  # of a sheet of pictures, in pixels
 _GOLDEN_RATIO = 0.618034  # of the colour circle, between the hues of neighbouring classes
-_KEPT = 256  # labels that stay as they are drawn: those of a film come again in most of its frames
+_KEPT = 256  # labels that stay as they are drawn: those of a film come again in most of its frames ...
+_MOST_KEPT = 1 << 16  # ... but for those of so many bytes, of very large pictures
 _SHADES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, for hues that come close again
 
 
@@ -151,10 +152,11 @@ def _draw_boxes(
     for box, text, color in zip(boxes, texts, colors, strict=True):
         area = _label_area(box, text.box, line, picture.size, taken)
         taken.append(area)
-        picture.paste(_label(text, color, line), (int(area[0]), int(area[1])))
+        is_small = 3 * (area[2] - area[0]) * (area[3] - area[1]) < _MOST_KEPT
+        draw = _kept_label if is_small else _label
+        picture.paste(draw(text, color, line), (int(area[0]), int(area[1])))
 
 
-@lru_cache(_KEPT)
 def _label(text: "_Text", color: tuple[int, int, int], margin: int) -> Image.Image:
     left, top, right, bottom = text.box
     label = Image.new("RGB", (int(right - left) + 2 * margin + 1, int(bottom - top) + 2 * margin + 1), color)
@@ -164,6 +166,9 @@ def _label(text: "_Text", color: tuple[int, int, int], margin: int) -> Image.Ima
         at = (margin - left + run.x, margin - top)
         ImageDraw.Draw(label).text(at, run.letters, "black" if dark else "white", run.font, anchor="ls")
     return label
+
+
+_kept_label = lru_cache(_KEPT)(_label)
 
 
 def _letter_size(picture: Image.Image) -> float:

@@ -778,7 +778,8 @@ def read_url(
         ImageError: it cannot be read; the message names it and says why.
     """
     if url.lower().startswith(("rtsp:", "rtsps:")):  # its address may hold a password
-        raise ImageError("an RTSP stream, not an image; detector.stream(...) and ssd detect take it")
+        name = re.sub("//.*@", "//", url)
+        raise ImageError(f"{name}: an RTSP stream, not an image; detector.stream(...) and ssd detect take it")
     if not web.is_web_url(url):
         hint = "; pass the path itself" if url.lower().startswith("file:") else ""
         raise ImageError(f"{url}: only http and https URLs are read{hint}")

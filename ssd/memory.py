@@ -13,16 +13,16 @@ def keep_memory(most: int | None = None) -> bool:
     call this; a process that does more may want its memory back instead.
 
     Args:
-        most: bytes that are kept at the end of the heap, of which all threads then have one; those of their
-            own would be given back whole. Blocks of more than a quarter of it, as of a very large photo, go
-            back at once. By default all is kept.
+        most: bytes that are kept at the end of the heap, of which threads that begin later all have one;
+            those of their own would be given back whole. Where glibc allows it, blocks of more than a quarter
+            of it, as of a very large photo, go back at once. By default all is kept.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return False
     if most is None:
-        choices = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
-    else:
-        choices = {_M_MMAP_THRESHOLD: most // 4, _M_TRIM_THRESHOLD: most, _M_ARENA_MAX: 1}
-    return all(mallopt(*each) for each in choices.items())
+        return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    # Earlier versions of glibc take no more than 32 MiB for the first.
+    in_heap = mallopt(_M_MMAP_THRESHOLD, most // 4) or mallopt(_M_MMAP_MAX, 0)
+    return bool(in_heap and mallopt(_M_TRIM_THRESHOLD, most) and mallopt(_M_ARENA_MAX, 1))

@@ -1,7 +1,7 @@
 """Threads that work ahead of their caller, beside it, or behind it.
 
-All waiting is for a SimpleQueue, which can be interrupted at any moment: a KeyboardInterrupt while one waits
-for a lock, a condition or a future can leave it taken, and its thread stuck.
+Items and results are waited for in a SimpleQueue, which can be interrupted at any moment: a KeyboardInterrupt
+while one waits for a lock, a condition or a future can leave it taken, and its thread stuck.
 """
 
 import atexit

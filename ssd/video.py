@@ -220,7 +220,7 @@ class _Packets:
     def __init__(self, container: Any, stream: Any, name: str) -> None:
         self._container, self._stream, self._name = container, stream, name
         self._count, self._end = 0, Fraction(0)
-        self._damaged: set[int | None] = set()  # the times of pictures, that each may count once
+        self._damaged: set[object] = set()  # the times of pictures, that each may count once; or the packets
         self._is_cut = self._ends_cut = False  # the last packet
         self.shown: Frame | None = None
         """The last frame that was given."""
@@ -245,7 +245,7 @@ class _Packets:
                 break
             self._note(packet)
             if self._is_cut:  # an error in a decoder of several threads costs what the others hold
-                self._damaged.add(packet.pts)
+                self._add_damaged(packet)
             else:
                 yield from self._decode(packet)
         if broken:
@@ -261,12 +261,16 @@ class _Packets:
         try:
             for frame in self._stream.decode(packet):
                 if frame.is_corrupt:  # what the decoder lacked, it has made up from other pictures
-                    self._damaged.add(frame.pts)
+                    self._add_damaged(frame)
                 yield frame
         except av.EOFError:  # it has given all already
             return
         except av.FFmpegError:
-            self._damaged.add(packet.pts if packet else None)
+            self._add_damaged(packet)
+
+    def _add_damaged(self, of: Any) -> None:
+        at = None if of is None else of.pts
+        self._damaged.add((self._count,) if at is None else at)
 
     def _note(self, packet: Any) -> None:
         if not packet.size:  # which has the decoder give what it still has
@@ -274,7 +278,7 @@ class _Packets:
             return
         self._count += 1
         if packet.is_corrupt and self._container.format.name == "mpegts":  # any error of transmission
-            self._damaged.add(packet.pts)
+            self._add_damaged(packet)
         else:
             self._is_cut = packet.is_corrupt
         at = packet.pts if packet.pts is not None else packet.dts

@@ -387,6 +387,9 @@ def test_pixels_become_an_image_when_it_is_asked_for(monkeypatch):
     drawn = np.asarray(found.draw())
     assert not np.array_equal(drawn, pixels)
     assert (pixels == 7).all()
+    assert found.image is found.image
+    assert np.array_equal(np.asarray(found.draw()), drawn)
+    assert np.array_equal(np.asarray(found.image), pixels)
     assert np.array_equal(np.asarray(replace(found, image=Image.fromarray(pixels)).draw()), drawn)
 
 

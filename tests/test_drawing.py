@@ -38,6 +38,24 @@ def test_labels_lie_inside_pictures_of_any_size_and_do_not_cover_each_other(size
             assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
 
 
+def test_labels_that_are_kept_are_drawn_as_new_ones_and_large_ones_are_not_kept():
+    def drawn(size):
+        boxes = [[20 * i, 10 * i, 20 * i + 60, 10 * i + 40] for i in range(6)]
+        scores, image = [0.9 - 0.1 * i for i in range(6)], Image.new("RGB", size, "grey")
+        classes = [i % 3 for i in range(6)]
+        found = Detections(boxes, scores, classes, class_names=NAMES, image_size=size[::-1], image=image)
+        return np.asarray(found.draw())
+
+    drawing._kept_label.cache_clear()
+    first = drawn((640, 480))
+    assert drawing._kept_label.cache_info().currsize == 6
+    for _ in range(2):
+        np.testing.assert_array_equal(drawn((640, 480)), first)
+    assert drawing._kept_label.cache_info().hits == 12
+    drawn((9000, 6000))
+    assert drawing._kept_label.cache_info().currsize == 6
+
+
 def test_a_class_has_one_colour_and_coco_has_80():
     assert len({class_color(i) for i in range(80)}) == 80
     assert class_color(3) == class_color(3)

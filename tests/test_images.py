@@ -844,7 +844,9 @@ def test_only_http_is_opened(url):
 
 
 def test_an_rtsp_stream_is_told_what_takes_it():
-    with pytest.raises(ImageError, match=r"detector\.stream\(\.\.\.\) and ssd detect") as told:
+    with pytest.raises(
+        ImageError, match=r"^rtsp://camera/stream: an .* detector\.stream\(\.\.\.\) and ssd"
+    ) as told:
         load_image("rtsp://me:secret@camera/stream")
     assert "secret" not in str(told.value)
 

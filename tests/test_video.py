@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -240,6 +241,18 @@ def test_every_cut_is_told(tmp_path, kind, part):
         numbers.extend(number_of(each.pixels) for each in frames_of(Film(str(path))))
     assert numbers == list(range(len(numbers)))
     assert len(numbers) >= 40 * part - 14
+
+
+def test_each_damaged_picture_of_a_film_without_times_counts():
+    class Stream:
+        def decode(self, packet):
+            raise av.InvalidDataError(1, "damaged")
+
+    packets = video._Packets(None, Stream(), "a.h264")
+    for number in range(3):
+        packets._count = number
+        assert list(packets._decode(SimpleNamespace(pts=None))) == []
+    assert len(packets._damaged) == 3
 
 
 @pytest.mark.parametrize("damage", ["marked", "lost"])

@@ -14,6 +14,7 @@ from ssd.backends import kind_of, of_model
 from ssd.calibration import least_matched
 from ssd.cli.common import (
     AUTO,
+    BATCH_MEMORY,
     BatchSize,
     Data,
     Device,
@@ -33,6 +34,7 @@ from ssd.distributed import alone
 from ssd.errors import as_line
 from ssd.evaluate import Calibrated, calibrated, detect_all
 from ssd.files import write_new
+from ssd.memory import keep_memory
 from ssd.model import load_model
 
 
@@ -85,6 +87,7 @@ def calibrate(
 
         require_matplotlib()
     target = chosen_device(device)
+    keep_memory(BATCH_MEMORY)
     model, found = load_model(weights)
     with usage_errors():
         backend = of_model(model.to(target), choose_precision(precision, target))

@@ -191,7 +191,7 @@ def with_choices_of(state: dict[str, Any], config: TrainConfig) -> TrainConfig:
     """The config with what the run has: its layout, if none is named, and what there was no choice of."""
     earlier = _OF_OLD | state["config"]
     first = {"loss": earlier["loss"]} if "loss" not in state["config"] else {}
-    if "half_size" not in state["config"] and config.half_size is None:
+    if config.half_size is None:
         first["half_size"] = earlier["half_size"]
     return replace(config, layout=config.layout or earlier["layout"], **first)
 

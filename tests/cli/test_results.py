@@ -176,6 +176,3 @@ def test_a_source_keeps_its_name_and_links_to_nowhere_are_taken(tmp_path):
     names = FreeNames(tmp_path, pictures=True, labels=None)
     assert [names("a/x.jpg"), names("b/x.jpg"), names("a/x.jpg")] == ["x-2.jpg", "x-3.jpg", "x-2.jpg"]
     assert FreeNames(tmp_path, pictures=False, labels=None)("a/x.jpg") == "x.jpg"
-
-
-# --- Ids of COCO results ---

@@ -638,7 +638,7 @@ def test_a_run_that_sees_whole_images_refuses_more_of_half_the_size(images, tmp_
     with pytest.raises(ValueError, match=r"half_size 0\.9: the run sees whole images already"):
         fit(images, None, replace(config, half_size=0.9), folder, say=None, resume=True)
     assert (folder / "state.pt").read_bytes() == kept
-    unnamed = replace(config, half_size=None if before is None else before)
+    unnamed = replace(config, half_size=None)
     assert fit(images, None, unnamed, folder, say=None, resume=True).finished
 
 

@@ -2,7 +2,7 @@
 
 python docs/shapes_weights.py WORK_FOLDER
 
-Draws the data, trains with the project's own command (under an hour on 2 cores; interrupt and start
+Draws the data, trains with the project's own command (about an hour on 2 cores; interrupt and start
 again as you like), stores the best weights in half precision, and evaluates the stored file on the
 held-out scenes.
 """
@@ -15,7 +15,7 @@ from ssd import checkpoint
 
 TARGET = Path(checkpoint.__file__).parent / "weights" / "shapes.safetensors"
 DATA = ("--images", "4000", "--val", "500", "--seed", "1")
-FIRST = ("--backbone", "resnet18", "--epochs", "8", "--evaluate-every", "2")
+FIRST = ("--backbone", "resnet18", "--epochs", "16", "--evaluate-every", "4")
 # Then without zoom-out, and with crops that are mostly the whole: scenes as they are.
 SECOND = ("--augmentation", "published", "--lr", "0.02", "--epochs", "3", "--evaluate-every", "1")
 

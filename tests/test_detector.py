@@ -910,12 +910,12 @@ def test_voting_and_flips_in_streams_are_those_of_single_images(detector, photos
 
 
 def test_small_objects_of_a_large_image_are_found_in_tiles():
-    """Nine scenes in one picture, each as large as what the network was trained on."""
+    """Sixteen scenes in one picture, each as large as what the network was trained on."""
     rng = np.random.default_rng(0)
-    whole, truth = Image.new("RGB", (900, 900)), []
-    for i in range(9):
+    whole, truth = Image.new("RGB", (1200, 1200)), []
+    for i in range(16):
         scene, boxes, labels = draw_scene(rng)
-        corner = np.array([300 * (i % 3), 300 * (i // 3)] * 2)
+        corner = np.array([300 * (i % 4), 300 * (i // 4)] * 2)
         whole.paste(scene.resize((300, 300)), tuple(corner[:2].tolist()))
         scale = 300 / np.array([*scene.size] * 2)
         truth += [(box * scale + corner, label - 1) for box, label in zip(boxes, labels, strict=True)]

@@ -26,8 +26,7 @@ class TrainConfig:
     epochs: int = 90
     """Times that each image is seen; see `time`."""
     half_size: float | None = None
-    """Part of the run, at its start, in which images are half as wide and high, for a third of the time
-    where that is the network's.
+    """Part of the run, at its start, with images half as wide and high: a third of the network's time.
 
     By default 0.5, and 0 where `weights` are given, or `layout` has no half."""
     batch_size: int = 8

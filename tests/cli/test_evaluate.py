@@ -49,7 +49,12 @@ def test_options_that_a_file_with_nms_cannot_serve_are_a_mistake(run, scenes, tm
 
 
 def test_evaluation_with_plots(run, scenes, tmp_path):
-    status, out, _ = run("evaluate", scenes, "--weights", "shapes", "--plots", "--output", "e")
+    """Of scenes with one object that the truth lacks."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    truth = json.loads((data / "val.json").read_text())
+    truth["annotations"].pop()
+    (data / "val.json").write_text(json.dumps(truth))
+    status, out, _ = run("evaluate", data, "--weights", "shapes", "--plots", "--output", "e")
     assert status == 0
     assert {"precision_recall.png", "confusion.png", "worst"} <= set(os.listdir(tmp_path / "e"))
     assert "IoU 0.50:0.95, all sizes" in out

@@ -92,20 +92,24 @@ def whole(detector: Detector, film: Path, *, pictures: bool = True) -> None:
                 print(found.summary())
 
 
+def keep_to(cores: list[int]) -> None:
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(task), cores)
+
+
 def on_half(function: Callable[[], object]) -> Callable[[], object]:
     """The same on half of the cores."""
 
     def call() -> object:
         every, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()
         torch.set_num_threads(max(1, threads // 2))
-        for task in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(task), every[: max(1, len(every) // 2)])
+        keep_to(every[: max(1, len(every) // 2)])
         try:
             return function()
         finally:
             torch.set_num_threads(threads)
-            for task in os.listdir("/proc/self/task"):
-                os.sched_setaffinity(int(task), every)
+            keep_to(every)
 
     return call
 

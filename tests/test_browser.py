@@ -252,6 +252,22 @@ def test_the_camera(opened):
     assert button.get_attribute("aria-pressed") == "false"
 
 
+def test_a_camera_that_fails_is_told_and_closed(opened):
+    button = opened.find_element("id", "camera")
+    opened.execute_script(
+        "window.tracks = [];"
+        "const real = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);"
+        "navigator.mediaDevices.getUserMedia = async (what) => {"
+        "  const stream = await real(what); tracks.push(...stream.getTracks()); return stream; };"
+        "HTMLVideoElement.prototype.play = async () => { throw new Error('no picture'); };"
+    )
+    button.click()
+    wait(opened, "document.getElementById('status').textContent === 'Camera: no picture.'")
+    assert button.get_attribute("aria-pressed") == "false"
+    assert opened.find_elements("css selector", "figure") == []
+    wait(opened, "tracks.length === 1 && tracks.every((track) => track.readyState === 'ended')")
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_screen(opened, width, tmp_path):
     noise(900, 300).save(tmp_path / "wide.png")

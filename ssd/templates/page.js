@@ -202,37 +202,36 @@ async function openCamera() {
     say("This browser gives the camera only to pages from https or localhost.", true);
     return;
   }
-  let own;
-  try {
-    own = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
-  } catch (error) {
-    say(`The camera does not open: ${error.message || error.name}.`, true);
-    return;
-  }
-  film = own;
+  const own = film = {};  // closed, or closed and opened again, it is another one
   find("camera").setAttribute("aria-pressed", "true");
-  const video = document.createElement("video");
-  video.muted = video.playsInline = true;
-  video.srcObject = own;
-  await video.play();
-  const place = figure("Camera", closeCamera);
-  await ready;
-  say("The camera is open.");
-  while (film === own) {
-    try {
+  try {
+    own.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    const video = document.createElement("video");
+    video.muted = video.playsInline = true;
+    video.srcObject = own.stream;
+    await video.play();
+    await ready;
+    let place = null;
+    while (film === own) {
       const frame = await createImageBitmap(video);
       const copy = await createImageBitmap(frame);
       const found = await ask({ image: copy }, [copy]);
-      if (film === own) place.show(frame, found);
-    } catch (error) {
-      say(`Camera: ${error.message}.`, true);
-      break;
+      if (film !== own) break;
+      if (!place) say("The camera is open.");
+      place ??= figure("Camera", closeCamera);
+      place.show(frame, found);
+      await new Promise(requestAnimationFrame);
     }
-    await new Promise(requestAnimationFrame);
+  } catch (error) {
+    if (film === own) {
+      closeCamera();
+      say(`Camera: ${error.message || error.name}.`, true);
+    }
   }
+  own.stream?.getTracks().forEach((track) => track.stop());
 }
 function closeCamera() {
-  film?.getTracks().forEach((track) => track.stop());
+  film?.stream?.getTracks().forEach((track) => track.stop());
   film = null;
   find("camera").setAttribute("aria-pressed", "false");
   say("The camera is closed.");

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -243,16 +244,40 @@ def test_every_cut_is_told(tmp_path, kind, part):
     assert len(numbers) >= 40 * part - 14
 
 
-def test_each_damaged_picture_of_a_film_without_times_counts():
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "damaged"),
+    [
+        ({1: "no picture", 3: "no picture"}, 2),
+        ({1: "made up", 2: "made up"}, 2),
+        ({2: "cut"}, 1),  # within the film, where it goes on
+        ({0: "made up", 1: "no picture", 3: "cut"}, 3),
+        ({}, 0),
+    ],
+)
+def test_each_damaged_picture_counts_once(monkeypatch, timed, damage, damaged):
     class Stream:
         def decode(self, packet):
-            raise av.InvalidDataError(1, "damaged")
+            kind = damage.get(packet.number)
+            if kind == "no picture":
+                raise av.InvalidDataError(1, "damaged")
+            return [SimpleNamespace(pts=packet.pts, is_corrupt=kind == "made up")]
 
-    packets = video._Packets(None, Stream(), "a.h264")
-    for number in range(3):
-        packets._count = number
-        assert list(packets._decode(SimpleNamespace(pts=None))) == []
-    assert len(packets._damaged) == 3
+    def demux(stream):
+        for number in range(5):
+            at = number if timed else None
+            what = {"pts": at, "dts": at, "duration": 1, "time_base": Fraction(1, 25)}
+            yield SimpleNamespace(number=number, size=9, is_corrupt=damage.get(number) == "cut", **what)
+
+    container = SimpleNamespace(demux=demux, format=SimpleNamespace(name="avi"))
+    packets = video._Packets(container, Stream(), "a.avi")
+    monkeypatch.setattr(packets, "_missing", lambda: "")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        frames = list(packets.frames())
+    assert len(frames) == 5 - sum(kind != "made up" for kind in damage.values())
+    texts = [f"a.avi: at least {damaged} of 5 pictures are damaged: they look wrong, or were left out"]
+    assert [str(one.message) for one in told] == texts * bool(damaged)
 
 
 @pytest.mark.parametrize("damage", ["marked", "lost"])

@@ -30,7 +30,7 @@ from ssd.images import load_image
 from ssd.pixels import DECODED, Room
 from ssd.postprocess import postprocess
 from ssd.shapes import draw_scene
-from ssd.sources import Named
+from ssd.sources import Film, Named
 from ssd.tiles import cut
 from ssd.transforms import evaluation_transform, normalize, resize
 
@@ -189,6 +189,11 @@ def test_calibrated_without_thresholds_and_other_words_are_told(detector, small_
 def test_wrong_batch_size_is_named(detector):
     with pytest.raises(ValueError, match="batch_size"):
         detector.stream([], batch_size=0)
+
+
+def test_a_film_is_no_image_and_what_takes_it_is_told(detector):
+    with pytest.raises(TypeError, match=r"a\.mp4: is a film.*detector\.stream\(\.\.\.\) takes it"):
+        detector(Named("a.mp4", Film("a.mp4")))
 
 
 def test_stream_of_one_image_is_refused(detector):

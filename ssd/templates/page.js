@@ -202,7 +202,7 @@ async function openCamera() {
     say("This browser gives the camera only to pages from https or localhost.", true);
     return;
   }
-  const own = film = {};  // closed, or closed and opened again, it is another one
+  const own = film = {};  // film is another, or none, once this camera is closed
   find("camera").setAttribute("aria-pressed", "true");
   try {
     own.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });

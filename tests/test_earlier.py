@@ -59,7 +59,8 @@ def version(text):
     return tuple(int(number) for number in text.split("+")[0].split(".")[:2])
 
 
-def assert_outputs(loc, conf, expected, tolerance=1e-4):
+def assert_outputs(loc, conf, expected, tolerance=5e-4):
+    """By itself, what sums in another order make of float32: up to 1.6e-4 from processor to processor."""
     for found, name in ((loc, "loc"), (conf, "conf")):
         np.testing.assert_allclose(
             found[0, :, EXPECTED["places"]], expected[name], atol=tolerance, rtol=tolerance

@@ -36,6 +36,7 @@ from ssd.evaluate import Calibrated, calibrated, detect_all
 from ssd.files import write_new
 from ssd.memory import keep_memory
 from ssd.model import load_model
+from ssd.plots import draw_reliability, require_matplotlib
 
 
 def calibrate(
@@ -83,8 +84,6 @@ def calibrate(
         if os.path.lexists(file):
             raise typer.BadParameter(f"{file} is there already; --output FILE names another")
     if plots:
-        from ssd.plots import draw_reliability, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
-
         require_matplotlib()
     target = chosen_device(device)
     keep_memory(BATCH_MEMORY)

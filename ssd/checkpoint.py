@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssd import containers, networks
-from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.boxes import PUBLISHED_LAYOUT, Layout, to_corners
 from ssd.calibration import Calibration
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError, as_line, shown  # noqa: F401 (caught by this name)
@@ -181,10 +181,9 @@ def _are_default_boxes(value: Tensor, layout: Layout) -> bool:
     theirs = value.float().squeeze()
     theirs = theirs.T if theirs.ndim == 2 and len(theirs) == 4 else theirs
     cxcywh = layout.default_boxes()
-    centers, half = cxcywh[:, :2], cxcywh[:, 2:] / 2
     return any(
         theirs.shape == form.shape and torch.allclose(theirs, form * scale, atol=2e-3 * scale)
-        for form in (cxcywh, torch.cat([centers - half, centers + half], 1))
+        for form in (cxcywh, to_corners(cxcywh))
         for scale in (1, layout.size)
     )
 

@@ -34,9 +34,6 @@ from ssd.errors import AnnotationError, as_line
 from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD
 from ssd.sources import Named
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""The twelve numbers of COCOeval.summarize, in its order; -1 where there is nothing to measure."""
-
 FOUND_AT = 0.5
 """The IoU from which on a detection finds a box."""
 
@@ -57,6 +54,9 @@ MEANINGS = {
     "ARm": "recall, medium",
     "ARl": "recall, large",
 }
+"""What the twelve numbers of COCOeval.summarize are, in its order."""
+
+METRICS = tuple(MEANINGS)
 
 
 @dataclass(frozen=True)

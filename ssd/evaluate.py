@@ -330,9 +330,8 @@ def _coco_package() -> tuple[Any, Any]:
 
 
 def _truth(annotations: Annotations) -> dict[str, Any]:
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
     rows = zip(
-        image.tolist(),
+        annotations.images_of_boxes().tolist(),
         annotations.labels.tolist(),
         annotations.boxes.tolist(),
         annotations.areas.tolist(),

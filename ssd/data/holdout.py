@@ -11,7 +11,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssd.data.annotations import Annotations
-from ssd.data.judge import trained_on
 from ssd.errors import AnnotationError, ImageError
 from ssd.images import load_scaled
 
@@ -55,7 +54,7 @@ def hold_out(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction of images to hold out is above 0 and below 1; got {fraction:g}")
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    images = annotations.images_of_boxes()
     measured = np.bincount(images[~annotations.crowd], minlength=len(annotations)) > 0
     if not measured.any():
         raise AnnotationError(
@@ -132,9 +131,8 @@ def _smallest(groups: Sequence[list[int]], counts: npt.NDArray[np.int64], images
 def _boxes_by_class(annotations: Annotations, *, crowd: bool) -> npt.NDArray[np.int64]:
     """How many boxes of each class that are trained on are in each image, ``[N, classes]``."""
     counts = np.zeros((len(annotations), len(annotations.class_names)), np.int64)
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    real = trained_on(annotations, crowd=crowd)
-    np.add.at(counts, (images[real], annotations.labels[real] - 1), 1)
+    real = annotations.trained_on(crowd=crowd)
+    np.add.at(counts, (annotations.images_of_boxes()[real], annotations.labels[real] - 1), 1)
     return counts
 
 

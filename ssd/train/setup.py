@@ -28,7 +28,7 @@ from ssd.data import (
     usable_for_evaluation,
 )
 from ssd.data.dataset import parts_of
-from ssd.data.judge import notes_of, trained_on
+from ssd.data.judge import notes_of
 from ssd.devices import DTYPES, choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError, CheckpointError
@@ -244,7 +244,7 @@ def boxes_of_classes(train: Dataset[Any], classes: int, *, crowd: bool) -> npt.N
                 "class_weights balanced counts the boxes of each class, for which it needs a "
                 "ssd.data.DetectionDataset, or parts of such; leave class_weights out"
             )
-        labels = annotations.labels[trained_on(annotations, crowd=crowd)]
+        labels = annotations.labels[annotations.trained_on(crowd=crowd)]
         total += np.bincount(labels, minlength=classes + 1)[1:]
     return total
 

@@ -141,19 +141,16 @@ def set_up(
     run, origin = _begin(train, names, config, state_file, world, state)
     if config.patience and val is None:
         raise ValueError(f"patience {config.patience} needs images to evaluate on: a val split, or others")
-    if run.progress.batch > batches.steps * config.accumulate:
+    if run.progress.batch > len(batches):
         raise CheckpointError(
-            f"{state_file} is damaged: {run.progress.batch} batches of an epoch of "
-            f"{batches.steps * config.accumulate} are done. {instead_of(state_file)}"
+            f"{state_file} is damaged: {run.progress.batch} batches of an epoch of {len(batches)} are done. "
+            f"{instead_of(state_file)}"
         )
     if not run.progress.batch:  # an epoch that begins may have other steps than those before it
         run.progress.step = run.progress.epoch * batches.steps
     config = replace(config, half_size=half_size_of(config, run.model.layout))
     run.config["half_size"] = config.half_size
-    weights: dict[str, Tensor] = {}
-    if config.class_weights == "balanced":
-        counted = boxes_of_classes(train, len(names), crowd=config.crowd)
-        weights = {"class_weights": balanced_weights(counted).to(world.device)}
+    make_loss = loss_of(config, train, len(names), world.device)
     limits = Limits(config.epochs, config.time, config.patience, config.half_size or 0.0)
     is_half = limits.is_half(run.progress)
     if state and limits.wants_half(run.progress) and not is_half:
@@ -164,14 +161,7 @@ def set_up(
 
     @lru_cache(maxsize=1)  # a run changes from one to the other once
     def stage(half: bool) -> Stage:
-        model = run.model.at_half_size() if half else run.model
-        default_boxes = model.layout.default_boxes().to(world.device)
-        return Stage(
-            model.layout.size,
-            _wrap(model, world, compiled=config.compile),
-            LOSSES[config.loss](default_boxes, **weights),
-            partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
-        )
+        return _stage(run.model.at_half_size() if half else run.model, config, make_loss, world)
 
     assert config.precision != "auto"
     return Setup(
@@ -229,6 +219,21 @@ def _annotations_of_parts(train: Dataset[Any]) -> list[Annotations | None]:
     if isinstance(train, ConcatDataset):
         return [each for part in train.datasets for each in _annotations_of_parts(part)]
     return [annotations_of(train)]
+
+
+def loss_of(
+    config: TrainConfig, train: Dataset[Any], classes: int, device: torch.device
+) -> Callable[[Tensor], Loss]:
+    """What makes the loss of default boxes, with the weights of classes where there are any.
+
+    Raises:
+        ValueError: the boxes of each class cannot be counted; see `boxes_of_classes`.
+    """
+    loss = LOSSES[config.loss]
+    if config.class_weights == "none":
+        return loss
+    weights = balanced_weights(boxes_of_classes(train, classes, crowd=config.crowd))
+    return partial(loss, class_weights=weights.to(device))
 
 
 def boxes_of_classes(train: Dataset[Any], classes: int, *, crowd: bool) -> npt.NDArray[np.int64]:
@@ -554,6 +559,16 @@ def _step_of_a_copy(model: SSD, config: TrainConfig, device: torch.device) -> No
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loc, conf = tried(images)
     (loc.float().sum() + conf.float().sum()).backward()
+
+
+def _stage(model: SSD, config: TrainConfig, make_loss: Callable[[Tensor], Loss], world: World) -> Stage:
+    default_boxes = model.layout.default_boxes().to(world.device)
+    return Stage(
+        model.layout.size,
+        _wrap(model, world, compiled=config.compile),
+        make_loss(default_boxes),
+        partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
+    )
 
 
 def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:

@@ -112,6 +112,19 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert (tmp_path / "made.safetensors").read_bytes() == b"mine"
 
 
+def test_the_folder_of_the_weights_is_made_before_the_work(data, tmp_path):
+    """And goes where that fails; one that cannot be made is told at once."""
+    done = run("calibrate", "shapes", data, "--output", tmp_path / "new" / "made.safetensors")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "new" / "made.safetensors").is_file()
+    assert run("calibrate", "shapes", tmp_path, "--output", tmp_path / "x" / "made.safetensors").exit_code
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    done = run("calibrate", "shapes", data, "--output", tmp_path / "file" / "made.safetensors")
+    assert "is a file; mend that, or choose another with --output" in str(done.exception)
+    assert "threshold" not in done.output
+
+
 def test_plots_need_an_extra_before_the_work(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("calibrate", "shapes", data, "--plots", "--output", tmp_path / "made.safetensors")

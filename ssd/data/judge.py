@@ -310,13 +310,12 @@ def listed(counts: Mapping[str, int]) -> str:
 # --- What is refused --------------------------------------------------------------------------------------
 
 
-def judge_split(annotations: Annotations, purpose: Purpose, *, crowd: bool = False) -> list[Problem]:
+def judge_split(annotations: Annotations, purpose: Purpose) -> list[Problem]:
     """All problems of a split; fatal are those that its purpose refuses. Check, train and evaluate ask here.
 
     Args:
         annotations: whose problems are those that are known: the reader's, or after `ssd check` all.
-        purpose: "evaluation" takes boxes without area, as the official code.
-        crowd: whether crowd boxes are trained on.
+        purpose: "evaluation" takes boxes without area, as the official code; "training", no crowd boxes.
     """
     tolerated = MISSHAPEN if purpose == "evaluation" else ()
     problems = [
@@ -327,7 +326,7 @@ def judge_split(annotations: Annotations, purpose: Purpose, *, crowd: bool = Fal
         if not len(annotations):
             problems.append(Problem(NO_IMAGES, str(annotations.source), "", "lists no images"))
         elif purpose == "training":
-            problems += _judge_training_set(annotations, crowd=crowd)
+            problems += _judge_training_set(annotations, crowd=False)
     return problems
 
 

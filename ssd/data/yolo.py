@@ -55,9 +55,8 @@ def has_split(path: Path, split: str) -> bool:
 def _has_split(settings: Settings, split: str) -> bool:
     try:
         return any(_has_some(listing, settings) for listing in find_listings(settings, split))
-    except (
-        AnnotationError
-    ):  # Roboflow's files name splits that were not exported; or the labels alone are here
+    except AnnotationError:
+        # Roboflow's files name splits that were not exported; or the labels alone are here.
         places = _places_of_entries(settings, split) if entries_of(settings, split) else []
         return any(is_label_name(name) for place in places for name in files_below(Path(place)))
 

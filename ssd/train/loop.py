@@ -160,7 +160,7 @@ def fit(
     """
     world = world or alone(usable_device())
     folder = Path(folder)
-    say = say if world.is_main and say else _quiet
+    say = say if world.is_main and say else lambda text: None
     ready = set_up(
         train,
         val,
@@ -427,7 +427,3 @@ def _line(row: Mapping[str, float], limits: Limits, half: int | None) -> str:
         f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
     )
     return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")
-
-
-def _quiet(text: str) -> None:
-    pass

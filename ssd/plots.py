@@ -149,8 +149,7 @@ def draw_reliability(before: Reliability, after: Reliability, title: str) -> mem
         axes.plot(
             each.probability, each.hits, color=color, marker="o", markersize=5, linewidth=1.8, label=label
         )
-        place = each.probability
-        counts.bar(place, each.counts, width=0.028, color=color, alpha=0.6)
+        counts.bar(each.probability, each.counts, width=0.028, color=color, alpha=0.6)
     axes.set(ylabel="detections that find an object", ylim=(-0.02, 1.02), title=title)
     axes.legend(loc="upper left")
     counts.set(xlabel="score or probability", ylabel="detections", yscale="log", xlim=(-0.02, 1.02))

@@ -237,8 +237,9 @@ def _told_exit(code: int) -> str:
     return f"status {code}"
 
 
-@contextlib.contextmanager
-def loading(examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool) -> Iterator[Loader]:
+def loading(
+    examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool
+) -> contextlib.closing[Loader]:
     """The loader of all epochs, which gives a `Batch`, or an exception; its workers end with the block.
 
     Args:
@@ -256,11 +257,7 @@ def loading(examples: Examples, batches: EpochBatches, *, workers: int, pin_memo
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
     )
-    loader = Loader(inner)
-    try:
-        yield loader
-    finally:
-        loader.close()
+    return contextlib.closing(Loader(inner))
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -4,7 +4,7 @@ import copy
 import os
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _WITHOUT_VAL = (
     "and ssd.data.holdout.hold_out)"
 )
 
-_OWN_MEMORY = ("cuda",)  # devices whose memory ends at once
+_OWN_MEMORY = ("cuda",)  # types of devices that cannot swap: what does not fit is an error
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images ``[N, 3, size, size]`` to raw loc and conf, as `ssd.model.SSD`."""
@@ -596,7 +596,6 @@ def _describe(
     progress: Progress,
     limits: Limits,
 ) -> str:
-    shown = {each.name: getattr(config, each.name) for each in fields(config)}
     used = batches.steps * batches.images_per_step
     images = len(train)  # type: ignore[arg-type]
     lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
@@ -617,7 +616,7 @@ def _describe(
             )
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
-    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
+    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in asdict(config).items()), 110))
     if ending := limits.ending(progress):
         lines.append(ending)
     elif progress.step:

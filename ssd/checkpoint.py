@@ -54,6 +54,19 @@ class Checkpoint:
     calibration: Calibration | None = None
     """What scores and boxes are worth, where ``ssd calibrate`` measured it."""
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it with the function `save`."""
+        save(
+            path,
+            self.state_dict,
+            self.class_names,
+            category_ids=self.category_ids,
+            config=self.config,
+            layout=self.layout,
+            score_thresholds=self.score_thresholds,
+            calibration=self.calibration,
+        )
+
 
 # --- Reading ----------------------------------------------------------------------------------------------
 

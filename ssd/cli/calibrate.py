@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -9,7 +10,6 @@ from urllib.parse import urlsplit
 import typer
 from tqdm import tqdm
 
-from ssd import checkpoint
 from ssd.backends import kind_of, of_model
 from ssd.calibration import least_matched
 from ssd.cli.common import (
@@ -110,16 +110,8 @@ def calibrate(
             typer.echo(json.dumps(facts | {"precision": detector.precision}, indent=2))
         else:
             typer.echo(_table(result, coverage))
-        checkpoint.save(
-            path,
-            found.state_dict,
-            found.class_names,
-            category_ids=found.category_ids,
-            config=found.config,
-            layout=found.layout,
-            score_thresholds=[each.threshold for each in result.classes.values()],
-            calibration=result.calibration,
-        )
+        thresholds = tuple(each.threshold for each in result.classes.values())
+        replace(found, score_thresholds=thresholds, calibration=result.calibration).save(path)
         if plots:
             title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
             write_new({picture: draw_reliability(result.before, result.after, title)})

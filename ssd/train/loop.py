@@ -25,7 +25,7 @@ from ssd.distributed import World, alone
 from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.evaluate import Evaluation, best_thresholds, detect_all, measure_once
 from ssd.train.config import TrainConfig
-from ssd.train.examples import Batch, Loader, loading, whole_steps
+from ssd.train.examples import Batch, Loader, whole_steps
 from ssd.train.folder import RunFolder
 from ssd.train.optim import freeze, update_average
 from ssd.train.setup import Assign, Forward, Loss, Rate, Setup, Stage, set_up
@@ -209,10 +209,7 @@ def _go_on(
         stop.asked = clock.look(stop.asked)
         return stop.asked or run.progress.seconds >= limits.seconds * (limits.half_size if half else 1)
 
-    loader_of_all = loading(
-        ready.examples, ready.batches, workers=ready.workers, pin_memory=world.device.type == "cuda"
-    )
-    with stop.listening(), loader_of_all as loader:
+    with stop.listening(), ready.loading() as loader:
         while not limits.ending(run.progress):
             half = limits.is_half(run.progress)
             stage, thresholds = ready.stage(half), ()

@@ -4,6 +4,7 @@ import copy
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from ssd.loss import LOSSES, Losses
 from ssd.model import SSD, build, transfer
 from ssd.tiles import in_tiles
 from ssd.train.config import TrainConfig
-from ssd.train.examples import EpochBatches, Examples
+from ssd.train.examples import EpochBatches, Examples, Loader, loading
 from ssd.train.optim import freeze, learning_rate, make_optimizer
 from ssd.train.state import Limits, Progress, Run, instead_of, read_state, restore, with_choices_of
 
@@ -90,10 +91,9 @@ class Setup:
     evaluate_every: int
     tiles: int | None
     """Side of those in which images are seen, in their pixels; None for whole images."""
-    examples: Examples
     batches: EpochBatches
-    workers: int
-    """Processes that load examples."""
+    loading: Callable[[], AbstractContextManager[Loader]]
+    """What makes the loader of these."""
     stage: Callable[[bool], Stage]
     """That of images of half the size, or of the whole."""
     rate: Rate
@@ -173,9 +173,14 @@ def set_up(
         limits=limits,
         evaluate_every=config.evaluate_every,
         tiles=config.tiles,
-        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, config.tiles),
         batches=batches,
-        workers=config.workers or 0,
+        loading=partial(
+            loading,
+            Examples(train, len(names) + 1, config.augmentation, config.seed, config.tiles),
+            batches,
+            workers=config.workers or 0,
+            pin_memory=world.device.type == "cuda",
+        ),
         stage=stage,
         rate=rate_of(config, batches.steps * config.epochs, batches.images_per_step),
         batch_size=config.batch_size,

@@ -205,7 +205,7 @@ def _go_on(
     stop, clock, half = Stop(), Clock(run.progress, world), False
 
     def is_over() -> bool:
-        """Whether the epoch is: the run, its part at half the size, or someone's patience."""
+        """Whether the epoch is: the time of the run, or of its half size, is up, or a stop was asked for."""
         stop.asked = clock.look(stop.asked)
         return stop.asked or run.progress.seconds >= limits.seconds * (limits.half_size if half else 1)
 
@@ -240,7 +240,7 @@ def _go_on(
             ending = limits.ending(run.progress)
             if ending and (limits.minutes is not None or not is_last):  # all epochs are no surprise
                 say(ending)
-        if stop.asked:
+        if stop.asked and not limits.ending(run.progress):  # it may have come in the last evaluation
             saved = files.write_state(run)
             what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
             say(f"stopped; {what}. Go on with: ssd train --resume {shlex.quote(str(folder))}")

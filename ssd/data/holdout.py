@@ -66,8 +66,8 @@ def hold_out(
     counts = _boxes_by_class(annotations, crowd=crowd)
     labelled = [group for group in groups if counts[group].any()]
     others = [group for group in groups if not counts[group].any()]
-    held = _chosen(labelled, fraction, counts) + _chosen(others, fraction, counts)
-    if not measured[held].any():
+    held, background = _chosen(labelled, fraction, counts), _chosen(others, fraction, counts)
+    if not measured[held + background].any():
         wanted = [group for group in groups if measured[group].any()]
         smallest = _smallest(wanted, counts, len(annotations))
         if smallest is None:
@@ -77,7 +77,10 @@ def hold_out(
                 f"{max(map(len, wanted))} images; half of the images, and boxes of every class, have to be "
                 "left to train on. Make a val split of images of another scene, camera or day"
             )
-        held += smallest
+        # It comes first: behind others it might take the last boxes of a class.
+        held = _chosen([smallest, *(each for each in labelled if each is not smallest)], fraction, counts)
+        held = held if measured[held].any() else smallest  # which may be more than the fraction
+    held = held + background
     kept = np.setdiff1d(np.arange(len(annotations)), held)
     return annotations.select(kept.tolist()), annotations.select(sorted(held))
 

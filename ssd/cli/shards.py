@@ -57,10 +57,8 @@ class Shards:
         """
         try:
             note = json.loads(self._note.read_bytes())
-            before, names = (
-                dict(note["settings"]),
-                {str(key): str(name) for key, name in note["names"].items()},
-            )
+            before = dict(note["settings"])
+            names = {str(key): str(name) for key, name in note["names"].items()}
         except FileNotFoundError:
             raise ResumeError(f"{self._results} holds no unfinished run; leave --resume out") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
@@ -346,11 +346,9 @@ def _readings(line: str) -> Iterator[str]:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    return (
-        PurePosixPath(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
-        .with_suffix("")
-        .as_posix()
-    )
+    """What an annotation file is called, from its folder on, with "/" and without suffix."""
+    name = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+    return name.with_suffix("").as_posix()
 
 
 def _image_folder(chosen: _Split, split: str) -> Path:

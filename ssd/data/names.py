@@ -107,7 +107,7 @@ class ImageFolder:
     def _holds(self, parts: list[str]) -> bool:
         folder = "/".join(parts[:-1])
         if folder not in self._folders:
-            self._folders[folder] = frozenset(_listed(self.root / folder)[1])
+            self._folders[folder] = frozenset(_folders_and_files(self.root / folder)[1])
         return parts[-1] in self._folders[folder]
 
     def _fitting(self, wanted: list[str]) -> list[str]:
@@ -201,7 +201,7 @@ def files_below(folder: Path) -> Iterator[str]:
         if identity is None or identity in seen:
             continue
         seen.add(identity)
-        folders, files = _listed(above)
+        folders, files = _folders_and_files(above)
         yield from (prefix + name for name in files if not name.startswith("."))
         below = [name for name in reversed(folders) if not name.startswith(".")]
         waiting += [(f"{prefix}{name}/", os.path.join(above, name)) for name in below]
@@ -258,7 +258,7 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _listed(folder: str | Path) -> tuple[list[str], list[str]]:
+def _folders_and_files(folder: str | Path) -> tuple[list[str], list[str]]:
     """The folders in a folder and its files, sorted; nothing of one that cannot be read.
 
     A link that leads nowhere counts as a file, which can be told then; pipes and devices do not.

@@ -115,7 +115,7 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> memoryview:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
         axes.margins(y=0.08)
-        axes.update_datalim([(0, 0)])  # with nothing cut off above
+        axes.update_datalim([(0, 0)])  # the axis begins at 0, and nothing is cut off above
         axes.autoscale_view(scalex=False)
         axes.set_ylim(bottom=0)
         if len(axes.lines) > 1:

@@ -518,7 +518,7 @@ def _keep_results(
         shards.begin(settings, out.names.given)
         goes_on = f"--resume {out.path.parent} with the same sources and options goes on"
         typer.echo(f"ssd: results are kept as they come; after an interruption, {goes_on}", err=True)
-    world.gather(None)  # the folder is there
+    world.gather(None)  # from here on the folder is there for all
     for found in results:
         if found.source in shards.done:
             continue

@@ -93,7 +93,7 @@ def evaluate(
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
         facts |= {"precision": detector.precision}
         options = {"tiles": tiles, "voting": voting, "flips": flips}
-        facts |= {name: value for name, value in options.items() if value}  # as before where there are none
+        facts |= {name: value for name, value in options.items() if value}  # as in earlier versions
         typer.echo(json.dumps(facts, indent=2) if as_json else result)  # whatever becomes of the files
         contents: dict[str, bytes | memoryview] = {
             **(draw_plots(truth, found) if plots else {}),

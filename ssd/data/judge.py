@@ -357,7 +357,7 @@ def notes_of(annotations: Annotations, purpose: Purpose, *, crowd: bool = False)
         return lines
     real = annotations.trained_on(crowd=crowd)
     if not real.any():
-        return lines  # which is refused
+        return lines  # such a set is refused
     images = annotations.images_of_boxes()
     kept = np.bincount(images[real], minlength=len(annotations)) > 0
     if empty := int((~kept).sum()):

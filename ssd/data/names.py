@@ -214,7 +214,7 @@ def within(parts: Sequence[str]) -> list[str] | None:
     a folder that the user named, or that the dataset has as one of a split's images; others only where the
     user says that names are to be followed.
     """
-    if os.name == "nt":  # where these two are no letters
+    if os.name == "nt":  # where a backslash separates, and a colon names a drive or a stream
         parts = [part for each in parts for part in each.split("\\")]
         if any(":" in part for part in parts):
             return None

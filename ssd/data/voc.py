@@ -327,8 +327,8 @@ def _readings(line: str) -> Iterator[str]:
     """
     quoted = re.match(r'"([^"]+)"', line)  # as CVAT writes a name with spaces
     texts = [quoted[1]] if quoted else [line]
-    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets. From the end: a
-    # pattern that may begin anywhere takes the square of a line's length.
+    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets. Words are split off
+    # the end, as the time of a pattern that may begin anywhere grows with the square of a line's length.
     for count, flags in ((1, "-?[01]"), (3, r"\d+")):
         head, *words = line.rsplit(None, count)
         if not quoted and len(words) == count and all(re.fullmatch(flags, word) for word in words):

@@ -238,7 +238,7 @@ def _go_on(
             for hook in hooks:
                 hook(dict(row))
             ending = limits.ending(run.progress)
-            if ending and (limits.minutes is not None or not is_last):  # all epochs are no surprise
+            if ending and (limits.minutes is not None or not is_last):  # the last epoch needs no explanation
                 say(ending)
         if stop.asked and not limits.ending(run.progress):  # it may have come in the last evaluation
             saved = files.write_state(run)

@@ -72,8 +72,8 @@ class ImageFolder:
             return Found(shown, "the name is empty")
         found = [file for file in self._fitting(wanted) if not self._is_of_another_folder(file, wanted)]
         if len(found) == 1:
-            guessed = not self._is_exactly(found[0], wanted)
-            return Found(found[0], guessed=guessed)
+            whole = [*self._own, *found[0].split("/")]
+            return Found(found[0], guessed=whole != wanted)
         if found:
             some = ", ".join(found[:_MOST_TOLD]) + (", ..." if len(found) > _MOST_TOLD else "")
             return Found(
@@ -151,10 +151,6 @@ class ImageFolder:
             return False
         written, own = loose(wanted[-2]), loose([*self._own, *file.split("/")][-2])
         return written != own and written in self._folder_names
-
-    def _is_exactly(self, file: str, wanted: list[str]) -> bool:
-        """Whether the parts are those of a file's absolute path."""
-        return [*self._own, *file.split("/")] == wanted
 
 
 def written_parts(written: str) -> list[str]:

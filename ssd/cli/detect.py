@@ -170,7 +170,8 @@ def detect(
     _require_sense(output, resume, annotations, format)
     wanted = _wanted(classes)
     found_images, total = _find(sources)
-    has_films = _has_films(found_images, total, all_frames=all_frames)
+    # Where images are not known beforehand, films may be among them.
+    has_films = total is None or any(has_frames(each, all_frames=all_frames) for each in found_images)
     if resume is not None and has_films:
         text = "takes images that are known beforehand: files, folders, globs; begin films anew, without it"
         raise typer.BadParameter(text, param_hint="--resume")
@@ -450,11 +451,6 @@ def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
     if len(paths) == len(images) and not any(is_web_url(path) or os.path.exists(path) for path in paths):
         raise typer.BadParameter(f"no such file: {', '.join(map(shortened, paths))}", param_hint="SOURCES")
     return images, len(images)
-
-
-def _has_films(images: Iterable[Named], total: int | None, *, all_frames: bool) -> bool:
-    """Whether there are films among images that are known beforehand; of others, there may be."""
-    return total is None or any(has_frames(each, all_frames=all_frames) for each in images)
 
 
 def _each_once(images: Iterable[Named]) -> Iterator[Named]:

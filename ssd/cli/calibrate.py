@@ -80,6 +80,8 @@ def calibrate(
         raise typer.BadParameter(f"{weights} is exported; calibrate the checkpoint that it was made of")
     path = output or Path(f"{Path(urlsplit(weights).path).stem or 'weights'}-calibrated.safetensors")
     picture = path.with_suffix(".png")
+    if plots and picture == path:
+        raise typer.BadParameter(f"{path} would be the diagram; call the weights otherwise")
     for file in (path, *([picture] if plots else [])):
         if os.path.lexists(file):
             raise typer.BadParameter(f"{file} is there already; --output FILE names another")

@@ -96,6 +96,7 @@ def test_numbers_for_programs(data, tmp_path):
         ),
         (["--precision", "0.9"], "0.9"),
         (["--coverage", "1"], "above 0 and below 1"),
+        (["--plots", "--output", "made.png"], "made.png would be the diagram"),
     ],
 )
 def test_usage(options, message, data):

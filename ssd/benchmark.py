@@ -193,10 +193,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return max(best, 2 * 9 * channels**2 * cells**2 * batch / _fastest(lambda: conv(x), device))
 
 
-def _fastest(run: Callable[[], Tensor], device: torch.device, rounds: int = 10) -> float:
+def _fastest(run: Callable[[], Tensor], device: torch.device) -> float:
     seconds = []
     with torch.inference_mode():
-        for _ in range(rounds):
+        for _ in range(10):
             start = time.perf_counter()
             run()
             if device.type == "cuda":

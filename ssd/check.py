@@ -249,14 +249,12 @@ def _choices(annotations: Annotations) -> list[Choice]:
     if not len(boxes):
         return []
 
-    def overlaps(name: str, boxes: Tensor) -> Tensor:
-        return (LAYOUTS[FITTED[name]].fitted(boxes) if name in FITTED else LAYOUTS[name]).best_overlaps(boxes)
-
-    def share(overlaps: Tensor) -> float:
-        return float((overlaps > 0.5).float().mean())
+    def matched(name: str, boxes: Tensor) -> float:
+        layout = LAYOUTS[FITTED[name]].fitted(boxes) if name in FITTED else LAYOUTS[name]
+        return _share(_are_matched(boxes, layout))
 
     choices = [
-        Choice(name, None, share(overlaps(name, boxes)), (LAYOUTS[FITTED.get(name, name)].size / 300) ** 2)
+        Choice(name, None, matched(name, boxes), (LAYOUTS[FITTED.get(name, name)].size / 300) ** 2)
         for name in (*LAYOUTS, *FITTED)
     ]
     if max(choice.matched for choice in choices) < _TILED:
@@ -265,7 +263,7 @@ def _choices(annotations: Annotations) -> list[Choice]:
             views = sum(n * number_of_windows(*size, side) for size, n in images.items()) / len(annotations)
             tiled = in_tiles(boxes, sizes, side)
             for name in ("300", "fitted"):
-                choices.append(Choice(name, side, share(overlaps(name, tiled)), views))
+                choices.append(Choice(name, side, matched(name, tiled), views))
     return sorted(choices, key=lambda choice: choice.time)
 
 
@@ -295,7 +293,7 @@ def _report(name: str, annotations: Annotations, layout: Layout) -> SplitReport:
     purpose: Purpose = "training" if name == "train" else "evaluation"
     per_image = np.diff(annotations.starts)
     boxes = torch.from_numpy(annotations.normalised_boxes()[0])
-    matched = (layout.best_overlaps(boxes) > 0.5).numpy()
+    matched = _are_matched(boxes, layout)
     sizes = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().numpy() * layout.size
     limits = size_limits(layout.size)
     size_rows = []
@@ -332,6 +330,11 @@ def size_limits(size: int) -> list[int]:
         limits.append(limit)
         limit *= 2
     return [*limits, size]
+
+
+def _are_matched(boxes: Tensor, layout: Layout) -> npt.NDArray[np.bool_]:
+    """Which boxes, float32 xyxy, normalised ``[M, 4]``, a default box overlaps by more than 0.5: ``[M]``."""
+    return (layout.best_overlaps(boxes) > 0.5).numpy()
 
 
 def _share(matched: npt.NDArray[np.bool_]) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssd import containers, networks
-from ssd.boxes import PUBLISHED_LAYOUT, Layout
+from ssd.boxes import PUBLISHED_LAYOUT, Layout, to_corners
 from ssd.calibration import Calibration
 from ssd.choices import Backbone
 from ssd.errors import CheckpointError, DownloadError, as_line, shown  # noqa: F401 (caught by this name)
@@ -53,6 +53,19 @@ class Checkpoint:
     """Of each class but the background, where the file has them; see `ssd.evaluate.best_thresholds`."""
     calibration: Calibration | None = None
     """What scores and boxes are worth, where ``ssd calibrate`` measured it."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it with the function `save`."""
+        save(
+            path,
+            self.state_dict,
+            self.class_names,
+            category_ids=self.category_ids,
+            config=self.config,
+            layout=self.layout,
+            score_thresholds=self.score_thresholds,
+            calibration=self.calibration,
+        )
 
 
 # --- Reading ----------------------------------------------------------------------------------------------
@@ -181,10 +194,9 @@ def _are_default_boxes(value: Tensor, layout: Layout) -> bool:
     theirs = value.float().squeeze()
     theirs = theirs.T if theirs.ndim == 2 and len(theirs) == 4 else theirs
     cxcywh = layout.default_boxes()
-    centers, half = cxcywh[:, :2], cxcywh[:, 2:] / 2
     return any(
         theirs.shape == form.shape and torch.allclose(theirs, form * scale, atol=2e-3 * scale)
-        for form in (cxcywh, torch.cat([centers - half, centers + half], 1))
+        for form in (cxcywh, to_corners(cxcywh))
         for scale in (1, layout.size)
     )
 

@@ -38,9 +38,9 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[len(text) - most // 4 :]}"
 
 
-def shown(value: object, most: int = 100) -> str:
+def shown(value: object) -> str:
     """A value out of a file, as Python writes it; no more text is made of it than is shown."""
-    return as_line(_SHORT.repr(value), most)
+    return as_line(_SHORT.repr(value), 100)
 
 
 class ImageError(UserError, ValueError):

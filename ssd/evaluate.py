@@ -34,10 +34,11 @@ from ssd.errors import AnnotationError, as_line
 from ssd.postprocess import IOU_THRESHOLD, MOST_KEPT, SCORE_THRESHOLD
 from ssd.sources import Named
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""The twelve numbers of COCOeval.summarize, in its order; -1 where there is nothing to measure."""
+FOUND_AT = 0.5
+"""The IoU from which on a detection finds a box."""
 
-_FOUND_AT = 0.5  # IoU
+CROWD = -2
+"""What `finds` gives of a detection that is left aside, as it lies on a crowd."""
 
 MEANINGS = {
     "AP": "IoU 0.50:0.95, all sizes",
@@ -53,6 +54,9 @@ MEANINGS = {
     "ARm": "recall, medium",
     "ARl": "recall, large",
 }
+"""What the twelve numbers of COCOeval.summarize are, in its order."""
+
+METRICS = tuple(MEANINGS)
 
 
 @dataclass(frozen=True)
@@ -326,9 +330,8 @@ def _coco_package() -> tuple[Any, Any]:
 
 
 def _truth(annotations: Annotations) -> dict[str, Any]:
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
     rows = zip(
-        image.tolist(),
+        annotations.images_of_boxes().tolist(),
         annotations.labels.tolist(),
         annotations.boxes.tolist(),
         annotations.areas.tolist(),
@@ -432,14 +435,14 @@ def match(annotations: Annotations, found: Mapping[int, Detections]) -> Matches:
     classes = len(annotations.class_names)
     counts = np.bincount(annotations.labels[~annotations.crowd], minlength=classes + 1)[1:]
     none = np.zeros(0, np.int64)
-    finds = np.concatenate([none, *(_finds(annotations, i, each) for i, each in found.items())])
+    numbers = np.concatenate([none, *(finds(annotations, i, each) for i, each in found.items())])
     images = np.concatenate([none, *(np.full(len(each), i) for i, each in found.items())])
     scores = np.concatenate([np.zeros(0, np.float32), *(each.scores for each in found.values())])
     class_ids = np.concatenate([none, *(each.class_ids for each in found.values())])
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in found.values())])
-    counting = finds != _CROWD
+    counting = numbers != CROWD
     return Matches(
-        scores[counting], class_ids[counting], finds[counting], boxes[counting], images[counting], counts
+        scores[counting], class_ids[counting], numbers[counting], boxes[counting], images[counting], counts
     )
 
 
@@ -531,29 +534,39 @@ def _crosswise(matched: Matches) -> npt.NDArray[np.float32]:
     return probabilities
 
 
-_CROWD = -2
+def finds(
+    annotations: Annotations, i: int, found: Detections, *, of_any_class: bool = False
+) -> npt.NDArray[np.int64]:
+    """What an image's detections find: best first, each the free box that it overlaps most, by 0.5 or more.
 
+    Args:
+        annotations: the ground truth.
+        i: the index of the image.
+        found: its K detections, best first.
+        of_any_class: whether a detection also finds boxes of other classes.
 
-def _finds(annotations: Annotations, i: int, found: Detections) -> npt.NDArray[np.int64]:
-    """The number of the box that each detection of an image finds; -1 for none, `_CROWD` for a crowd."""
+    Returns:
+        ``[K]``: the number of the box among all of the annotations; -1 for none, `CROWD` for a crowd.
+    """
     from pycocotools import mask  # noqa: PLC0415
 
-    part, finds = annotations.of_image(i), np.full(len(found), -1)
+    part, numbers = annotations.of_image(i), np.full(len(found), -1)
     crowd, labels = annotations.crowd[part], annotations.labels[part] - 1
     if not len(labels) or not len(found):
-        return finds
+        return numbers
     corners = (found.boxes.astype(np.float64), annotations.boxes[part].astype(np.float64))
     boxes, truth = (np.hstack([each[:, :2], each[:, 2:] - each[:, :2]]) for each in corners)
-    # Of crowd boxes it gives the part of the detection that they cover.
-    overlaps = np.where(found.class_ids[:, None] == labels, mask.iou(boxes, truth, crowd), 0)
+    overlaps = mask.iou(boxes, truth, crowd)  # of crowd boxes, the part of the detection that they cover
+    if not of_any_class:
+        overlaps = np.where(found.class_ids[:, None] == labels, overlaps, 0)
     free = ~crowd
-    for k in np.flatnonzero(overlaps.max(1) >= _FOUND_AT):  # best first
+    for k in np.flatnonzero(overlaps.max(1) >= FOUND_AT):
         best = int(np.where(free, overlaps[k], -1).argmax())
-        if free[best] and overlaps[k, best] >= _FOUND_AT:
-            free[best], finds[k] = False, part.start + best
-        elif (overlaps[k, crowd] >= _FOUND_AT).any():
-            finds[k] = _CROWD
-    return finds
+        if free[best] and overlaps[k, best] >= FOUND_AT:
+            free[best], numbers[k] = False, part.start + best
+        elif (overlaps[k, crowd] >= FOUND_AT).any():
+            numbers[k] = CROWD
+    return numbers
 
 
 def coco_results(annotations: Annotations, found: Mapping[int, Detections]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-if sys.platform != "win32":  # where what is open cannot be removed
+if sys.platform != "win32":  # which needs no locks: what is open there cannot be removed
     import fcntl
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -315,7 +315,7 @@ def _lock(descriptor: int, path: Path) -> bool | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Some network file systems number a file otherwise each time that they are asked.
+        # Some network file systems give a file another inode each time that they are asked.
         return os.path.samestat(os.fstat(descriptor), os.lstat(path)) or None
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -558,8 +558,7 @@ def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             continue
         if _is_raw(getattr(image, "tag_v2", {})):
             continue
-        _require_shape(*image.size, name)
-        _require_few_pixels(*image.size, name, max_pixels)
+        require_size(*image.size, name, max_pixels)
         return image
     raise ImageError(f"{name}: {_what_it_is(file, head)}")
 

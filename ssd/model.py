@@ -292,7 +292,7 @@ def transfer(
     elif model.layout != source.layout:
         line += " (another layout)"
     new = _listed([part for part in parts if part not in loaded], parts) or "nothing"
-    if not same_classes:  # and then class heads are what ends the list
+    if not same_classes:  # the list then ends with the class heads
         new += f" (other classes than its {len(found.class_names)})"
     return model, f"{line}: loaded {len(kept)} tensors ({_listed(loaded, parts)}); new: {new}"
 

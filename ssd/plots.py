@@ -8,12 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ImageDraw
-from pycocotools import mask
 
 from ssd.backends import Options
 from ssd.calibration import Reliability
@@ -21,14 +20,13 @@ from ssd.data.annotations import Annotations
 from ssd.detections import Detections
 from ssd.drawing import encoded
 from ssd.errors import MissingExtra
-from ssd.evaluate import run_coco
+from ssd.evaluate import CROWD, FOUND_AT, finds, run_coco
 from ssd.images import load_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCORE_THRESHOLD = Options.score_threshold  # of what counts as detected in the matrix and on the images
-IOU_THRESHOLD = 0.5
 _WORST = 8
 _MOST_MARKERS = 40  # on a curve
 _CURVES = {
@@ -117,7 +115,7 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> memoryview:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
         axes.margins(y=0.08)
-        axes.update_datalim([(0, 0)])  # with nothing cut off above
+        axes.update_datalim([(0, 0)])  # the axis begins at 0, and nothing is cut off above
         axes.autoscale_view(scalex=False)
         axes.set_ylim(bottom=0)
         if len(axes.lines) > 1:
@@ -151,8 +149,7 @@ def draw_reliability(before: Reliability, after: Reliability, title: str) -> mem
         axes.plot(
             each.probability, each.hits, color=color, marker="o", markersize=5, linewidth=1.8, label=label
         )
-        place = each.probability
-        counts.bar(place, each.counts, width=0.028, color=color, alpha=0.6)
+        counts.bar(each.probability, each.counts, width=0.028, color=color, alpha=0.6)
     axes.set(ylabel="detections that find an object", ylim=(-0.02, 1.02), title=title)
     axes.legend(loc="upper left")
     counts.set(xlabel="score or probability", ylabel="detections", yscale="log", xlim=(-0.02, 1.02))
@@ -168,35 +165,21 @@ def _png(figure: "Figure") -> memoryview:
 
 
 def compare(annotations: Annotations, i: int, found: Detections) -> Mistakes:
-    """Pair an image's detections, best first, each with the free box that it overlaps most by 0.5 or more.
+    """Pair an image's detections with the boxes that they find, of whatever class; see `finds`.
 
     Crowd boxes, and detections on them, are left aside.
     """
-    part = annotations.of_image(i)
-    crowd = annotations.crowd[part]
-    every = annotations.boxes[part]
-    labels = annotations.labels[part] - 1
-    none = len(annotations.class_names)
+    part, none = annotations.of_image(i), len(annotations.class_names)
+    labels, free = annotations.labels[part] - 1, ~annotations.crowd[part]
     sure = found[(found.scores >= SCORE_THRESHOLD).tolist()]
-    free = ~crowd
     pairs: list[tuple[int, int]] = []
-    # Of crowd boxes it gives the part of the detection that they cover.
-    overlaps = mask.iou(_xywh(sure.boxes), _xywh(every), crowd)
-    overlaps = np.reshape(overlaps, (len(sure), len(every)))  # pycocotools gives [] where one is empty
-    for overlap, class_id in zip(overlaps, sure.class_ids.tolist(), strict=True):
-        candidates = np.where(free, overlap, -1)
-        best = int(candidates.argmax()) if len(candidates) else -1
-        if best >= 0 and candidates[best] >= IOU_THRESHOLD:
-            free[best] = False
-            pairs.append((int(labels[best]), class_id))
-        elif not (crowd & (overlap >= IOU_THRESHOLD)).any():
-            pairs.append((none, class_id))
+    for number, class_id in zip(finds(annotations, i, sure, of_any_class=True), sure.class_ids, strict=True):
+        if number >= 0:
+            free[number - part.start] = False
+        if number != CROWD:
+            pairs.append((int(labels[number - part.start]) if number >= 0 else none, int(class_id)))
     pairs += [(int(label), none) for label in labels[free]]
-    return Mistakes(pairs, every[free])
-
-
-def _xywh(boxes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).astype(np.float64)
+    return Mistakes(pairs, annotations.boxes[part][free])
 
 
 def _curves(annotations: Annotations, found: Mapping[int, Detections]) -> "Figure":
@@ -250,7 +233,7 @@ def _matrix(annotations: Annotations, mistakes: list[Mistakes]) -> "Figure":
     columns[-1], rows[-1] = "(missed)", "(nothing there)"
     axes.set_xticks(ticks, columns, rotation=60, ha="right")
     axes.set_yticks(ticks, rows)
-    axes.set(xlabel="detected", ylabel="truth", title=f"score {SCORE_THRESHOLD} or more, IoU {IOU_THRESHOLD}")
+    axes.set(xlabel="detected", ylabel="truth", title=f"score {SCORE_THRESHOLD} or more, IoU {FOUND_AT}")
     return figure
 
 

@@ -219,7 +219,7 @@ def find_images(
     kind = source_of(text)
     if kind in (SOURCES["film"], SOURCES["live"]) and not films:
         kind = SOURCES["file or URL"]
-    yield from _told(kind.find(text), on_left_out, films=films)
+    yield from _without_left_out(kind.find(text), on_left_out, films=films)
 
 
 def find_all(
@@ -241,7 +241,7 @@ def find_all(
             is_file = kind in (SOURCES["film"], SOURCES["file or URL"]) and os.path.exists(text)
             yield from [_by_content(text)] if is_file and len(sources) > 1 else kind.find(text)
 
-    yield from _told(each(), on_left_out, films=True)
+    yield from _without_left_out(each(), on_left_out, films=True)
 
 
 def _by_content(path: str) -> Named | LeftOut:
@@ -260,9 +260,10 @@ def _by_content(path: str) -> Named | LeftOut:
     return judged
 
 
-def _told(
+def _without_left_out(
     found: Iterable[Named | LeftOut], on_left_out: Callable[[Counter[str]], None] | None, *, films: bool
 ) -> Iterator[Named]:
+    """What is an image, or a film where these are wanted; the rest is counted."""
     counts: Counter[str] = Counter()
     for each in found:
         if isinstance(each, Named) and isinstance(each.image, Film) and not films:

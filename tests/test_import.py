@@ -58,7 +58,7 @@ FOLDERS = {
 ONLY = {
     "skimage": {"hub"},
     "matplotlib": {"plots"},
-    "pycocotools": {"evaluate", "plots"},
+    "pycocotools": {"evaluate"},
     "faster_coco_eval": {"evaluate"},
     "torchvision": set(),
     "supervision": {"detections", "tracking"},

@@ -10,6 +10,7 @@ from PIL import Image
 from ssd import plots, shapes
 from ssd.data import load
 from ssd.detections import Detections
+from ssd.evaluate import match
 from ssd.plots import compare, draw_curves, draw_plots
 
 
@@ -112,3 +113,15 @@ def test_curves_show_each_column_and_leave_out_what_was_not_measured(monkeypatch
 def _axes_of(history, seen):
     draw_curves(history)
     return seen[-1].axes
+
+
+def test_what_the_metrics_take_for_found_is_no_mistake(scenes):
+    """Where an IoU is 0.5 but for rounding, as of boxes of which one is half of the other."""
+    one = scenes.select([0])
+    boxes = np.full((len(one.boxes), 4), [400.0, 400.0, 402.0, 402.0])
+    boxes[0] = [0.1, 0.0, 2.1, 10.0]
+    one = replace(one, boxes=boxes, areas=(boxes[:, 2:] - boxes[:, :2]).prod(1))
+    label = int(one.labels[0]) - 1
+    found = Detections([[0.1, 0.0, 4.1, 10.0]], [0.9], [label], one.class_names, (480, 480))
+    assert match(one, {0: found}).hits.all()
+    assert compare(one, 0, found).pairs[0] == (label, label)

@@ -135,7 +135,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    if "WORLD_SIZE" not in os.environ:  # torchrun's may be waiting for each other, and then hear nothing
+    if "WORLD_SIZE" not in os.environ:  # processes of torchrun may wait for each other without an end
         # As Ctrl-C: results are kept, and what is half written goes.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Pillow's blocks of 16 MB stay with the thread that freed them; larger ones go back to the system, which

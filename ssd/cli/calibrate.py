@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -9,7 +10,6 @@ from urllib.parse import urlsplit
 import typer
 from tqdm import tqdm
 
-from ssd import checkpoint
 from ssd.backends import kind_of, of_model
 from ssd.calibration import least_matched
 from ssd.cli.common import (
@@ -33,9 +33,10 @@ from ssd.devices import choose_precision
 from ssd.distributed import alone
 from ssd.errors import as_line
 from ssd.evaluate import Calibrated, calibrated, detect_all
-from ssd.files import write_new
+from ssd.files import gone_if_unused, make_folder, write_new
 from ssd.memory import keep_memory
 from ssd.model import load_model
+from ssd.plots import draw_reliability, require_matplotlib
 
 
 def calibrate(
@@ -79,49 +80,43 @@ def calibrate(
         raise typer.BadParameter(f"{weights} is exported; calibrate the checkpoint that it was made of")
     path = output or Path(f"{Path(urlsplit(weights).path).stem or 'weights'}-calibrated.safetensors")
     picture = path.with_suffix(".png")
+    if plots and picture == path:
+        raise typer.BadParameter(f"{path} would be the diagram; call the weights otherwise")
     for file in (path, *([picture] if plots else [])):
         if os.path.lexists(file):
             raise typer.BadParameter(f"{file} is there already; --output FILE names another")
     if plots:
-        from ssd.plots import draw_reliability, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
-
         require_matplotlib()
-    target = chosen_device(device)
-    keep_memory(BATCH_MEMORY)
-    model, found = load_model(weights)
-    with usage_errors():
-        backend = of_model(model.to(target), choose_precision(precision, target))
-    detector = Detector(backend, found.class_names, found.category_ids)
-    annotations = load(data, split, images=images, class_names=found.class_names, follow=follow)
-    annotations = usable_for_evaluation(annotations, lenient=lenient)
-    for line in notes_of(annotations, "evaluation"):
-        typer.echo(f"{split}: {line}", err=as_json)
-    hidden = True if as_json else None
-    with usage_errors(), tqdm(total=len(annotations), unit="image", disable=hidden) as bar:
-        truth, detections = detect_all(
-            detector, annotations, alone(target), batch_size=batch_size, on_done=bar.update
+    with gone_if_unused(path.parent):
+        make_folder(path.parent)  # before all the work, not after it
+        target = chosen_device(device)
+        keep_memory(BATCH_MEMORY)
+        model, found = load_model(weights)
+        with usage_errors():
+            backend = of_model(model.to(target), choose_precision(precision, target))
+        detector = Detector(backend, found.class_names, found.category_ids)
+        annotations = load(data, split, images=images, class_names=found.class_names, follow=follow)
+        annotations = usable_for_evaluation(annotations, lenient=lenient)
+        for line in notes_of(annotations, "evaluation"):
+            typer.echo(f"{split}: {line}", err=as_json)
+        hidden = True if as_json else None
+        with usage_errors(), tqdm(total=len(annotations), unit="image", disable=hidden) as bar:
+            truth, detections = detect_all(
+                detector, annotations, alone(target), batch_size=batch_size, on_done=bar.update
+            )
+        result = calibrated(
+            truth, detections, precision=target_precision, recall=target_recall, coverage=coverage
         )
-    result = calibrated(
-        truth, detections, precision=target_precision, recall=target_recall, coverage=coverage
-    )
-    if as_json:
-        facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
-        typer.echo(json.dumps(facts | {"precision": detector.precision}, indent=2))
-    else:
-        typer.echo(_table(result, coverage))
-    checkpoint.save(
-        path,
-        found.state_dict,
-        found.class_names,
-        category_ids=found.category_ids,
-        config=found.config,
-        layout=found.layout,
-        score_thresholds=[each.threshold for each in result.classes.values()],
-        calibration=result.calibration,
-    )
-    if plots:
-        title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
-        write_new({picture: draw_reliability(result.before, result.after, title)})
+        if as_json:
+            facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
+            typer.echo(json.dumps(facts | {"precision": detector.precision}, indent=2))
+        else:
+            typer.echo(_table(result, coverage))
+        thresholds = tuple(each.threshold for each in result.classes.values())
+        replace(found, score_thresholds=thresholds, calibration=result.calibration).save(path)
+        if plots:
+            title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
+            write_new({picture: draw_reliability(result.before, result.after, title)})
     typer.echo(
         f"\nDetect with it: ssd detect PHOTO --weights {path} --score-threshold calibrated", err=as_json
     )

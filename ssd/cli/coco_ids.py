@@ -78,7 +78,11 @@ def ids_of_file(file: Path, sources: Sequence[str], class_names: Sequence[str]) 
     """
     try:
         content = json.loads(read_text(file))
-        entries = [(str(each["file_name"]), _id(each["id"])) for each in content["images"]]
+        entries = [
+            # LVIS has URLs only.
+            (str(each.get("file_name") or each.get("coco_url") or each["file_name"]), _id(each["id"]))
+            for each in content["images"]
+        ]
         categories = [(_id(each["id"]), str(each["name"])) for each in content["categories"]]
         used = {each.get("category_id") for each in content.get("annotations", [])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -165,12 +165,13 @@ def detect(
     ] = MAX_PIXELS,
 ) -> None:
     """An image that cannot be read is named and left out; the exit status is then 1."""
-    whole = {"pictures": images, "tiles": tiles is not None, "a window": show}
-    _require_no_whole_images(whole if scaled_decoding else {})
+    if scaled_decoding:
+        _require_no_whole_images({"pictures": images, "tiles": tiles is not None, "a window": show})
     _require_sense(output, resume, annotations, format)
     wanted = _wanted(classes)
     found_images, total = _find(sources)
-    has_films = _has_films(found_images, total, all_frames=all_frames)
+    # Where images are not known beforehand, films may be among them.
+    has_films = total is None or any(has_frames(each, all_frames=all_frames) for each in found_images)
     if resume is not None and has_films:
         text = "takes images that are known beforehand: files, folders, globs; begin films anew, without it"
         raise typer.BadParameter(text, param_hint="--resume")
@@ -186,12 +187,14 @@ def detect(
         shards = Shards(folder) if world.size > 1 or resume is not None else None
         detector = load_detector(weights, world, device, precision, compile=compile)
         listed = [] if total is None else [each.name for each in found_images]
-        settings = {
-            **{"weights": weights, "precision": detector.precision, "class_names": detector.class_names},
+        options: dict[str, Any] = {
             **{"score_threshold": score_threshold, "iou_threshold": iou_threshold},
-            **{"max_detections": max_detections, "classes": wanted, "batch_size": batch_size},
+            **{"max_detections": max_detections, "classes": wanted},
             **{"tiles": tiles, "voting": voting, "flips": flips, "scaled_decoding": scaled_decoding},
-            **{"format": format, "images": images},
+        }
+        settings = options | {  # which a run that goes on has to have again
+            **{"weights": weights, "precision": detector.precision, "class_names": detector.class_names},
+            **{"batch_size": batch_size, "format": format, "images": images},
         }
         given = shards.resume(settings) if shards and resume is not None else None
         done = frozenset(shards.done) if shards else None
@@ -200,20 +203,13 @@ def detect(
             results = find(
                 _share(found_images, None if has_films else total, world, batch_size, done),
                 batch_size=1 if show else batch_size,  # so that pictures come as evenly as frames do
-                score_threshold=score_threshold,
-                iou_threshold=iou_threshold,
-                max_detections=max_detections,
-                classes=wanted,
                 on_error=failures.add,
                 every=every,
                 max_fps=max_fps,
                 retries=retries,
                 all_frames=all_frames,
-                scaled_decoding=scaled_decoding,
                 max_pixels=max_pixels,
-                tiles=tiles,
-                voting=voting,
-                flips=flips,
+                **options,
             )
         coco_ids = _coco_ids(annotations, listed, detector.class_names)
         out = Results(
@@ -457,11 +453,6 @@ def _find(sources: list[str]) -> tuple[Iterable[Named], int | None]:
     return images, len(images)
 
 
-def _has_films(images: Iterable[Named], total: int | None, *, all_frames: bool) -> bool:
-    """Whether there are films among images that are known beforehand; of others, there may be."""
-    return total is None or any(has_frames(each, all_frames=all_frames) for each in images)
-
-
 def _each_once(images: Iterable[Named]) -> Iterator[Named]:
     seen: set[str] = set()
     for image in images:
@@ -523,7 +514,7 @@ def _keep_results(
         shards.begin(settings, out.names.given)
         goes_on = f"--resume {out.path.parent} with the same sources and options goes on"
         typer.echo(f"ssd: results are kept as they come; after an interruption, {goes_on}", err=True)
-    world.gather(None)  # the folder is there
+    world.gather(None)  # from here on the folder is there for all
     for found in results:
         if found.source in shards.done:
             continue

@@ -33,6 +33,7 @@ from ssd.data.judge import notes_of
 from ssd.distributed import join
 from ssd.evaluate import coco_results, detect_all, measure
 from ssd.files import clear_leftovers, write_new
+from ssd.plots import draw_plots, require_matplotlib
 
 _WRITTEN = ("metrics.json", "detections.json", "precision_recall.png", "confusion.png", "worst")
 """Into the folder; what it holds of these is never overwritten. Pictures are only written with --plots."""
@@ -64,8 +65,6 @@ def evaluate(
                 what = "an evaluation" if name == "metrics.json" else name
                 raise typer.BadParameter(f"{output} holds {what} already", param_hint="--output")
     if plots:
-        from ssd.plots import draw_plots, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
-
         require_matplotlib()  # before all the work, not after it
     with join(chosen_device(device)) as world, results_folder(output, "evaluate", world) as folder:
         detector = load_detector(weights, world, device, precision)
@@ -94,7 +93,7 @@ def evaluate(
         facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
         facts |= {"precision": detector.precision}
         options = {"tiles": tiles, "voting": voting, "flips": flips}
-        facts |= {name: value for name, value in options.items() if value}  # as before where there are none
+        facts |= {name: value for name, value in options.items() if value}  # as in earlier versions
         typer.echo(json.dumps(facts, indent=2) if as_json else result)  # whatever becomes of the files
         contents: dict[str, bytes | memoryview] = {
             **(draw_plots(truth, found) if plots else {}),

@@ -70,11 +70,10 @@ def _options_of(fields: FieldsOf) -> Iterator[inspect.Parameter]:
         option = typer.Option(
             *flags, help=docs.get(each.name, "").replace("`", ""), show_default=shown or False
         )
+        known = field_choices(kind) or fields.tables.get(each.name)
         if get_origin(kind) is tuple:
             kind, option.parser, option.metavar = str, _numbers, "NUMBERS"
-        elif known := field_choices(kind) or tuple(
-            fields.tables.get(each.name, ())
-        ):  # the config itself refuses others, as it does in Python
+        elif known:  # the config itself refuses others, as it does in Python
             kind, option.metavar = str, f"[{'|'.join(known)}]"
         yield inspect.Parameter(
             each.name,

@@ -2,12 +2,12 @@
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssd import checkpoint
 from ssd.card import data_of_run, measured_in, measured_in_run, model_card, without_paths
 from ssd.hf import CARD, SCHEME, WEIGHTS, push
 from ssd.model import load_model
@@ -65,16 +65,7 @@ def push_weights(
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / WEIGHTS
-        checkpoint.save(
-            file,
-            model.state_dict(),
-            found.class_names,
-            category_ids=found.category_ids,
-            config=without_paths(found.config),
-            layout=found.layout,
-            score_thresholds=found.score_thresholds,
-            calibration=found.calibration,
-        )
+        replace(found, state_dict=model.state_dict(), config=without_paths(found.config)).save(file)
         files: dict[str, bytes | Path] = {WEIGHTS: file, CARD: card.encode()}
         title = f"Weights: {model.backbone}, {len(found.class_names)} classes"
         url, kept = push(repo, files, private=private, replace_card=replace_card, message=title)

@@ -35,21 +35,17 @@ class Shards:
         self._places: dict[str, tuple[Path, int]] = {}
         self._own: Path | None = None
 
-    def require_none(self) -> None:
-        """Require that no run is unfinished here.
+    def begin(self, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        """Note what the run is; in one of the processes, before the others write.
 
         Raises:
-            ResumeError: one is.
+            ResumeError: a run is unfinished here.
         """
         if os.path.lexists(self._folder):
             raise ResumeError(
                 f"{self._results} holds a run that is not finished; --resume {self._results} goes on with "
                 "it, and another --output leaves it"
             )
-
-    def begin(self, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """Note what the run is; in one of the processes, before the others write."""
-        self.require_none()
         self._folder.mkdir()
         write_file(self._note, json.dumps({"settings": settings, "names": names}).encode())
 
@@ -61,10 +57,8 @@ class Shards:
         """
         try:
             note = json.loads(self._note.read_bytes())
-            before, names = (
-                dict(note["settings"]),
-                {str(key): str(name) for key, name in note["names"].items()},
-            )
+            before = dict(note["settings"])
+            names = {str(key): str(name) for key, name in note["names"].items()}
         except FileNotFoundError:
             raise ResumeError(f"{self._results} holds no unfinished run; leave --resume out") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -75,8 +69,7 @@ class Shards:
             raise ResumeError(
                 f"the run in {self._results} was begun with {as_line(was, 400)}; to go on, give the same"
             )
-        for file in sorted(self._folder.glob("*.jsonl")):
-            self._places |= {each["source"]: (file, place) for place, each in _lines(file)}
+        self._find_places()
         return names
 
     @property
@@ -109,9 +102,12 @@ class Shards:
         self, listed: Sequence[str], class_names: tuple[str, ...], category_ids: tuple[int, ...]
     ) -> Iterator[Detections]:
         """The results of all processes, when all have ended, in the order of `listed`; one at a time."""
+        self._find_places()
+        return (self._read(name, class_names, category_ids) for name in listed if name in self._places)
+
+    def _find_places(self) -> None:
         for file in sorted(self._folder.glob("*.jsonl")):
             self._places |= {each["source"]: (file, place) for place, each in _lines(file)}
-        return (self._read(name, class_names, category_ids) for name in listed if name in self._places)
 
     def _read(self, name: str, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> Detections:
         path, place = self._places[name]

@@ -111,6 +111,14 @@ class Annotations:
             problems=tuple(problem for problem in self.problems if problem.file not in gone),
         )
 
+    def images_of_boxes(self) -> npt.NDArray[np.int64]:
+        """The index of each box's image, ``[T]``."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def trained_on(self, *, crowd: bool) -> npt.NDArray[np.bool_]:
+        """Which boxes are trained on, ``[T]``; `crowd`: whether crowd boxes are, too."""
+        return self.usable & (~self.crowd | crowd)
+
     def normalised_boxes(
         self, *, crowd: bool = False
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -124,8 +132,8 @@ class Annotations:
         Returns:
             xyxy in parts of the image, clipped to [0, 1], ``[M, 4]``; and ``[M, 2]``.
         """
-        sides = np.repeat(self.sizes, np.diff(self.starts), axis=0)
-        known = self.usable & (~self.crowd | crowd) & (sides > 0).all(1)
+        sides = self.sizes[self.images_of_boxes()]
+        known = self.trained_on(crowd=crowd) & (sides > 0).all(1)
         sides = sides[known]
         boxes = (self.boxes[known] / np.tile(sides, 2)).clip(0, 1).astype(np.float32)
         seen = (boxes[:, 2:] > boxes[:, :2]).all(1)

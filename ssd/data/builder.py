@@ -342,7 +342,7 @@ def read_bytes(path: Path, most: int = -1) -> bytes:
     """
     try:
         mode = path.stat().st_mode
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of which the system says that it is one
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a folder, the system says what it is
             with path.open("rb") as file:
                 return file.read(most)
         why = "it is no regular file"

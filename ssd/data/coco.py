@@ -157,7 +157,7 @@ def _ranked(root: Path, split: str) -> dict[int, list[Path]]:
     """The files that may be a split's, by how little their names tell it; see `_rank`."""
     standard = [file for file in _standard_files(root) if _rank(file, root, split) == 0]
     if standard:  # without a look into the folders of images
-        # A name without a year before the last year.
+        # A name without a year comes before the latest year.
         year = {file: int(re.sub(r"\D", "", _bare(file)) or 9999) for file in standard}
         return {0: sorted(standard, key=lambda file: (file.parent != root, -year[file]))}
     files = list(_json_files(root))
@@ -286,7 +286,7 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # Python makes no integers of thousands of digits; what they are of is told as wrong
+    except ValueError:  # Python refuses integers of thousands of digits; what holds infinity is told
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 999 else math.inf)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ssd.data.annotations import Annotations
-from ssd.data.judge import require_size, trained_on, usable_for_training
+from ssd.data.judge import require_size, usable_for_training
 from ssd.errors import AnnotationError
 from ssd.images import load_image
 
@@ -39,7 +39,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, dict[str, Any]]]):
         self.annotations = annotations = usable_for_training(annotations, lenient=lenient)
         self.class_names = annotations.class_names
         self.crowd = crowd
-        self._kept = trained_on(annotations, crowd=crowd)
+        self._kept = annotations.trained_on(crowd=crowd)
 
     def __len__(self) -> int:
         return len(self.annotations)

@@ -13,16 +13,8 @@ from ssd.errors import ImageError
 from ssd.images import is_image_name, load_image
 
 ANNOTATION_FOLDERS = (
-    "annotations",
-    "annotation",
-    "annots",
-    "anns",
-    "ann",
-    "labels",
-    "label",
-    "xml",
-    "xmls",
-    "json",
+    *("annotations", "annotation", "annots", "anns", "ann"),
+    *("labels", "label", "xml", "xmls", "json"),
 )
 """Folders in which annotation files lie, beside the folder of their images."""
 

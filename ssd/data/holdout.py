@@ -11,7 +11,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from ssd.data.annotations import Annotations
-from ssd.data.judge import trained_on
 from ssd.errors import AnnotationError, ImageError
 from ssd.images import load_scaled
 
@@ -55,7 +54,7 @@ def hold_out(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction of images to hold out is above 0 and below 1; got {fraction:g}")
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    images = annotations.images_of_boxes()
     measured = np.bincount(images[~annotations.crowd], minlength=len(annotations)) > 0
     if not measured.any():
         raise AnnotationError(
@@ -67,8 +66,8 @@ def hold_out(
     counts = _boxes_by_class(annotations, crowd=crowd)
     labelled = [group for group in groups if counts[group].any()]
     others = [group for group in groups if not counts[group].any()]
-    held = _chosen(labelled, fraction, counts) + _chosen(others, fraction, counts)
-    if not measured[held].any():
+    held, background = _chosen(labelled, fraction, counts), _chosen(others, fraction, counts)
+    if not measured[held + background].any():
         wanted = [group for group in groups if measured[group].any()]
         smallest = _smallest(wanted, counts, len(annotations))
         if smallest is None:
@@ -78,7 +77,10 @@ def hold_out(
                 f"{max(map(len, wanted))} images; half of the images, and boxes of every class, have to be "
                 "left to train on. Make a val split of images of another scene, camera or day"
             )
-        held += smallest
+        # It comes first: behind others it might take the last boxes of a class.
+        held = _chosen([smallest, *(each for each in labelled if each is not smallest)], fraction, counts)
+        held = held if measured[held].any() else smallest  # which may be more than the fraction
+    held = held + background
     kept = np.setdiff1d(np.arange(len(annotations)), held)
     return annotations.select(kept.tolist()), annotations.select(sorted(held))
 
@@ -132,9 +134,8 @@ def _smallest(groups: Sequence[list[int]], counts: npt.NDArray[np.int64], images
 def _boxes_by_class(annotations: Annotations, *, crowd: bool) -> npt.NDArray[np.int64]:
     """How many boxes of each class that are trained on are in each image, ``[N, classes]``."""
     counts = np.zeros((len(annotations), len(annotations.class_names)), np.int64)
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    real = trained_on(annotations, crowd=crowd)
-    np.add.at(counts, (images[real], annotations.labels[real] - 1), 1)
+    real = annotations.trained_on(crowd=crowd)
+    np.add.at(counts, (annotations.images_of_boxes()[real], annotations.labels[real] - 1), 1)
     return counts
 
 

@@ -310,13 +310,12 @@ def listed(counts: Mapping[str, int]) -> str:
 # --- What is refused --------------------------------------------------------------------------------------
 
 
-def judge_split(annotations: Annotations, purpose: Purpose, *, crowd: bool = False) -> list[Problem]:
+def judge_split(annotations: Annotations, purpose: Purpose) -> list[Problem]:
     """All problems of a split; fatal are those that its purpose refuses. Check, train and evaluate ask here.
 
     Args:
         annotations: whose problems are those that are known: the reader's, or after `ssd check` all.
-        purpose: "evaluation" takes boxes without area, as the official code.
-        crowd: whether crowd boxes are trained on.
+        purpose: "evaluation" takes boxes without area, as the official code; "training", no crowd boxes.
     """
     tolerated = MISSHAPEN if purpose == "evaluation" else ()
     problems = [
@@ -327,14 +326,14 @@ def judge_split(annotations: Annotations, purpose: Purpose, *, crowd: bool = Fal
         if not len(annotations):
             problems.append(Problem(NO_IMAGES, str(annotations.source), "", "lists no images"))
         elif purpose == "training":
-            problems += _judge_training_set(annotations, crowd=crowd)
+            problems += _judge_training_set(annotations, crowd=False)
     return problems
 
 
 def _judge_training_set(annotations: Annotations, *, crowd: bool) -> list[Problem]:
     """What is wrong with the whole of it."""
     count, source = len(annotations), str(annotations.source)
-    if not trained_on(annotations, crowd=crowd).any():
+    if not annotations.trained_on(crowd=crowd).any():
         what = f"no boxes to train on in {count} images"
         what += f"; {annotations.labels_hint}" if annotations.labels_hint else ""
         if usable := int(annotations.usable.sum()):
@@ -349,11 +348,6 @@ def _judge_training_set(annotations: Annotations, *, crowd: bool) -> list[Proble
     return []
 
 
-def trained_on(annotations: Annotations, *, crowd: bool) -> npt.NDArray[np.bool_]:
-    """Which boxes are trained on, ``[T]``."""
-    return annotations.usable & (~annotations.crowd | crowd)
-
-
 def notes_of(annotations: Annotations, purpose: Purpose, *, crowd: bool = False) -> list[str]:
     """What is told of a split that is used: what its reader noted, and what becomes background."""
     lines = list(annotations.notes)
@@ -361,10 +355,11 @@ def notes_of(annotations: Annotations, purpose: Purpose, *, crowd: bool = False)
         if len(annotations) and not (~annotations.crowd).any():
             lines.append("there is no box to find, so all numbers will be -1")
         return lines
-    if not trained_on(annotations, crowd=crowd).any():
-        return lines  # which is refused
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    kept = np.bincount(images[trained_on(annotations, crowd=crowd)], minlength=len(annotations)) > 0
+    real = annotations.trained_on(crowd=crowd)
+    if not real.any():
+        return lines  # such a set is refused
+    images = annotations.images_of_boxes()
+    kept = np.bincount(images[real], minlength=len(annotations)) > 0
     if empty := int((~kept).sum()):
         lines.append(f"{empty} of {len(annotations)} images have no boxes to train on and are background")
     hidden = int((np.bincount(images[annotations.crowd], minlength=len(annotations)) > 0)[~kept].sum())

@@ -72,8 +72,8 @@ class ImageFolder:
             return Found(shown, "the name is empty")
         found = [file for file in self._fitting(wanted) if not self._is_of_another_folder(file, wanted)]
         if len(found) == 1:
-            guessed = not self._is_exactly(found[0], wanted)
-            return Found(found[0], guessed=guessed)
+            whole = [*self._own, *found[0].split("/")]
+            return Found(found[0], guessed=whole != wanted)
         if found:
             some = ", ".join(found[:_MOST_TOLD]) + (", ..." if len(found) > _MOST_TOLD else "")
             return Found(
@@ -107,7 +107,7 @@ class ImageFolder:
     def _holds(self, parts: list[str]) -> bool:
         folder = "/".join(parts[:-1])
         if folder not in self._folders:
-            self._folders[folder] = frozenset(_listed(self.root / folder)[1])
+            self._folders[folder] = frozenset(_folders_and_files(self.root / folder)[1])
         return parts[-1] in self._folders[folder]
 
     def _fitting(self, wanted: list[str]) -> list[str]:
@@ -151,10 +151,6 @@ class ImageFolder:
             return False
         written, own = loose(wanted[-2]), loose([*self._own, *file.split("/")][-2])
         return written != own and written in self._folder_names
-
-    def _is_exactly(self, file: str, wanted: list[str]) -> bool:
-        """Whether the parts are those of a file's absolute path."""
-        return [*self._own, *file.split("/")] == wanted
 
 
 def written_parts(written: str) -> list[str]:
@@ -201,7 +197,7 @@ def files_below(folder: Path) -> Iterator[str]:
         if identity is None or identity in seen:
             continue
         seen.add(identity)
-        folders, files = _listed(above)
+        folders, files = _folders_and_files(above)
         yield from (prefix + name for name in files if not name.startswith("."))
         below = [name for name in reversed(folders) if not name.startswith(".")]
         waiting += [(f"{prefix}{name}/", os.path.join(above, name)) for name in below]
@@ -214,7 +210,7 @@ def within(parts: Sequence[str]) -> list[str] | None:
     a folder that the user named, or that the dataset has as one of a split's images; others only where the
     user says that names are to be followed.
     """
-    if os.name == "nt":  # where these two are no letters
+    if os.name == "nt":  # where a backslash separates, and a colon names a drive or a stream
         parts = [part for each in parts for part in each.split("\\")]
         if any(":" in part for part in parts):
             return None
@@ -258,7 +254,7 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _listed(folder: str | Path) -> tuple[list[str], list[str]]:
+def _folders_and_files(folder: str | Path) -> tuple[list[str], list[str]]:
     """The folders in a folder and its files, sorted; nothing of one that cannot be read.
 
     A link that leads nowhere counts as a file, which can be told then; pipes and devices do not.

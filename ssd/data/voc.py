@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ssd.data.annotations import Annotations
@@ -136,9 +136,9 @@ def read(
 
 def _note_unclaimed(chosen: _Split, folder: Path, found: Mapping[Path, str], builder: Builder) -> None:
     """Note images that have no annotation file, and annotation files that are in no list."""
-    claimed = {_short(name) for name in [*found.values(), *builder.names]}
+    claimed = {_loose_stem(name) for name in [*found.values(), *builder.names]}
     claimed |= {loose(file.stem) for file in chosen.every}
-    unclaimed = sorted(name for name in images_below(folder) if _short(name) not in claimed)
+    unclaimed = sorted(name for name in images_below(folder) if _loose_stem(name) not in claimed)
     if unclaimed:
         builder.note(
             f"{len(unclaimed)} images in {folder} have no XML file, such as {unclaimed[0]}, and are not used"
@@ -327,8 +327,8 @@ def _readings(line: str) -> Iterator[str]:
     """
     quoted = re.match(r'"([^"]+)"', line)  # as CVAT writes a name with spaces
     texts = [quoted[1]] if quoted else [line]
-    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets. From the end: a
-    # pattern that may begin anywhere takes the square of a line's length.
+    # One flag follows in VOC's lists of a class, three numbers in those of Oxford's pets. Words are split off
+    # the end, as the time of a pattern that may begin anywhere grows with the square of a line's length.
     for count, flags in ((1, "-?[01]"), (3, r"\d+")):
         head, *words = line.rsplit(None, count)
         if not quoted and len(words) == count and all(re.fullmatch(flags, word) for word in words):
@@ -346,11 +346,9 @@ def _readings(line: str) -> Iterator[str]:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    return (
-        PurePosixPath(file.relative_to(folder) if file.is_relative_to(folder) else file.name)
-        .with_suffix("")
-        .as_posix()
-    )
+    """What an annotation file is called, from its folder on, with "/" and without suffix."""
+    name = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+    return name.with_suffix("").as_posix()
 
 
 def _image_folder(chosen: _Split, split: str) -> Path:
@@ -394,7 +392,7 @@ def _pair(files: Mapping[Path, "_File"], folder: Path, images: Path) -> dict[Pat
         alike = last.get(loose(short).rsplit("/", 1)[-1], [])
         written = entry.written.replace("\\", "/").rsplit("/", 1)[-1]
         if not same and len(alike) == 1:
-            ways = [stem, entry.written] if _short(written) == _short(stem) else [stem]
+            ways = [stem, entry.written] if _loose_stem(written) == _loose_stem(stem) else [stem]
             if any(_is_of_another_folder(f"{images.name}/{alike[0]}", way, folders) for way in ways):
                 astray.add(file)
             else:
@@ -408,13 +406,13 @@ def _pair(files: Mapping[Path, "_File"], folder: Path, images: Path) -> dict[Pat
             pairs[file] = same[0]
         else:
             named[file] = entry.written or f"{stem}.jpg"
-    taken = {_short(name) for name in pairs.values()}
+    taken = {_loose_stem(name) for name in pairs.values()}
     unread = _unread(images) if named else {}
     for file, written in named.items():
         stem, suffix = _stem(file, folder), os.path.splitext(written)[1]
         own = unread.get(loose(stem.rsplit("/", 1)[-1]))
         if own is None:
-            by_stem = _short(written) in taken or (file in astray and "/" in stem)
+            by_stem = _loose_stem(written) in taken or (file in astray and "/" in stem)
             own = f"{stem}{suffix or '.jpg'}" if by_stem else written
         pairs[file] = own
     return pairs
@@ -436,7 +434,7 @@ def _unread(folder: Path) -> dict[str, str]:
     }
 
 
-def _short(name: str) -> str:
+def _loose_stem(name: str) -> str:
     """The last part of an image's name or path, without suffix, in any spelling."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     return loose(os.path.splitext(last)[0] if is_image_name(last) else last)

@@ -55,9 +55,8 @@ def has_split(path: Path, split: str) -> bool:
 def _has_split(settings: Settings, split: str) -> bool:
     try:
         return any(_has_some(listing, settings) for listing in find_listings(settings, split))
-    except (
-        AnnotationError
-    ):  # Roboflow's files name splits that were not exported; or the labels alone are here
+    except AnnotationError:
+        # Roboflow's files name splits that were not exported; or the labels alone are here.
         places = _places_of_entries(settings, split) if entries_of(settings, split) else []
         return any(is_label_name(name) for place in places for name in files_below(Path(place)))
 
@@ -274,10 +273,10 @@ def _build(
         if size is None and os.path.isfile(path):
             builder.problem(UNREADABLE, builder.names[image], "", _why_unreadable(path))
         elif i in pairs.doubtful:
-            some = ", ".join(_short(each, home) for each in pairs.doubtful[i][:5])
+            some = ", ".join(_below_home(each, home) for each in pairs.doubtful[i][:5])
             told = (
                 f"has no label file in its place, but {some} may be its own; put that where it belongs, in "
-                f"{_short(str(_expected(path, home)), home)}, or remove it"
+                f"{_below_home(str(_expected(path, home)), home)}, or remove it"
             )
             builder.problem(DOUBTFUL, builder.names[image], "", told)
         elif label is not None and size is not None:
@@ -320,7 +319,7 @@ def _tell_pairs(pairs: Pairs, home: Path, builder: Builder) -> None:
     example = f"such as {builder.names[lacking[0]]}" if lacking else ""
     if pairs.strays and pairs.images:
         told = f"{len(pairs.strays)} label files with {sum(pairs.strays.values())} objects are no image's, "
-        told += f"such as {_short(min(pairs.strays), home)}"
+        told += f"such as {_below_home(min(pairs.strays), home)}"
         if lacking:
             told += f", while {len(lacking)} images have no label file, {example}; call each label file like "
             told += "its image, and remove those whose images are gone"
@@ -337,7 +336,7 @@ def _tell_pairs(pairs: Pairs, home: Path, builder: Builder) -> None:
         )
     if pairs.elsewhere:
         first = pairs.elsewhere[0]
-        found = _short(pairs.labels[first] or "", home)
+        found = _below_home(pairs.labels[first] or "", home)
         builder.note(
             f"{len(pairs.elsewhere)} of {len(pairs.images)} images have their label file in another place, "
             f"where it was found by its name alone, such as {found} for {builder.names[first]}"
@@ -350,13 +349,13 @@ def _tell_pairs(pairs: Pairs, home: Path, builder: Builder) -> None:
     if shared:
         label, names = shared[0]
         builder.note(
-            f"{len(shared)} label files are read for several images each, such as {_short(label, home)} for "
-            f"{' and '.join(names[:3])}"
+            f"{len(shared)} label files are read for several images each, such as "
+            f"{_below_home(label, home)} for {' and '.join(names[:3])}"
         )
 
 
-def _short(path: str, home: Path) -> str:
-    """A path for messages."""
+def _below_home(path: str, home: Path) -> str:
+    """A path for messages: from the dataset's folder on, if it is in it."""
     return os.path.relpath(path, home) if Path(path).is_relative_to(home) else path
 
 

@@ -113,19 +113,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where they come from JSON
-        least: dict[str, float] = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1}
+        least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "evaluate_every": 1, "tiles": LEAST_TILE}
         least |= dict.fromkeys(("momentum", "weight_decay", "warmup", "ema", "clip", "freeze"), 0)
-        least |= dict.fromkeys(("patience", "seed"), 0)
-        least |= {name: 0 for name in ("half_size", "workers") if getattr(self, name) is not None}
+        least |= dict.fromkeys(("patience", "seed", "half_size", "workers"), 0)
         for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise ValueError(f"{name} must be at least {low}; got {value}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be above 0; got {self.lr}")
         if self.time is not None and not 0 < self.time <= _LONGEST:
             raise ValueError(f"time must be above 0 and at most {_LONGEST:,} minutes; got {self.time}")
-        if self.tiles is not None and self.tiles < LEAST_TILE:
-            raise ValueError(f"tiles must be at least {LEAST_TILE}; got {self.tiles}")
         if max(self.ema, self.momentum, self.half_size or 0) >= 1:
             raise ValueError("ema, momentum and half_size must be below 1")
         if self.freeze > 4:

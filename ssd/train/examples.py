@@ -190,7 +190,7 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             yield LostContactError(self._told_death(error))
-        except (OSError, EOFError) as error:  # it died while it handed a batch over; theirs come as values
+        except (OSError, EOFError) as error:  # a worker died while it handed a batch over
             yield LostContactError(self._told_death(error))
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class Loader:
         if (iterator := getattr(self._loader, "_iterator", None)) is not None:
             iterator._shutdown_workers()
             for worker in iterator._workers:
-                if worker.is_alive():  # waits for what one that was killed has locked
+                if worker.is_alive():  # it waits for a lock of a worker that was killed
                     worker.kill()
         if self._handler is not None:
             signal.signal(signal.SIGCHLD, self._handler)
@@ -237,8 +237,9 @@ def _told_exit(code: int) -> str:
     return f"status {code}"
 
 
-@contextlib.contextmanager
-def loading(examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool) -> Iterator[Loader]:
+def loading(
+    examples: Examples, batches: EpochBatches, *, workers: int, pin_memory: bool
+) -> contextlib.closing[Loader]:
     """The loader of all epochs, which gives a `Batch`, or an exception; its workers end with the block.
 
     Args:
@@ -256,11 +257,7 @@ def loading(examples: Examples, batches: EpochBatches, *, workers: int, pin_memo
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
     )
-    loader = Loader(inner)
-    try:
-        yield loader
-    finally:
-        loader.close()
+    return contextlib.closing(Loader(inner))
 
 
 def _ignore_interrupts(worker: int) -> None:

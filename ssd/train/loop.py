@@ -25,10 +25,10 @@ from ssd.distributed import World, alone
 from ssd.errors import AnnotationError, ImageError, LostContactError
 from ssd.evaluate import Evaluation, best_thresholds, detect_all, measure_once
 from ssd.train.config import TrainConfig
-from ssd.train.examples import Batch, loading, whole_steps
+from ssd.train.examples import Batch, Loader, whole_steps
 from ssd.train.folder import RunFolder
 from ssd.train.optim import freeze, update_average
-from ssd.train.setup import Assign, Forward, Loss, Rate, Setup, set_up
+from ssd.train.setup import Assign, Forward, Loss, Rate, Setup, Stage, set_up
 from ssd.train.state import Limits, Progress, Run
 from ssd.train.watch import OnEpoch, Say, Watch, tensorboard_hook
 from ssd.transforms import normalize
@@ -160,7 +160,7 @@ def fit(
     """
     world = world or alone(usable_device())
     folder = Path(folder)
-    say = say if world.is_main and say else _quiet
+    say = say if world.is_main and say else lambda text: None
     ready = set_up(
         train,
         val,
@@ -205,53 +205,20 @@ def _go_on(
     stop, clock, half = Stop(), Clock(run.progress, world), False
 
     def is_over() -> bool:
-        """Whether the epoch is: the run, its part at half the size, or someone's patience."""
+        """Whether the epoch is: the time of the run, or of its half size, is up, or a stop was asked for."""
         stop.asked = clock.look(stop.asked)
         return stop.asked or run.progress.seconds >= limits.seconds * (limits.half_size if half else 1)
 
-    loader_of_all = loading(
-        ready.examples, ready.batches, workers=ready.workers, pin_memory=world.device.type == "cuda"
-    )
-    with stop.listening(), loader_of_all as loader:
+    with stop.listening(), ready.loading() as loader:
         while not limits.ending(run.progress):
             half = limits.is_half(run.progress)
-            stage, batches = ready.stage(half), ready.batches
-            batches.epoch, batches.start, batches.size = run.progress.epoch, run.progress.batch, stage.size
-            thresholds = ()
-            watch = Watch(
-                run,
-                loader,
-                limits=limits,
-                batch_size=ready.batch_size,
-                fp16=ready.precision == "fp16",
-                name_of=name_of,
-                world=world,
-                say=say,
-            )
+            stage, thresholds = ready.stage(half), ()
             with _saving(run, files, folder, world):
-                train_epoch(
-                    run,
-                    stage.forward,
-                    stage.loss,
-                    whole_steps(watch.batches(), ready.accumulate),
-                    ready.rate,
-                    assign=stage.assign,
-                    accumulate=ready.accumulate,
-                    dtype=DTYPES[ready.precision],
-                    memory_format=ready.memory_format,
-                    clip=ready.clip,
-                    decay=ready.decay,
-                    frozen=ready.frozen,
-                    watch=watch,
-                    is_over=is_over,
-                    world=world,
-                )
+                _train(ready, stage, loader, name_of, is_over, world, say)
             is_over()
             if stop.asked:
                 break
             number = run.progress.epoch + 1
-            whole = batches.start == 0 and run.progress.batch == batches.steps * ready.accumulate
-            _tell_background(watch, first=number == 1 and whole, world=world, say=say)
             is_last = limits.is_last(number, run.progress)
             due = ready.val is not None and (number % ready.evaluate_every == 0 or is_last)
             if due:
@@ -271,13 +238,57 @@ def _go_on(
             for hook in hooks:
                 hook(dict(row))
             ending = limits.ending(run.progress)
-            if ending and (limits.minutes is not None or not is_last):  # all epochs are no surprise
+            if ending and (limits.minutes is not None or not is_last):  # the last epoch needs no explanation
                 say(ending)
-        if stop.asked:
+        if stop.asked and not limits.ending(run.progress):  # it may have come in the last evaluation
             saved = files.write_state(run)
             what = "everything is saved" if saved else "the weights hold NaN, so only earlier ones are saved"
             say(f"stopped; {what}. Go on with: ssd train --resume {shlex.quote(str(folder))}")
     return measured, thresholds
+
+
+def _train(
+    ready: Setup,
+    stage: Stage,
+    loader: Loader,
+    name_of: Callable[[int], str],
+    is_over: Callable[[], bool],
+    world: World,
+    say: Say,
+) -> None:
+    """The rest of the epoch under way; if it is the first, seen whole, and had no boxes, say so."""
+    run, batches = ready.run, ready.batches
+    batches.epoch, batches.start, batches.size = run.progress.epoch, run.progress.batch, stage.size
+    watch = Watch(
+        run,
+        loader,
+        limits=ready.limits,
+        batch_size=ready.batch_size,
+        fp16=ready.precision == "fp16",
+        name_of=name_of,
+        world=world,
+        say=say,
+    )
+    train_epoch(
+        run,
+        stage.forward,
+        stage.loss,
+        whole_steps(watch.batches(), ready.accumulate),
+        ready.rate,
+        assign=stage.assign,
+        accumulate=ready.accumulate,
+        dtype=DTYPES[ready.precision],
+        memory_format=ready.memory_format,
+        clip=ready.clip,
+        decay=ready.decay,
+        frozen=ready.frozen,
+        watch=watch,
+        is_over=is_over,
+        world=world,
+    )
+    whole = batches.start == 0 and run.progress.batch == len(batches)
+    if run.progress.epoch == 0 and whole and not world.any(watch.any_boxes):
+        say(_WITHOUT_BOXES)
 
 
 @contextlib.contextmanager
@@ -401,12 +412,6 @@ def close_epoch(run: Run, rate: Rate, world: World) -> dict[str, float]:
     return row
 
 
-def _tell_background(watch: Watch, *, first: bool, world: World, say: Say) -> None:
-    """Say so if the first epoch, seen whole, had no boxes."""
-    if first and not world.any(watch.any_boxes):
-        say(_WITHOUT_BOXES)
-
-
 def _no_sync(forward: Any) -> contextlib.AbstractContextManager[None]:
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
@@ -419,7 +424,3 @@ def _line(row: Mapping[str, float], limits: Limits, half: int | None) -> str:
         f"conf {row['conf_loss']:.3f})  lr {row['lr']:.2g}  {row['images_per_second']:.1f} images/s"
     )
     return text + (f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "")
-
-
-def _quiet(text: str) -> None:
-    pass

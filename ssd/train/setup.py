@@ -4,7 +4,8 @@ import copy
 import os
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ssd.data import (
     usable_for_evaluation,
 )
 from ssd.data.dataset import parts_of
-from ssd.data.judge import notes_of, trained_on
+from ssd.data.judge import notes_of
 from ssd.devices import DTYPES, choose_precision, native_precisions
 from ssd.distributed import World
 from ssd.errors import AnnotationError, CheckpointError
@@ -37,7 +38,7 @@ from ssd.loss import LOSSES, Losses
 from ssd.model import SSD, build, transfer
 from ssd.tiles import in_tiles
 from ssd.train.config import TrainConfig
-from ssd.train.examples import EpochBatches, Examples
+from ssd.train.examples import EpochBatches, Examples, Loader, loading
 from ssd.train.optim import freeze, learning_rate, make_optimizer
 from ssd.train.state import Limits, Progress, Run, instead_of, read_state, restore, with_choices_of
 
@@ -47,7 +48,7 @@ _WITHOUT_VAL = (
     "and ssd.data.holdout.hold_out)"
 )
 
-_OWN_MEMORY = ("cuda",)  # devices whose memory ends at once
+_OWN_MEMORY = ("cuda",)  # types of devices that cannot swap: what does not fit is an error
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images ``[N, 3, size, size]`` to raw loc and conf, as `ssd.model.SSD`."""
@@ -90,10 +91,9 @@ class Setup:
     evaluate_every: int
     tiles: int | None
     """Side of those in which images are seen, in their pixels; None for whole images."""
-    examples: Examples
     batches: EpochBatches
-    workers: int
-    """Processes that load examples."""
+    loading: Callable[[], AbstractContextManager[Loader]]
+    """What makes the loader of these."""
     stage: Callable[[bool], Stage]
     """That of images of half the size, or of the whole."""
     rate: Rate
@@ -141,19 +141,16 @@ def set_up(
     run, origin = _begin(train, names, config, state_file, world, state)
     if config.patience and val is None:
         raise ValueError(f"patience {config.patience} needs images to evaluate on: a val split, or others")
-    if run.progress.batch > batches.steps * config.accumulate:
+    if run.progress.batch > len(batches):
         raise CheckpointError(
-            f"{state_file} is damaged: {run.progress.batch} batches of an epoch of "
-            f"{batches.steps * config.accumulate} are done. {instead_of(state_file)}"
+            f"{state_file} is damaged: {run.progress.batch} batches of an epoch of {len(batches)} are done. "
+            f"{instead_of(state_file)}"
         )
     if not run.progress.batch:  # an epoch that begins may have other steps than those before it
         run.progress.step = run.progress.epoch * batches.steps
     config = replace(config, half_size=half_size_of(config, run.model.layout))
     run.config["half_size"] = config.half_size
-    weights: dict[str, Tensor] = {}
-    if config.class_weights == "balanced":
-        counted = boxes_of_classes(train, len(names), crowd=config.crowd)
-        weights = {"class_weights": balanced_weights(counted).to(world.device)}
+    make_loss = loss_of(config, train, len(names), world.device)
     limits = Limits(config.epochs, config.time, config.patience, config.half_size or 0.0)
     is_half = limits.is_half(run.progress)
     if state and limits.wants_half(run.progress) and not is_half:
@@ -164,14 +161,7 @@ def set_up(
 
     @lru_cache(maxsize=1)  # a run changes from one to the other once
     def stage(half: bool) -> Stage:
-        model = run.model.at_half_size() if half else run.model
-        default_boxes = model.layout.default_boxes().to(world.device)
-        return Stage(
-            model.layout.size,
-            _wrap(model, world, compiled=config.compile),
-            LOSSES[config.loss](default_boxes, **weights),
-            partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
-        )
+        return _stage(run.model.at_half_size() if half else run.model, config, make_loss, world)
 
     assert config.precision != "auto"
     return Setup(
@@ -183,9 +173,14 @@ def set_up(
         limits=limits,
         evaluate_every=config.evaluate_every,
         tiles=config.tiles,
-        examples=Examples(train, len(names) + 1, config.augmentation, config.seed, config.tiles),
         batches=batches,
-        workers=config.workers or 0,
+        loading=partial(
+            loading,
+            Examples(train, len(names) + 1, config.augmentation, config.seed, config.tiles),
+            batches,
+            workers=config.workers or 0,
+            pin_memory=world.device.type == "cuda",
+        ),
         stage=stage,
         rate=rate_of(config, batches.steps * config.epochs, batches.images_per_step),
         batch_size=config.batch_size,
@@ -231,6 +226,21 @@ def _annotations_of_parts(train: Dataset[Any]) -> list[Annotations | None]:
     return [annotations_of(train)]
 
 
+def loss_of(
+    config: TrainConfig, train: Dataset[Any], classes: int, device: torch.device
+) -> Callable[[Tensor], Loss]:
+    """What makes the loss of default boxes, with the weights of classes where there are any.
+
+    Raises:
+        ValueError: the boxes of each class cannot be counted; see `boxes_of_classes`.
+    """
+    loss = LOSSES[config.loss]
+    if config.class_weights == "none":
+        return loss
+    weights = balanced_weights(boxes_of_classes(train, classes, crowd=config.crowd))
+    return partial(loss, class_weights=weights.to(device))
+
+
 def boxes_of_classes(train: Dataset[Any], classes: int, *, crowd: bool) -> npt.NDArray[np.int64]:
     """How many boxes of each class there are to train on: int64 ``[classes]``.
 
@@ -244,7 +254,7 @@ def boxes_of_classes(train: Dataset[Any], classes: int, *, crowd: bool) -> npt.N
                 "class_weights balanced counts the boxes of each class, for which it needs a "
                 "ssd.data.DetectionDataset, or parts of such; leave class_weights out"
             )
-        labels = annotations.labels[trained_on(annotations, crowd=crowd)]
+        labels = annotations.labels[annotations.trained_on(crowd=crowd)]
         total += np.bincount(labels, minlength=classes + 1)[1:]
     return total
 
@@ -556,6 +566,16 @@ def _step_of_a_copy(model: SSD, config: TrainConfig, device: torch.device) -> No
     (loc.float().sum() + conf.float().sum()).backward()
 
 
+def _stage(model: SSD, config: TrainConfig, make_loss: Callable[[Tensor], Loss], world: World) -> Stage:
+    default_boxes = model.layout.default_boxes().to(world.device)
+    return Stage(
+        model.layout.size,
+        _wrap(model, world, compiled=config.compile),
+        make_loss(default_boxes),
+        partial(match, default_boxes=default_boxes, iou_threshold=config.iou_threshold),
+    )
+
+
 def _wrap(model: SSD, world: World, *, compiled: bool) -> Forward:
     forward: Any = model
     if world.size > 1:
@@ -581,7 +601,6 @@ def _describe(
     progress: Progress,
     limits: Limits,
 ) -> str:
-    shown = {each.name: getattr(config, each.name) for each in fields(config)}
     used = batches.steps * batches.images_per_step
     images = len(train)  # type: ignore[arg-type]
     lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
@@ -602,7 +621,7 @@ def _describe(
             )
     if config.precision not in native_precisions(world.device):
         lines.append(f"{world.device} has no instructions for {config.precision}; fp32 is many times as fast")
-    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in shown.items()), 110))
+    lines.append(textwrap.fill("  ".join(f"{name}={value}" for name, value in asdict(config).items()), 110))
     if ending := limits.ending(progress):
         lines.append(ending)
     elif progress.step:

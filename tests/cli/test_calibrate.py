@@ -29,7 +29,7 @@ def run(*arguments):
 
 
 def test_what_is_kept_and_what_it_does(data, tmp_path):
-    made = tmp_path / "made.safetensors"
+    made = tmp_path / "new" / "made.safetensors"
     done = run("calibrate", "shapes", data, "--output", made, "--plots", "--coverage", "0.8")
     assert done.exit_code == 0, done.output
     assert "circle" in done.output
@@ -96,6 +96,7 @@ def test_numbers_for_programs(data, tmp_path):
         ),
         (["--precision", "0.9"], "0.9"),
         (["--coverage", "1"], "above 0 and below 1"),
+        (["--plots", "--output", "made.png"], "made.png would be the diagram"),
     ],
 )
 def test_usage(options, message, data):
@@ -110,6 +111,16 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert done.exit_code == 2
     assert "is there already" in " ".join(done.output.split())
     assert (tmp_path / "made.safetensors").read_bytes() == b"mine"
+
+
+def test_a_folder_for_the_weights_that_cannot_be_made_is_told_before_the_work(data, tmp_path):
+    """And one that was made goes where the work fails."""
+    assert run("calibrate", "shapes", tmp_path, "--output", tmp_path / "x" / "made.safetensors").exit_code
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    done = run("calibrate", "shapes", data, "--output", tmp_path / "file" / "made.safetensors")
+    assert "is a file; mend that, or choose another with --output" in str(done.exception)
+    assert "threshold" not in done.output
 
 
 def test_plots_need_an_extra_before_the_work(data, tmp_path, monkeypatch):

@@ -74,6 +74,14 @@ def test_ids_of_a_file(tmp_path):
     )
 
 
+def test_lvis_names_images_by_their_urls(tmp_path):
+    file = coco_file(tmp_path / "lvis.json", {9: "a.jpg"}, {1: "cat"})
+    content = json.loads(file.read_text())
+    content["images"] = [{"id": 9, "coco_url": "http://images.cocodataset.org/val2017/a.jpg"}]
+    file.write_text(json.dumps(content))
+    assert ids_of_file(file, ["p/a.jpg"], ["cat"]).of("p/a.jpg") == 9
+
+
 def test_a_category_that_is_used_goes_before_one_of_its_name(tmp_path):
     """As Roboflow writes the group of its classes."""
     file = coco_file(tmp_path / "gt.json", {1: "a.jpg"}, {4: "cat", 0: "cat"})

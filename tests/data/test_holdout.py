@@ -220,3 +220,14 @@ def test_no_group_is_ever_split(tmp_path_factory, groups, fraction, seed):
     assert not of_group[0] & of_group[1]
     assert sorted(names(parts[0]) + names(parts[1])) == sorted(names(found))
     assert all(map(len, parts))
+
+
+def test_a_class_keeps_boxes_where_crowd_boxes_are_trained_on_and_one_image_alone_is_measured(tmp_path):
+    """The image that is measured is held out first, and others beside it."""
+    found = dataset(tmp_path, plain_scenes(5))
+    few = replace(found, class_names=("a", "b"), labels=np.array([1, 1, 2, 2, 2]), crowd=np.arange(5) != 1)
+    for seed in range(10):
+        train, val = hold_out(few, 0.4, seed, crowd=True)
+        assert set(train.labels.tolist()) == {1, 2}
+        assert len(val) == 2
+        assert not val.crowd.all()

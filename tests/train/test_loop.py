@@ -49,6 +49,21 @@ def test_the_loss_falls(images, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_ctrl_c_in_the_last_evaluation_stops_nothing(scenes, images, tmp_path, monkeypatch):
+    fake_evaluations(monkeypatch, [0.1])
+    measure, lines = loop._evaluate, []
+
+    def evaluate(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return measure(*arguments)
+
+    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    config = replace(SMALL, epochs=1)
+    assert fit(images, load(scenes, "val"), config, tmp_path, say=lines.append).finished
+    assert "epoch 1/1" in lines[-1]
+    assert not any("stopped" in line for line in lines)
+
+
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision(images, tmp_path, precision):
     few = torch.utils.data.Subset(images, range(2))  # minutes, where the processor has no such instructions

@@ -32,6 +32,14 @@ def test_tiles_cover_the_image_and_overlap(size, side):
         assert all(b - a <= side * (1 - OVERLAP) for a, b in pairwise(starts))
 
 
+@pytest.mark.parametrize("side", [33, 100, 640])
+def test_neighbouring_tiles_share_a_quarter_of_their_side_or_more(side):
+    """In rows of up to some eighty tiles, of which the longest are as far apart as they may be."""
+    for length in range(side + 1, 60 * side, side // 3):
+        starts = sorted({window.left for window in cut(length, 1, side)[1:]})
+        assert max(b - a for a, b in pairwise(starts)) <= 0.75 * side
+
+
 def test_without_tiles_there_is_the_image():
     assert cut(4000, 3000, None) == [(0, 0, 4000, 3000)]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ssd.postprocess import overlap, survivors
+from ssd.postprocess import overlap
 
 OVERLAP = 0.25
 """Least part of a tile's side that it shares with the next: a smaller object is whole in one of them."""
@@ -15,6 +15,7 @@ OVERLAP = 0.25
 # Of a tile's side: the object of a box that ends so near its border may go on beyond. With more, whole ones
 # beside it count as cut.
 _BORDER = 0.005
+_AT_ONCE = 64  # boxes, for memory
 _WITHIN = 0.5  # of a cut box: with more of it inside another one, it is a part of that one's object
 
 Found: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -145,7 +146,7 @@ def merge(boxes: Tensor, scores: Tensor, class_ids: Tensor, cut: Tensor, iou_thr
     one object.
 
     Args:
-        boxes: float32 xyxy in pixels of the image, ``[K, 4]``.
+        boxes: float32 xyxy in pixels of the image, with an area, ``[K, 4]``.
         scores: float32 ``[K]``.
         class_ids: int64 ``[K]``.
         cut: bool ``[K]``; see `are_cut`.
@@ -164,12 +165,38 @@ def merge(boxes: Tensor, scores: Tensor, class_ids: Tensor, cut: Tensor, iou_thr
 
 def _kept(boxes: Tensor, cut: Tensor, order: Tensor, iou_threshold: float) -> Tensor:
     """Those that stay of the boxes of one class, best first."""
-    boxes, cut = boxes[order], cut[order]
-    low, high = boxes[:, None, :2].maximum(boxes[:, :2]), boxes[:, None, 2:].minimum(boxes[:, 2:])
-    shared = (high - low).clamp_(min=0).prod(-1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    # Of the cut box i; and of two cut ones, of the smaller.
-    least = area[:, None].minimum(area.where(cut, torch.inf))
-    parts = cut[:, None] & (shared > _WITHIN * least)
-    better = (overlap(boxes[None], boxes[None], iou_threshold) | parts).tril(-1)
-    return order[survivors(better, torch.ones_like(better[..., 0]))[0]]
+    worse, better = _conflicts(boxes[order], cut[order], iou_threshold)
+    keep = torch.ones_like(order, dtype=torch.bool)
+    while True:  # as `ssd.postprocess.survivors`, of pairs
+        update = torch.ones_like(keep)
+        update[worse[keep[better]]] = False
+        if torch.equal(update, keep):
+            return order[keep]
+        keep = update
+
+
+def _conflicts(boxes: Tensor, cut: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """Pairs of boxes, which come best first, of which the worse goes if the better stays.
+
+    Each box is compared only with those around it, some at a time: an image of many tiles has 100,000 boxes.
+    """
+    low, high = boxes.split(2, dim=1)
+    area = (high - low).prod(1)
+    # Small boxes that lie side by side together, so that few others are around them.
+    by_left = low[:, 0].argsort()
+    by_size = (high - low).amax(1).log2().floor()[by_left].argsort(stable=True)
+    pairs = [low.new_zeros(0, 2, dtype=torch.int64)]
+    for some in by_left[by_size].split(_AT_ONCE):
+        near = ((low < high[some].amax(0)) & (high > low[some].amin(0))).all(1)
+        others = (near if iou_threshold > 0 else torch.ones_like(near)).nonzero().flatten()
+        span = high[some, None].minimum(high[others]) - low[some, None].maximum(low[others])
+        # Of the cut box of a row; and of two cut ones, of the smaller.
+        least = area[some, None].minimum(area[others].where(cut[others], torch.inf))
+        parts = cut[some, None] & (span.clamp_(min=0).prod(-1) > _WITHIN * least)
+        conflict = (overlap(boxes[None, some], boxes[None, others], iou_threshold)[0] | parts) & (
+            others < some[:, None]
+        )
+        row, column = conflict.nonzero(as_tuple=True)
+        pairs.append(torch.stack([some[row], others[column]], 1))
+    worse, better = torch.cat(pairs).unbind(1)
+    return worse, better

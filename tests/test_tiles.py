@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd.postprocess import overlap
 from ssd.tiles import OVERLAP, Window, are_cut, cut, gather, in_tiles, merge, number_of_windows
@@ -29,6 +30,14 @@ def test_tiles_cover_the_image_and_overlap(size, side):
         starts = sorted({tile[axis] for tile in tiles})
         assert starts[-1] == max(0, length - side)
         assert all(b - a <= side * (1 - OVERLAP) for a, b in pairwise(starts))
+
+
+@pytest.mark.parametrize("side", [33, 100, 640])
+def test_neighbouring_tiles_share_a_quarter_of_their_side_or_more(side):
+    """In rows of up to some eighty tiles, of which the longest are as far apart as they may be."""
+    for length in range(side + 1, 60 * side, side // 3):
+        starts = sorted({window.left for window in cut(length, 1, side)[1:]})
+        assert max(b - a for a, b in pairwise(starts)) <= 0.75 * side
 
 
 def test_without_tiles_there_is_the_image():
@@ -114,6 +123,66 @@ def test_whole_boxes_go_through_plain_nms(seed):
     kept = merge(boxes, scores, class_ids, torch.zeros(60, dtype=torch.bool), 0.4)
     assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
     assert sorted(kept.tolist()) == sorted(slow_nms(boxes, scores, class_ids, 0.4))
+
+
+def stays(box, other, is_cut, other_is_cut, iou_threshold):
+    """Whether a box stays beside a better one of its class, by the text of `merge`, in plain numbers."""
+    across, down = (min(box[k + 2], other[k + 2]) - max(box[k], other[k]) for k in (0, 1))
+    shared = max(across, 0) * max(down, 0)
+    area, its_area = ((each[2] - each[0]) * (each[3] - each[1]) for each in (box, other))
+    if shared / (area + its_area - shared) >= iou_threshold:
+        return False
+    least = min(area, its_area) if other_is_cut else area
+    return not (is_cut and shared > 0.5 * least)
+
+
+@pytest.mark.parametrize("iou_threshold", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_merging_is_what_its_text_says(seed, iou_threshold):
+    """Of boxes of very different sizes, also such as fill the image, of which some are cut."""
+    rng = np.random.default_rng(seed)
+    sides = 2 ** rng.uniform(1, 9, (300, 1)) * rng.uniform(0.5, 2, (300, 2))
+    corners = rng.uniform(0, 600, (300, 2)).round(1)
+    boxes = torch.from_numpy(np.concatenate([corners, corners + sides.round(1)], 1).astype(np.float32))
+    scores = torch.from_numpy(rng.integers(1, 50, 300) / 50).float()
+    class_ids, is_cut = torch.from_numpy(rng.integers(0, 2, 300)), torch.from_numpy(rng.random(300) < 0.3)
+    expected: list[int] = []
+    for i in sorted(range(300), key=lambda i: (is_cut[i], -scores[i], i)):
+        if all(
+            stays(*(boxes[k].tolist() for k in (i, j)), *(bool(is_cut[k]) for k in (i, j)), iou_threshold)
+            for j in expected
+            if class_ids[j] == class_ids[i]
+        ):
+            expected.append(i)
+    kept = merge(boxes, scores, class_ids, is_cut, iou_threshold)
+    assert sorted(kept.tolist()) == sorted(expected)
+    assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that a result of torch had."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for each in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.bytes = max(self.bytes, each.numel() * each.element_size())
+        return result
+
+
+def test_many_boxes_are_not_all_compared_with_each_other():
+    """5,000 boxes of one class, some of which fill the image: a byte for each pair would be 25 MB."""
+    rng = np.random.default_rng(0)
+    corners, sides = rng.uniform(0, 4000, (5000, 2)), rng.uniform(5, 35, (5000, 2))
+    sides[:50] = 4000
+    boxes = torch.from_numpy(np.concatenate([corners, corners + sides], 1)).float()
+    scores, nothing = torch.from_numpy(rng.random(5000)).float(), torch.zeros(5000, dtype=torch.int64)
+    with Largest() as largest:
+        kept = merge(boxes, scores, nothing, nothing.bool(), 0.5)
+    assert largest.bytes < 10e6
+    assert 4500 < len(kept) < 5000
 
 
 def test_a_cut_box_gives_way_to_a_whole_one_of_a_lower_score():

@@ -22,6 +22,7 @@ from ssd.cli.common import (
     Images,
     Json,
     Precision,
+    Tiles,
     chosen_device,
     usage_errors,
 )
@@ -61,6 +62,7 @@ def calibrate(
     device: Device = None,
     precision: Precision = AUTO,
     batch_size: BatchSize = 8,
+    tiles: Tiles = None,
     output: Annotated[
         Path | None, typer.Option(help="Weights to write; by default WEIGHTS's name with -calibrated.")
     ] = None,
@@ -102,14 +104,15 @@ def calibrate(
         hidden = True if as_json else None
         with usage_errors(), tqdm(total=len(annotations), unit="image", disable=hidden) as bar:
             truth, detections = detect_all(
-                detector, annotations, alone(target), batch_size=batch_size, on_done=bar.update
+                detector, annotations, alone(target), batch_size=batch_size, tiles=tiles, on_done=bar.update
             )
         result = calibrated(
             truth, detections, precision=target_precision, recall=target_recall, coverage=coverage
         )
         if as_json:
             facts = result.to_dict() | {"data": str(data), "split": split, "weights": weights}
-            typer.echo(json.dumps(facts | {"precision": detector.precision}, indent=2))
+            facts |= {"precision": detector.precision} | ({"tiles": tiles} if tiles else {})
+            typer.echo(json.dumps(facts, indent=2))
         else:
             typer.echo(_table(result, coverage))
         thresholds = tuple(each.threshold for each in result.classes.values())
@@ -117,8 +120,9 @@ def calibrate(
         if plots:
             title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
             write_new({picture: draw_reliability(result.before, result.after, title)})
+    seen = f" --tiles {tiles}" if tiles else ""
     typer.echo(
-        f"\nDetect with it: ssd detect PHOTO --weights {path} --score-threshold calibrated", err=as_json
+        f"\nDetect with it: ssd detect PHOTO --weights {path} --score-threshold calibrated{seen}", err=as_json
     )
 
 

@@ -179,6 +179,19 @@ def test_voting_and_flips_with_a_file_of_one_batch_size(tiny_model, photos):
     assert all(close(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("key", ["onnx", "onnx nms", "openvino", "pt2", "torchscript nms"])
+def test_tiles_go_through_a_file_as_through_the_model(tiny_model, tiny_exported, photos, key):
+    """Whatever number of views the file takes at a time."""
+    loaded = Detector.load(tiny_exported[key], "cpu", "fp32")
+    paths = [photos / f"{name}.jpg" for name in PHOTOS]
+    # Further down are scores that are equal to four digits, whose order is anybody's.
+    options = {"score_threshold": 0.2, "max_detections": 8, "tiles": 300}
+    expected = Detector(tiny_model, ("cat", "cup", "person"))(paths, **options)
+    assert not close(expected[0], loaded(paths[0], **options | {"tiles": None}))
+    found = loaded(paths, **options)
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("most", [0, 3 * 8732 + 1, 10**12])
 def test_more_detections_than_there_can_be_are_refused(detector, photos, most):
     with pytest.raises(ValueError, match="max_detections must be "):

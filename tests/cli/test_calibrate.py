@@ -87,6 +87,21 @@ def test_numbers_for_programs(data, tmp_path):
     assert facts["classes"] == expected.to_dict()["classes"]
 
 
+def test_tiles_are_those_of_the_detector(tmp_path):
+    """As of weights that were trained on tiles, whose scores are those of tiles."""
+    write_dataset(tmp_path / "data", 1, 3, 7)
+    options = ["--precision", "fp32", "--json", "--tiles", "200", "--output", tmp_path / "x.safetensors"]
+    done = run("calibrate", "shapes", tmp_path / "data", *options)
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["tiles"] == 200
+    assert "--score-threshold calibrated --tiles 200" in " ".join(done.stderr.split())
+    detector = ssd.Detector.load("shapes", "cpu", "fp32")
+    truth = ssd.data.load(tmp_path / "data", "val", class_names=detector.class_names)
+    expected, whole = (calibrated(*detect_all(detector, truth, ALONE, tiles=each)) for each in (200, None))
+    assert facts["classes"] == expected.to_dict()["classes"] != whole.to_dict()["classes"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

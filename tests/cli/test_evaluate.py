@@ -26,18 +26,22 @@ def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
     assert "e holds an evaluation already" in " ".join(err.replace("│", " ").split())
 
 
-def test_voting_and_flips_are_those_of_the_detector(run, scenes, tmp_path):
+def test_tiles_voting_and_flips_are_those_of_the_detector(run, scenes, tmp_path):
     detector, data, found = Detector.load("shapes"), load(scenes, "val"), []
-    for options in ((), ("--voting",), ("--flips",)):
+    for options, wanted in (
+        ((), {}),
+        (("--voting",), {"voting": True}),
+        (("--flips",), {"flips": True}),
+        (("--tiles", 200), {"tiles": 200}),
+    ):
         out = tmp_path / f"e{len(found)}"
         status, _, _ = run("evaluate", scenes, "--weights", "shapes", "--output", out, *options)
         assert status == 0
         facts = json.loads((out / "metrics.json").read_text())
-        wanted = {name[2:]: True for name in options}
         assert {name: facts[name] for name in ("tiles", "voting", "flips") if name in facts} == wanted
         assert facts["metrics"] == evaluate_detector(detector, data, **wanted).metrics
         found.append(facts["metrics"]["AP"])
-    assert len(set(found)) == 3
+    assert len(set(found)) == 4
 
 
 def test_options_that_a_file_with_nms_cannot_serve_are_a_mistake(run, scenes, tmp_path):

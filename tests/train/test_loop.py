@@ -400,12 +400,14 @@ def test_each_row_is_handed_on_after_its_files_are_written(images, tmp_path):
     told = []
 
     def hook(row):
-        told.append((row, rows(tmp_path)[-1], read_state(tmp_path / "state.pt")["progress"]["epoch"]))
+        told.append((dict(row), rows(tmp_path)[-1], read_state(tmp_path / "state.pt")["progress"]["epoch"]))
+        row.clear()  # it is the hook's own
 
     fit(Subset(images, [0, 1]), None, SMALL, tmp_path, say=None, on_epoch=hook)
     assert [each[0]["epoch"] for each in told] == [each[2] for each in told] == [1, 2]
     for row, written, _ in told:
         assert {key: f"{value:.6g}" for key, value in row.items()} == written
+    assert rows(tmp_path) == [each[1] for each in told]
 
 
 def test_what_a_hook_raises_is_raised_as_it_is_and_the_epoch_is_saved(images, tmp_path):

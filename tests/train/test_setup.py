@@ -16,6 +16,7 @@ from ssd.data import AnnotationError, DetectionDataset, load
 from ssd.detector import Detector
 from ssd.evaluate import evaluate_detector
 from ssd.loss import LOSSES, Losses, MultiBoxLoss
+from ssd.tiles import in_tiles
 from ssd.train import PRESETS, TrainConfig, fit
 from ssd.train.setup import (
     balanced_weights,
@@ -412,10 +413,15 @@ def test_a_fitted_layout_is_that_of_the_boxes_to_train_on(images, parts):
     if parts == "concatenated":
         train = ConcatDataset([images, Subset(images, [0])])
         annotations = annotations.select([*range(len(images)), 0])
-    side = np.tile(np.repeat(annotations.sizes, np.diff(annotations.starts), axis=0), 2)
-    boxes = torch.from_numpy((annotations.boxes / side).clip(0, 1).astype(np.float32))
+    pixels = np.repeat(annotations.sizes, np.diff(annotations.starts), axis=0)
+    boxes = torch.from_numpy((annotations.boxes / np.tile(pixels, 2)).clip(0, 1).astype(np.float32))
     for name, origin in FITTED.items():
         assert layout_of(name, train) == LAYOUTS[origin].fitted(boxes)
+    side = 160  # where tiles are what the network sees, an object is larger to it
+    assert annotations.sizes.min() > side
+    tiled = layout_of("fitted", train, tiles=side)
+    assert tiled != layout_of("fitted", train)
+    assert tiled == LAYOUTS["300"].fitted(in_tiles(boxes, torch.from_numpy(pixels), side))
 
 
 def test_a_network_of_a_fitted_layout_is_trained_saved_and_gone_on_with(images, tmp_path, monkeypatch):

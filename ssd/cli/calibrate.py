@@ -22,6 +22,7 @@ from ssd.cli.common import (
     Images,
     Json,
     Precision,
+    as_argument,
     chosen_device,
     usage_errors,
 )
@@ -123,7 +124,8 @@ def calibrate(
         title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
         write_new({picture: draw_reliability(result.before, result.after, title)})
     typer.echo(
-        f"\nDetect with it: ssd detect PHOTO --weights {path} --score-threshold calibrated", err=as_json
+        f"\nDetect with it: ssd detect PHOTO --weights {as_argument(path)} --score-threshold calibrated",
+        err=as_json,
     )
 
 

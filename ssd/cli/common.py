@@ -1,5 +1,8 @@
 """What verbs share: options, usage errors, the detector and the folder of all processes."""
 
+import os
+import shlex
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -51,6 +54,12 @@ Follow: TypeAlias = Annotated[
     bool, typer.Option("--follow", help="Trust the dataset to name images outside of its folders.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def as_argument(path: str | Path) -> str:
+    """A path as a line that people paste into their shell names it."""
+    text = str(path)
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ssd.cli.common import (
     Device,
     Follow,
     Images,
+    as_argument,
     chosen_device,
     results_folder,
     usage_errors,
@@ -94,9 +95,9 @@ def train(
     if world.is_main:
         if result.evaluation:
             typer.echo(f"\n{result.evaluation}")
-        best = next(name for name in ("best", "last") if (folder / f"{name}.safetensors").exists())
+        best = next(file for name in ("best", "last") if (file := folder / f"{name}.safetensors").exists())
         tiles = f" --tiles {config.tiles}" if config.tiles else ""
-        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors{tiles}")
+        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {as_argument(best)}{tiles}")
 
 
 def _run(

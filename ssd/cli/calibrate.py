@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -24,10 +25,11 @@ from ssd.cli.common import (
     Precision,
     as_argument,
     chosen_device,
+    load_to_measure,
     usage_errors,
 )
 from ssd.cli.options import OneOf
-from ssd.data import SPLITS, load, usable_for_evaluation
+from ssd.data import SPLITS, usable_for_evaluation
 from ssd.data.judge import notes_of
 from ssd.detector import Detector
 from ssd.devices import choose_precision
@@ -93,10 +95,11 @@ def calibrate(
     with usage_errors():
         backend = of_model(model.to(target), choose_precision(precision, target))
     detector = Detector(backend, found.class_names, found.category_ids)
-    annotations = load(data, split, images=images, class_names=found.class_names, follow=follow)
+    say = partial(typer.echo, err=as_json)
+    annotations = load_to_measure(data, split, weights, images, found.class_names, follow=follow, say=say)
     annotations = usable_for_evaluation(annotations, lenient=lenient)
     for line in notes_of(annotations, "evaluation"):
-        typer.echo(f"{split}: {line}", err=as_json)
+        say(f"{split}: {line}")
     hidden = True if as_json else None
     with usage_errors(), tqdm(total=len(annotations), unit="image", disable=hidden) as bar:
         truth, detections = detect_all(

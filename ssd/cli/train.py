@@ -31,16 +31,13 @@ from ssd.data import (
     load,
     usable_for_evaluation,
 )
-from ssd.data.holdout import hold_out, part_by_names
+from ssd.data.holdout import HELD_OUT, hold_out, part_by_names, read_held_out
 from ssd.distributed import World, join
 from ssd.errors import UserError, shown
 from ssd.files import atomic_file
 from ssd.loss import LOSSES
 from ssd.train import PRESETS, Result, TrainConfig, fit, keep_memory
 from ssd.train.setup import plan, require_free
-
-HELD_OUT = "val_images.txt"
-"""The file of a run folder that lists the images that were held out, a line each."""
 
 
 def train(
@@ -231,13 +228,7 @@ def _held_out(
     file = folder / HELD_OUT
     annotations = whole.annotations
     if resume:
-        try:
-            names = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{file} is missing, which lists the images that the run held out; put it back"
-            ) from None
-        train, val = part_by_names(annotations, filter(None, names))
+        train, val = part_by_names(annotations, read_held_out(file))
     else:
         hidden = True if not world.is_main else None
         with tqdm(

@@ -129,7 +129,9 @@ class Report:
         for k, (title, _, _) in enumerate(self.splits[0].sizes):
             cells = [split.sizes[k] for split in self.splits]
             row(f"  {title}", [f"{count:,} {part:4.0%}" if count else "-" for _, count, part in cells])
-        row("  all", [f"{split.matched:.0%}" for split in self.splits])
+        counts = [sum(count for _, count, _ in split.sizes) for split in self.splits]
+        parts = [split.matched for split in self.splits]
+        row("  all", [f"{part:.0%}" if n else "-" for n, part in zip(counts, parts, strict=True)])
         lines += self._choice_lines()
         for split in self.splits:
             lines += _problem_lines(split)

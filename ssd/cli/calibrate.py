@@ -36,7 +36,7 @@ from ssd.devices import choose_precision
 from ssd.distributed import alone
 from ssd.errors import as_line
 from ssd.evaluate import Calibrated, calibrated, detect_all
-from ssd.files import write_new
+from ssd.files import make_folder, write_new
 from ssd.memory import keep_memory
 from ssd.model import load_model
 
@@ -89,6 +89,10 @@ def calibrate(
         from ssd.plots import draw_reliability, require_matplotlib  # noqa: PLC0415 (imports pycocotools)
 
         require_matplotlib()
+    if path.parent.is_dir():
+        make_folder(path.parent)  # tells before all the work, not after it, where nothing can be written
+    else:
+        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint="--output")
     target = chosen_device(device)
     keep_memory(BATCH_MEMORY)
     model, found = load_model(weights)

@@ -112,6 +112,13 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert (tmp_path / "made.safetensors").read_bytes() == b"mine"
 
 
+def test_where_nothing_can_be_written_is_told_before_the_work(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssd.cli.calibrate.load_model", None)
+    done = run("calibrate", "shapes", data, "--output", tmp_path / "gone" / "made.safetensors")
+    assert done.exit_code == 2
+    assert "there is no folder" in done.output
+
+
 def test_plots_need_an_extra_before_the_work(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("calibrate", "shapes", data, "--plots", "--output", tmp_path / "made.safetensors")

@@ -136,6 +136,11 @@ class Report:
         for split in self.splits:
             lines += _problem_lines(split)
         lines += [f"{name}: cannot be read: {why}" for name, why in self.unread.items()]
+        if "train" in columns and "val" not in (*columns, *self.unread):
+            lines.append(
+                "there is no val split: ssd train evaluates on none; name one with --val, or hold images out "
+                "with --val-fraction 0.2"
+            )
         return "\n".join(lines)
 
     def _choice_lines(self) -> list[str]:

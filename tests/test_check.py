@@ -42,6 +42,14 @@ def test_a_clean_dataset(scenes):
     json.dumps(found.to_dict())
 
 
+def test_what_stands_in_for_a_val_split_is_told_where_there_is_none(scenes):
+    end = "hold images out with --val-fraction 0.2"
+    assert str(report(scenes, "train")).endswith(end)
+    assert end not in str(report(scenes, "train", "val"))
+    unread = check_dataset({"train": load(scenes, "train")}, unread={"val": "gone"})
+    assert end not in str(unread)
+
+
 def test_without_boxes_there_is_no_part_that_is_matched(tmp_path):
     found = report(plain(tmp_path, coco(annotations=[])))
     assert re.search(r"^  all +-$", str(found), re.MULTILINE)

@@ -129,11 +129,18 @@ class Report:
         for k, (title, _, _) in enumerate(self.splits[0].sizes):
             cells = [split.sizes[k] for split in self.splits]
             row(f"  {title}", [f"{count:,} {part:4.0%}" if count else "-" for _, count, part in cells])
-        row("  all", [f"{split.matched:.0%}" for split in self.splits])
+        counts = [sum(count for _, count, _ in split.sizes) for split in self.splits]
+        parts = [split.matched for split in self.splits]
+        row("  all", [f"{part:.0%}" if n else "-" for n, part in zip(counts, parts, strict=True)])
         lines += self._choice_lines()
         for split in self.splits:
             lines += _problem_lines(split)
         lines += [f"{name}: cannot be read: {why}" for name, why in self.unread.items()]
+        if "train" in columns and "val" not in (*columns, *self.unread):
+            lines.append(
+                "there is no val split: ssd train evaluates on none; name one with --val, or hold images out "
+                "with --val-fraction 0.2"
+            )
         return "\n".join(lines)
 
     def _choice_lines(self) -> list[str]:

@@ -413,7 +413,8 @@ class Detector:
         if not self.score_thresholds:
             raise ValueError(
                 'score_threshold "calibrated" needs a threshold for each class, and these weights have none: '
-                "training saves them with weights that it evaluates; give a number"
+                "ssd calibrate finds them on labelled images, and training saves them with weights that it "
+                "evaluates; or give a number"
             )
         return self.score_thresholds
 

@@ -45,7 +45,9 @@ def identify(head: bytes) -> Kind | None:
     for pattern, kind in _signatures():
         if pattern.match(head):
             return kind
-    return _TEXT if _is_text(head) else None
+    if not _is_text(head):
+        return None
+    return _PATH if re.fullmatch(rb"[^\n]*\.\w{2,5}", head) else _TEXT
 
 
 def _is_text(head: bytes) -> bool:
@@ -77,7 +79,8 @@ _GET_AGAIN = "get it again, or copy it again; a copy or download that did not en
 _FOLLOW = "pass the file that it leads to"
 _OF_ANOTHER = "weights for another program; " + _IMAGE
 _NOT_OURS = "it does not fit this network; " + _CHECKPOINT
-_TEXT = Kind("a text file", f"{_IMAGE}; a path is a str or a Path, not bytes")
+_TEXT = Kind("a text file")
+_PATH = Kind("a text file", f"{_IMAGE}; a path is a str or a Path, not bytes")
 
 HEIC = Kind("a HEIC photo", f"pip install pillow-heif, and it is read; or {_CONVERT}")
 HEIF = Kind("a HEIF image", HEIC.as_image)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import product
@@ -39,6 +40,19 @@ def test_a_clean_dataset(scenes):
     table = text[: text.index("what could be")].splitlines()
     assert len({len(line) for line in table if not line.startswith("boxes")}) == 1
     json.dumps(found.to_dict())
+
+
+def test_what_stands_in_for_a_val_split_is_told_where_there_is_none(scenes):
+    end = "hold images out with --val-fraction 0.2"
+    assert str(report(scenes, "train")).endswith(end)
+    assert end not in str(report(scenes, "train", "val"))
+    unread = check_dataset({"train": load(scenes, "train")}, unread={"val": "gone"})
+    assert end not in str(unread)
+
+
+def test_without_boxes_there_is_no_part_that_is_matched(tmp_path):
+    found = report(plain(tmp_path, coco(annotations=[])))
+    assert re.search(r"^  all +-$", str(found), re.MULTILINE)
 
 
 def test_what_default_boxes_can_match(tmp_path):

@@ -174,7 +174,7 @@ def test_calibrated_is_the_threshold_of_each_class(tiny_model, photo, tmp_path):
 
 
 def test_calibrated_without_thresholds_and_other_words_are_told(detector, small_model, photo):
-    told = 'score_threshold "calibrated" needs a threshold for each class, and these weights have none'
+    told = "needs a threshold for each class, and these weights have none: ssd calibrate finds them"
     with pytest.raises(ValueError, match=told):
         detector(photo, score_threshold="calibrated")
     with pytest.raises(ValueError, match="""a number from 0 to 1, or "calibrated"; got 'best'"""):

@@ -157,6 +157,12 @@ def test_a_letter_cut_by_the_end_of_the_head_is_text_still():
     assert identify(("a" + "ü" * HEAD).encode()[:HEAD]).name == "a text file"
 
 
+def test_only_what_may_be_a_path_is_told_as_one():
+    assert "not bytes" in identify(b"photos/a b.jpg").as_image
+    for text in (b"hello", b"photo.jpg\n", b"one line\nphoto.jpg"):
+        assert identify(text).as_image == "pass an image file, such as a JPEG or PNG"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\x01\x02nothing known", bytes(range(256)), b"\xe9t\xe9", b"\xff\xfe\0"]
 )

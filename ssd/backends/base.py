@@ -384,6 +384,8 @@ def load(
     """
     path = Path(path)
     name = kind_of(path)
+    if name is None and os.path.lexists(path):
+        raise CheckpointError(f"{path} is no exported file, by its name; ssd export makes one of weights")
     if name is None:
         raise FileNotFoundError(f"no exported file at {path}")
     if precision != "auto":

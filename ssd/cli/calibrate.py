@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -23,11 +24,13 @@ from ssd.cli.common import (
     Json,
     Precision,
     Tiles,
+    as_argument,
     chosen_device,
+    load_to_measure,
     usage_errors,
 )
 from ssd.cli.options import OneOf
-from ssd.data import SPLITS, load, usable_for_evaluation
+from ssd.data import SPLITS, usable_for_evaluation
 from ssd.data.judge import notes_of
 from ssd.detector import Detector
 from ssd.devices import choose_precision
@@ -97,10 +100,11 @@ def calibrate(
         with usage_errors():
             backend = of_model(model.to(target), choose_precision(precision, target))
         detector = Detector(backend, found.class_names, found.category_ids)
-        annotations = load(data, split, images=images, class_names=found.class_names, follow=follow)
+        say = partial(typer.echo, err=as_json)
+        annotations = load_to_measure(data, split, weights, images, found.class_names, follow=follow, say=say)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
         for line in notes_of(annotations, "evaluation"):
-            typer.echo(f"{split}: {line}", err=as_json)
+            say(f"{split}: {line}")
         hidden = True if as_json else None
         with usage_errors(), tqdm(total=len(annotations), unit="image", disable=hidden) as bar:
             truth, detections = detect_all(
@@ -120,10 +124,8 @@ def calibrate(
         if plots:
             title = f"{as_line(str(weights), 60)} on {split} of {as_line(str(data), 40)}"
             write_new({picture: draw_reliability(result.before, result.after, title)})
-    seen = f" --tiles {tiles}" if tiles else ""
-    typer.echo(
-        f"\nDetect with it: ssd detect PHOTO --weights {path} --score-threshold calibrated{seen}", err=as_json
-    )
+    options = "--score-threshold calibrated" + (f" --tiles {tiles}" if tiles else "")
+    typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {as_argument(path)} {options}", err=as_json)
 
 
 def _table(result: Calibrated, coverage: float) -> str:
@@ -142,6 +144,8 @@ def _table(result: Calibrated, coverage: float) -> str:
         f"{result.before.error:.3f}, then {result.after.error:.3f} (each half of the images by a fit to the "
         "other)",
     ]
+    if result.after.error > result.before.error:
+        lines.append("That makes it worse: there are too few detections to learn from; take more images.")
     if of.margin is None:
         lines.append(
             f"boxes: no margin; for a coverage of {coverage:g} it takes {least_matched(coverage)} detections "

@@ -1,6 +1,9 @@
 """What verbs share: options, usage errors, the detector and the folder of all processes."""
 
-from collections.abc import Iterator
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -11,13 +14,15 @@ import typer
 from ssd.backends import kind_of
 from ssd.choices import LEAST_TILE, PRECISIONS
 from ssd.cli.options import OneOf
-from ssd.data import FORMATS
+from ssd.data import FORMATS, AnnotationError, Annotations, find_split, load
+from ssd.data.holdout import HELD_OUT, part_by_names, read_held_out
 from ssd.detector import Detector
 from ssd.devices import usable_device
 from ssd.distributed import World
 from ssd.errors import UserError
 from ssd.files import make_folder, run_folder
 from ssd.memory import keep_memory
+from ssd.pretrained import PUBLISHED
 
 AUTO = "auto"
 BATCH_MEMORY = 256 << 20
@@ -53,6 +58,12 @@ Follow: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
+def as_argument(path: str | Path) -> str:
+    """A path as a line that people paste into their shell names it."""
+    text = str(path)
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+
+
 @contextmanager
 def usage_errors(option: str | None = None) -> Iterator[None]:
     """Within the block, a ValueError is about the command's arguments, unless it is an error of ours."""
@@ -68,6 +79,37 @@ def chosen_device(name: str | None) -> torch.device:
     """The device of ``--device``."""
     with usage_errors("--device"):
         return usable_device(name)
+
+
+def load_to_measure(
+    data: Path,
+    split: str,
+    weights: str,
+    images: Path | None,
+    class_names: Sequence[str],
+    *,
+    follow: bool,
+    say: Callable[[str], object],
+) -> Annotations:
+    """A split of a dataset; without a val split, the images that the run of the weights held out, if it did.
+
+    Args:
+        data, split, images, class_names, follow: see `ssd.data.load`.
+        weights: in their run folder, which lists those images, or that folder.
+        say: is told where they are taken.
+    """
+    try:
+        return load(data, split, images=images, class_names=class_names, follow=follow)
+    except AnnotationError:
+        path = Path(weights)
+        file = (path if path.is_dir() else path.parent) / HELD_OUT
+        wanted = split == "val" and os.path.exists(path) and weights not in PUBLISHED
+        if not wanted or not file.is_file() or find_split(data, "val"):
+            raise
+    whole = load(data, "train", images=images, class_names=class_names, follow=follow)
+    held = part_by_names(whole, read_held_out(file))[1]
+    say(f"{data} has no val split: these are the images that {file} lists, which training held out")
+    return held
 
 
 def load_detector(

@@ -24,11 +24,12 @@ from ssd.cli.common import (
     Weights,
     chosen_device,
     load_detector,
+    load_to_measure,
     results_folder,
     usage_errors,
 )
 from ssd.cli.options import OneOf
-from ssd.data import SPLITS, load, usable_for_evaluation
+from ssd.data import SPLITS, usable_for_evaluation
 from ssd.data.judge import notes_of
 from ssd.distributed import join
 from ssd.evaluate import coco_results, detect_all, measure
@@ -69,11 +70,15 @@ def evaluate(
     with join(chosen_device(device)) as world, results_folder(output, "evaluate", world) as folder:
         detector = load_detector(weights, world, device, precision)
         names = detector.class_names
-        annotations = load(data, split, images=images, class_names=names, follow=follow)
+
+        def say(line: str) -> None:
+            if world.is_main:
+                typer.echo(line, err=as_json)
+
+        annotations = load_to_measure(data, split, weights, images, names, follow=follow, say=say)
         annotations = usable_for_evaluation(annotations, lenient=lenient)
-        if world.is_main:
-            for line in notes_of(annotations, "evaluation"):
-                typer.echo(f"{split}: {line}", err=as_json)
+        for line in notes_of(annotations, "evaluation"):
+            say(f"{split}: {line}")
         share = len(world.share(len(annotations), batch_size))
         hidden = True if not world.is_main or as_json else None
         with usage_errors(), tqdm(total=share, unit="image", disable=hidden) as bar:

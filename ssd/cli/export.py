@@ -8,7 +8,7 @@ import typer
 
 from ssd.backends import BACKENDS
 from ssd.browser import write_page
-from ssd.cli.common import usage_errors
+from ssd.cli.common import as_argument, usage_errors
 from ssd.cli.options import OneOf
 from ssd.export import export, write_triton
 from ssd.files import gone_if_unused, make_folder
@@ -93,7 +93,7 @@ def export_weights(
     typer.echo(f"{made} ({megabytes:.1f} MB): computes what torch does, tried {tried}")
     if triton is not None:
         typer.echo(f"Triton model repository: {write_triton(made, triton)}")
-    typer.echo(f"Detect with it: ssd detect PHOTO --weights {made}")
+    typer.echo(f"Detect with it: ssd detect PHOTO --weights {as_argument(made)}")
 
 
 def _write_ready(
@@ -103,7 +103,9 @@ def _write_ready(
     if standalone is not None:
         made = write_standalone(weights, standalone, precision)
         typer.echo(f"{made}: detects with numpy, Pillow and onnxruntime; see its README.md")
-        typer.echo(f"Prove it, there or on another machine: python {made / 'detect.py'} --verify")
+        typer.echo(
+            f"Prove it, there or on another machine: python {as_argument(made / 'detect.py')} --verify"
+        )
     elif html is not None:
         page = write_page(weights, html, precision, runtime)
         typer.echo(f"{page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser, on any device")

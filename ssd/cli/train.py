@@ -18,6 +18,7 @@ from ssd.cli.common import (
     Device,
     Follow,
     Images,
+    as_argument,
     chosen_device,
     results_folder,
     usage_errors,
@@ -30,16 +31,13 @@ from ssd.data import (
     load,
     usable_for_evaluation,
 )
-from ssd.data.holdout import hold_out, part_by_names
+from ssd.data.holdout import HELD_OUT, hold_out, part_by_names, read_held_out
 from ssd.distributed import World, join
 from ssd.errors import UserError, shown
 from ssd.files import atomic_file
 from ssd.loss import LOSSES
 from ssd.train import PRESETS, Result, TrainConfig, fit, keep_memory
 from ssd.train.setup import plan, require_free
-
-HELD_OUT = "val_images.txt"
-"""The file of a run folder that lists the images that were held out, a line each."""
 
 
 def train(
@@ -94,9 +92,9 @@ def train(
     if world.is_main:
         if result.evaluation:
             typer.echo(f"\n{result.evaluation}")
-        best = next(name for name in ("best", "last") if (folder / f"{name}.safetensors").exists())
+        best = next(file for name in ("best", "last") if (file := folder / f"{name}.safetensors").exists())
         tiles = f" --tiles {config.tiles}" if config.tiles else ""
-        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {folder / best}.safetensors{tiles}")
+        typer.echo(f"\nDetect with it: ssd detect PHOTO --weights {as_argument(best)}{tiles}")
 
 
 def _run(
@@ -230,13 +228,7 @@ def _held_out(
     file = folder / HELD_OUT
     annotations = whole.annotations
     if resume:
-        try:
-            names = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{file} is missing, which lists the images that the run held out; put it back"
-            ) from None
-        train, val = part_by_names(annotations, filter(None, names))
+        train, val = part_by_names(annotations, read_held_out(file))
     else:
         hidden = True if not world.is_main else None
         with tqdm(

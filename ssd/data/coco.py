@@ -290,8 +290,22 @@ def _parsed(text: str) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 999 else math.inf)
 
 
+def told_apart(file: Path) -> str:
+    """What messages say of a JSON file of another tool that is known; empty for any other file."""
+    try:
+        content = _parsed(read_text(file))
+    except (AnnotationError, ValueError, RecursionError):
+        return ""
+    return _of_another(content)
+
+
 def _what_else(content: object) -> str:
     """What messages say of a JSON file that is none of COCO's."""
+    has_none = "has no images" if isinstance(content, dict) else "is no object, but a list or a value"
+    return _of_another(content) or has_none
+
+
+def _of_another(content: object) -> str:
     first: object = content
     if isinstance(content, list) and content:
         first = content[0]
@@ -300,7 +314,7 @@ def _what_else(content: object) -> str:
         told = next((told for keys, told in _OTHERS if isinstance(each, dict) and keys <= each.keys()), None)
         if told:
             return f"seems to be {told}"
-    return "has no images" if isinstance(content, dict) else "is no object, but a list or a value"
+    return ""
 
 
 def _read_content(

@@ -139,7 +139,9 @@ def _other_folder_told(root: Path) -> Iterator[None]:
 
 def _other_folder(root: Path) -> Path | None:
     """The folder that is a dataset, if it is one in this one, or that which this is a part of."""
-    above = [root.resolve().parent, root.resolve().parent.parent] if _is_part(root.resolve()) else []
+    here = root.resolve()
+    above = [here.parent, here.parent.parent] if _is_part(here) else []
+    above += [here.parent] if split_of(here.name) else []
     return next(filter(_is_dataset, above), None) or _within(root)
 
 
@@ -176,8 +178,11 @@ def _told(root: Path) -> str:
     if not entries:
         return "it is empty"
     told = f"it holds {', '.join([*files, *(f'{name}/' for name in names)])}"
-    other = _other_folder(root)
-    return f"{told}; {other} is one: give that folder" if other else told
+    if other := _other_folder(root):
+        return f"{told}; {other} is one: give that folder"
+    file = next((each for each in entries if each.suffix.lower() == ".json" and os.path.isfile(each)), None)
+    apart = coco.told_apart(file) if file else ""
+    return f"{told}; {file.name} {apart}" if file and apart else told
 
 
 def _is_dataset(folder: Path) -> bool:

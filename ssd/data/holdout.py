@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ from PIL import Image
 from ssd.data.annotations import Annotations
 from ssd.errors import AnnotationError, ImageError
 from ssd.images import load_scaled
+
+HELD_OUT = "val_images.txt"
+"""The file of a run folder that lists the images that the run held out, a line each."""
 
 _SIDE = 16  # of the thumbnails that are compared
 # Of 255, how far two thumbnails of one picture are apart: anywhere, for JPEG moves colours, and on average.
@@ -83,6 +86,21 @@ def hold_out(
     held = held + background
     kept = np.setdiff1d(np.arange(len(annotations)), held)
     return annotations.select(kept.tolist()), annotations.select(sorted(held))
+
+
+def read_held_out(file: Path) -> list[str]:
+    """The names in a `HELD_OUT` file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    try:
+        names = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file} is missing, which lists the images that the run held out; put it back"
+        ) from None
+    return [name for name in names if name]
 
 
 def part_by_names(annotations: Annotations, held: Iterable[str]) -> tuple[Annotations, Annotations]:

@@ -459,7 +459,8 @@ def new_network(config: TrainConfig, class_names: tuple[str, ...], layout: Layou
             f"there is not enough memory for a network of {len(class_names):,} classes; join some of them"
         ) from error
     origin = f"trunk from {config.backbone_weights}, the rest" if config.backbone_weights else "all weights"
-    return model, f"SSD{layout.size} {backbone}, {len(class_names)} classes; {origin} from random values"
+    classes = _counted(len(class_names), "class", "classes")
+    return model, f"SSD{layout.size} {backbone}, {classes}; {origin} from random values"
 
 
 def saved_network(path: Path, state: dict[str, Any]) -> tuple[SSD, str]:
@@ -474,9 +475,8 @@ def saved_network(path: Path, state: dict[str, Any]) -> tuple[SSD, str]:
             checkpoint.require_fit(path, found.state_dict, build(found).state_dict())
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {instead_of(path)}") from None
-    return build(found), (
-        f"SSD{found.layout.size} {found.backbone}, {found.num_classes - 1} classes; all of it from {path}"
-    )
+    classes = _counted(found.num_classes - 1, "class", "classes")
+    return build(found), f"SSD{found.layout.size} {found.backbone}, {classes}; all of it from {path}"
 
 
 def require_free(file: Path) -> None:
@@ -592,6 +592,10 @@ def _files_of(annotations: Annotations) -> set[str]:
     return {os.path.normcase(os.path.join(folders[below], name)) for below, name in names}
 
 
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
 def _describe(
     config: TrainConfig,
     train: Dataset[Any],
@@ -603,9 +607,11 @@ def _describe(
 ) -> str:
     used = batches.steps * batches.images_per_step
     images = len(train)  # type: ignore[arg-type]
-    lines = [f"{images} images, {batches.steps} steps an epoch, {world.size} x {world.device}"]
+    steps, seen = _counted(batches.steps, "step", "steps"), _counted(images, "image", "images")
+    lines = [f"{seen}, {steps} an epoch, {world.size} x {world.device}"]
     if used < images:
-        lines[0] += f"; {images - used} images sit out each epoch, by chance, to fill all batches"
+        out = "1 image sits" if images - used == 1 else f"{images - used} images sit"
+        lines[0] += f"; {out} out each epoch, by chance, to fill all batches"
     annotations = annotations_of(train)
     if annotations is not None:
         if annotations.left_out:

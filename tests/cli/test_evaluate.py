@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 
+from ssd import pretrained, shapes
 from ssd.data import load
 from ssd.detector import Detector
 from ssd.evaluate import evaluate_detector
@@ -24,6 +25,40 @@ def test_evaluation_tells_what_it_left_out(run, scenes, tmp_path):
     status, _, err = run(*arguments)
     assert status == 2
     assert "e holds an evaluation already" in " ".join(err.replace("│", " ").split())
+
+
+def test_without_a_val_split_those_that_training_held_out_are_measured(run, scenes, tmp_path):
+    shutil.copytree(scenes / "train", tmp_path / "data" / "train")
+    shutil.copy(scenes / "train.json", tmp_path / "data")
+    arguments = ("evaluate", "data", "--weights", "r/best.safetensors")
+    (tmp_path / "r").mkdir()
+    shutil.copy(pretrained.fetch("shapes"), tmp_path / "r" / "best.safetensors")
+    status, _, err = run(*arguments)
+    assert (status, "there is no val split" in err) == (1, True)
+
+    names = sorted(os.listdir(scenes / "train"))
+    (tmp_path / "r" / "val_images.txt").write_text(f"{names[1]}\n{names[4]}\n")
+    for weights in ("r/best.safetensors", "r"):
+        status, out, _ = run(*arguments[:-1], weights, "--output", tmp_path / f"e{len(weights)}")
+        assert status == 0
+        told = "data has no val split: these are the images that r/val_images.txt lists"
+        assert out.splitlines()[0].startswith(told.replace("/", os.sep))
+        facts = json.loads((tmp_path / f"e{len(weights)}" / "metrics.json").read_text())
+        assert facts["metrics"] == _of_two(scenes, [1, 4])
+    status, out, _ = run("calibrate", "r", "data", "--output", "c.safetensors")
+    assert (status, "val_images.txt" in out) == (0, True)
+    # Of other weights, or where there is a val split, that list says nothing.
+    assert "there is no val split" in run("evaluate", "data", "--weights", "shapes")[2]
+    assert "there is no test split" in run(*arguments, "--split", "test")[2]
+    status, out, _ = run("evaluate", scenes, "--weights", "r")
+    assert (status, "val_images.txt" in out) == (0, False)
+    (tmp_path / "r" / "val_images.txt").write_text("gone.jpg\n")
+    assert "1 images that were held out are not among its images" in run(*arguments)[2]
+
+
+def _of_two(scenes, which):
+    data = load(scenes, "train", class_names=shapes.CLASSES).select(which)
+    return evaluate_detector(Detector.load("shapes"), data).metrics
 
 
 def test_tiles_voting_and_flips_are_those_of_the_detector(run, scenes, tmp_path):

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ def test_export_and_detect_with_it(run, photos, tmp_path, weights_file):
     expected = Detector.load(weights_file, "cpu", "fp32").stream(photos, score_threshold=0.35)
     for found, right in zip(written, expected, strict=True):
         assert [each["name"] for each in found["detections"]] == right.names.tolist()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="cmd.exe quotes otherwise")
+def test_the_line_to_go_on_with_can_be_pasted(run, monkeypatch, weights_file, tmp_path):
+    monkeypatch.setattr("ssd.cli.export.export", lambda *_, **__: made)
+    made = tmp_path / "my models" / "it's one.onnx"
+    made.parent.mkdir()
+    made.touch()
+    _, out, _ = run("export", weights_file, "--output", made)
+    line = out.splitlines()[-1].removeprefix("Detect with it: ")
+    assert shlex.split(line) == ["ssd", "detect", "PHOTO", "--weights", str(made)]
 
 
 def test_folders_and_pages(run, monkeypatch, weights_file, tmp_path):

@@ -38,6 +38,7 @@ def test_verify(run, tiny_exported, tmp_path):
 
 
 def test_what_is_no_export(run, weights_file):
-    for path, message in (("missing.onnx", "no exported file at"), (weights_file, "no exported file at")):
+    there = "is no exported file, by its name; ssd export makes one of weights"
+    for path, message in (("missing.onnx", "no exported file at"), (weights_file, there)):
         status, _, err = run("verify", path)
         assert (status, message in err) == (1, True), err

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,24 @@ def test_a_dataset_whose_file_is_wrong_is_told_of_itself(tmp_path):
     (tmp_path / "ImageSets" / "Main" / "mine_.txt").write_text("")
     with pytest.raises(AnnotationError, match=r"there is no train split; the lists are [^;]*$"):
         load(tmp_path)
+
+
+def test_folders_of_other_tools_are_told_with_the_remedy(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"shapes": [], "imagePath": "a.jpg"}))
+    (tmp_path / "b.json").write_text("[")
+    with pytest.raises(AnnotationError, match="2 .json; a.json seems to be labelme's.* labelme2coco$"):
+        load(tmp_path)
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(AnnotationError, match=r"it holds 1 \.json$"):
+        load(tmp_path)
+
+
+def test_the_folder_of_a_split_is_told_as_a_part(tmp_path):
+    plain(tmp_path)
+    with pytest.raises(
+        AnnotationError, match=f"{re.escape(str(tmp_path.resolve()))} is one: give that folder"
+    ):
+        load(tmp_path / "train")
 
 
 @pytest.mark.parametrize("folder", ["x.json", "x.yaml", "x.xml"])

@@ -125,7 +125,7 @@ def test_too_few_images(images, tmp_path):
 def test_images_that_sit_out_are_told(images, tmp_path):
     lines = []
     fit(images, None, replace(SMALL, epochs=1, batch_size=4), tmp_path, say=lines.append)
-    assert "2 images sit out each epoch" in "\n".join(lines)
+    assert "6 images, 1 step an epoch, 1 x cpu; 2 images sit out each epoch" in "\n".join(lines)
 
 
 def test_sync_batchnorm_needs_cuda(images, tmp_path):

@@ -151,7 +151,7 @@ def draw_reliability(before: Reliability, after: Reliability, title: str) -> mem
         )
         counts.bar(each.probability, each.counts, width=0.028, color=color, alpha=0.6)
     axes.set(ylabel="detections that find an object", ylim=(-0.02, 1.02), title=title)
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center")
     counts.set(xlabel="score or probability", ylabel="detections", yscale="log", xlim=(-0.02, 1.02))
     for each_axes in (axes, counts):
         each_axes.grid(alpha=0.3)

@@ -102,7 +102,9 @@ class Limits:
         if progress.batch:
             return ""
         if progress.seconds >= self.seconds:
-            return f"ended: the {self.seconds / 60:g} minutes are used up; a longer --time goes on"
+            return (
+                f"ended: the {self.seconds / 60:g} minutes are used up; --resume with a longer --time goes on"
+            )
         if self.is_last(progress.epoch, progress):
             return f"all {self.epochs} epochs are done already; --epochs asks for more"
         reached = {epoch: row["AP"] for epoch, row in enumerate(progress.history, start=1) if "AP" in row}

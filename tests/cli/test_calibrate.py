@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,22 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert done.exit_code == 2
     assert "is there already" in " ".join(done.output.split())
     assert (tmp_path / "made.safetensors").read_bytes() == b"mine"
+
+
+def test_a_fit_that_makes_it_worse_is_told(data, tmp_path, monkeypatch):
+    told, results = "take more images", []
+
+    def turned(*args, **kwargs):
+        made = calibrated(*args, **kwargs)
+        results.append(replace(made, before=made.after, after=made.before) if results else made)
+        return results[-1]
+
+    monkeypatch.setattr("ssd.cli.calibrate.calibrated", turned)
+    outputs = [
+        run("calibrate", "shapes", data, "--output", tmp_path / f"{name}.safetensors").output for name in "ab"
+    ]
+    assert [told in each for each in outputs] == [each.after.error > each.before.error for each in results]
+    assert results[0].after.error != results[0].before.error
 
 
 def test_a_folder_for_the_weights_that_cannot_be_made_is_told_before_the_work(data, tmp_path):

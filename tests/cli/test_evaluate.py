@@ -53,7 +53,7 @@ def test_without_a_val_split_those_that_training_held_out_are_measured(run, scen
     status, out, _ = run("evaluate", scenes, "--weights", "r")
     assert (status, "val_images.txt" in out) == (0, False)
     (tmp_path / "r" / "val_images.txt").write_text("gone.jpg\n")
-    assert "1 images that were held out are not among its images" in run(*arguments)[2]
+    assert "1 of 1 held-out images are not among its images" in run(*arguments)[2]
 
 
 def _of_two(scenes, which):

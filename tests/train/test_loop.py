@@ -482,7 +482,7 @@ def test_the_rate_falls_over_the_time_and_the_run_ends_within_an_epoch(
     assert [row["AP"] for row in rows(tmp_path)] == ["", "", "0.1"]
     # Looks come after each of three steps and at the end of each epoch, for whose row a rate is asked.
     assert list(dict.fromkeys(done)) == [(seconds, 50) for seconds in (0, 5, 10, 20, 25, 30, 40, 45, 55)]
-    assert lines[-1] == "ended: the 0.833333 minutes are used up; a longer --time goes on"
+    assert lines[-1] == "ended: the 0.833333 minutes are used up; --resume with a longer --time goes on"
     state = read_state(tmp_path / "state.pt")["progress"]
     assert (state["epoch"], state["batch"], state["step"], state["seconds"]) == (3, 0, 8, 60)
     assert any(line.startswith("epoch 3  loss") for line in lines)
@@ -490,7 +490,7 @@ def test_the_rate_falls_over_the_time_and_the_run_ends_within_an_epoch(
     lines.clear()
     assert fit(images, val, timed, tmp_path, resume=True, say=lines.append).finished
     assert [line.splitlines()[-1] for line in lines[1:]] == [
-        "ended: the 0.833333 minutes are used up; a longer --time goes on"
+        "ended: the 0.833333 minutes are used up; --resume with a longer --time goes on"
     ]
     done.clear()
     longer = replace(timed, time=65 / 60)

@@ -112,8 +112,8 @@ def part_by_names(annotations: Annotations, held: Iterable[str]) -> tuple[Annota
     names, wanted = annotations.file_names.tolist(), set(held)
     if gone := sorted(wanted - set(names)):
         raise AnnotationError(
-            f"{annotations.source}: {len(gone)} of {len(wanted)} held-out images are not among its images any more, as "
-            f"{gone[0]}; put them back, or begin a new run"
+            f"{annotations.source}: {len(gone)} of {len(wanted)} held-out images are not among its images "
+            f"any more, as {gone[0]}; put them back, or begin a new run"
         )
     val = [i for i, name in enumerate(names) if name in wanted]
     train = [i for i, name in enumerate(names) if name not in wanted]

@@ -162,6 +162,12 @@ def _refusal(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status, _HEADERS.get(status))
 
 
+def _problem_of(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    known = f"there is no such option; there are {', '.join(Choices.model_fields)}"
+    return as_line(f"{first['loc'][1]}: {known if first['type'] == 'extra_forbidden' else first['msg']}")
+
+
 # --- The application --------------------------------------------------------------------------------------
 
 
@@ -214,8 +220,7 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return _refusal(400, as_line(f"{first['loc'][1]}: {first['msg']}"))
+        return _refusal(400, _problem_of(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:

@@ -181,7 +181,7 @@ BAD = {
     "no threshold": ({"content": b"x"}, "score_threshold=2", "score_threshold: "),
     "not calibrated": ({"content": b"x"}, "score_threshold=calibrated", "these weights have none"),
     "no class": ({"content": b"x"}, "classes=cats", "did you mean cat?"),
-    "no option": ({"content": b"x"}, "treshold=0.5", "treshold: "),
+    "no option": ({"content": b"x"}, "treshold=0.5", "treshold: there is no such option; there are score_"),
     "many pictures": ({"json": {"images": [{"data": ""}, {"data": ""}]}}, "annotate=1", "one picture"),
 }  # fmt: skip
 

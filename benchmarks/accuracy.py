@@ -228,19 +228,18 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         groups.setdefault((row["what"], row["epochs"], row["images"], row["machine"]), []).append(row)
     lines = [
-        "| what | seeds | epochs | images seen | AP | AP50 | processor minutes | date, commit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| what | seeds | epochs | images seen | AP | AP50 | processor minutes | processor | date, commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (what, epochs, images, _), each in groups.items():
+    for (what, epochs, images, machine), each in groups.items():
         numbers = {key: [float(row[key]) for row in each] for key in ("AP", "AP50", "processor_minutes")}
         last = max(each, key=lambda row: row["date"])
         lines.append(
             f"| {what} | {len(each)} | {epochs} | {int(images):,} | {spread(numbers['AP'])} | "
             f"{spread(numbers['AP50'])} | {spread(numbers['processor_minutes'], 1)} | "
-            f"{last['date']}, {last['commit']} |"
+            f"{machine.partition(',')[0]} | {last['date']}, {last['commit']} |"
         )
-    machines = sorted({row["machine"] for row in rows})
-    return [*lines, "", f"On: {'; '.join(machines)}."]
+    return lines
 
 
 def tables() -> str:

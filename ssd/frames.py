@@ -63,7 +63,7 @@ def frames_of(
     Args:
         film: to be read.
         playback: which of its frames.
-        name: what messages call it; by default its path.
+        name: what messages call a live source; by default its address.
         max_pixels: most pixels of a frame; see `ssd.load_image`.
 
     Raises:

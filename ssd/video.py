@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -43,6 +44,9 @@ _TIMEOUT = 10.0  # seconds that a live source may be silent
 _BUFFER = 1 << 18  # bytes that are read of a file at a time
 # Titles and the like may be in any encoding; PyAV 19 takes them so by itself.
 _ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_DURATION = re.compile(
+    r"([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9}(?:\.[0-9]{1,9})?)\0*"
+)  # as FFmpeg and mkvmerge write it
 _SHORTFALL = Fraction(1, 2)  # seconds by which a film may be shorter than it says
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18  # of ITU-T H.273, table 3
 _BT709, _UNSPECIFIED, _BT601 = 1, 2, 5  # matrix coefficients, as there in table 4
@@ -314,13 +318,11 @@ class _Packets:
 def _duration(container: Any, stream: Any) -> Fraction | None:
     """The seconds at which a stream ends, as the head of its file says; None where that says nothing."""
     if container.format.name.startswith("matroska"):
-        text = stream.metadata.get("DURATION", "")
-        try:
-            hours, minutes, seconds = text.split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds.strip("\0"))
-        except ValueError:
-            alone = len(container.streams) == 1
-            return Fraction(container.duration, av.time_base) if alone and container.duration else None
+        if written := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):
+            hours, minutes, seconds = written.groups()
+            return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
+        alone = len(container.streams) == 1
+        return Fraction(container.duration, av.time_base) if alone and container.duration else None
     return None
 
 

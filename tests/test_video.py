@@ -2,12 +2,13 @@
 
 import errno
 import json
+import re
 import struct
 import subprocess
 import sys
 import threading
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,17 @@ def test_a_film_that_ends_early(tmp_path):
     assert numbers == list(range(len(numbers)))
     assert f"after frame {len(numbers) - 1} " in str(told.value)
     assert f"at {(len(numbers) - 1) / 25:.2f} s" in str(told.value)
+
+
+@pytest.mark.parametrize("written", [b"00:00:1/0", b"00:00:1e99999999", b"00:nan:00", b"99:00:01.5"])
+def test_a_length_that_a_damaged_film_gives(tmp_path, written):
+    """What is no time says nothing; a time says that the film is cut."""
+    path = write_film(tmp_path / "a.mkv", FRAMES[:5])
+    whole = path.read_bytes()
+    (said,) = re.findall(rb"00:00:00\.\d{9}", whole)
+    path.write_bytes(whole.replace(said, written.ljust(len(said), b"\0")))
+    with pytest.raises(ImageError, match="it ends after 0") if b".5" in written else nullcontext():
+        assert len(list(frames_of(Film(str(path))))) == 5
 
 
 @pytest.mark.parametrize(

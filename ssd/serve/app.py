@@ -26,7 +26,7 @@ from ssd.drawing import class_color
 from ssd.errors import ImageMemoryError, MissingExtra, NonFiniteError, UserError, as_line
 from ssd.labels import category_ids
 from ssd.serve.batches import Batches, Busy
-from ssd.serve.bodies import images_of
+from ssd.serve.bodies import TOLD, images_of
 
 try:
     from fastapi import FastAPI, Query, Request
@@ -51,7 +51,6 @@ _HEADERS = {
     503: {"Retry-After": "1"},  # seconds
 }
 
-_TOLD = 200  # letters of a name that a stranger gives an image
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # of latency, in seconds
 
 
@@ -164,8 +163,12 @@ def _refusal(status: int, message: str) -> JSONResponse:
 
 def _problem_of(error: RequestValidationError) -> str:
     first = error.errors()[0]
-    known = f"there is no such option; there are {', '.join(Choices.model_fields)}"
-    return as_line(f"{first['loc'][1]}: {known if first['type'] == 'extra_forbidden' else first['msg']}")
+    name = first["loc"][1]
+    if first["type"] == "extra_forbidden":
+        return as_line(f"{name}: there is no such option; there are {', '.join(Choices.model_fields)}")
+    # One for each kind of value that the option takes.
+    problems = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][1] == name)
+    return as_line(f"{name}: {'; or: '.join(problems)}")
 
 
 # --- The application --------------------------------------------------------------------------------------
@@ -225,10 +228,6 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return _refusal(500, "an error of the server's own; its log has more")
 
     page = PAGE.read_text(encoding="utf-8")
     policy = {"Content-Security-Policy": _policy_of(page), "Cache-Control": "no-cache"}
@@ -363,12 +362,13 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 499  # of clients that left, as nginx has it
+        start, has_begun = time.perf_counter(), False
+        status = 499  # of clients that left, as nginx has it
 
         async def sent(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
@@ -386,6 +386,10 @@ class _Guard:
                 await self.app(scope, self._limited(receive), sent)
         except ClientDisconnect:
             pass
+        except Exception:
+            if not has_begun:
+                await _refusal(500, "an error of the server's own; its log has more")(scope, receive, sent)
+            raise  # to the log
         finally:
             self.under_way -= is_detection
             if is_detection:
@@ -395,7 +399,7 @@ class _Guard:
         host = headers.get("host", "")
         if not _is_ours(host, self.hosts):
             return _refusal(
-                403, f"this server is not known as {as_line(host, _TOLD)}; start it with --host-name NAME"
+                403, f"this server is not known as {as_line(host, TOLD)}; start it with --host-name NAME"
             )
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):

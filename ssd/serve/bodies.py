@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeAlias
 
 from ssd.errors import MissingExtra, as_line
@@ -19,7 +20,7 @@ except ImportError as error:
 Images: TypeAlias = list[tuple[str, bytes | str]]
 """Name and content of each, or its URL."""
 
-_TOLD = 200  # letters of a name that a stranger gives an image
+TOLD = 200  # letters of a name that a stranger gives an image
 _AS_JSON = 'JSON has to be as {"images": [{"name": "a.jpg", "data": "BASE64"}]}'
 
 
@@ -52,7 +53,7 @@ def images_of(content_type: str, body: bytes, *, most: int, allow_urls: bool = F
 
 
 def _name(given: object, number: int) -> str:
-    return as_line(str(given), _TOLD) if given else f"image {number}"
+    return as_line(str(given), TOLD) if given else f"image {number}"
 
 
 def _require_few(number: int, most: int) -> None:
@@ -84,7 +85,7 @@ def _of_form(body: bytes, boundary: bytes, most: int) -> Images:
 
     def end() -> None:
         if b"filename" not in disposition:
-            field = as_line(disposition.get(b"name", b"").decode(errors="replace"), _TOLD)
+            field = as_line(disposition.get(b"name", b"").decode(errors="replace"), TOLD)
             raise ValueError(f"{field}: a form has files alone; options are in the query")
         name = disposition[b"filename"].decode("utf-8", "replace")
         images.append((_name(name, len(images)), bytes(content)))
@@ -106,7 +107,7 @@ def _of_form(body: bytes, boundary: bytes, most: int) -> Images:
         )
         parser.write(body)
     except FormParserError as error:
-        raise ValueError(f"the form cannot be read ({as_line(str(error), _TOLD)})") from error
+        raise ValueError(f"the form cannot be read ({as_line(str(error), TOLD)})") from error
     if not ended:
         raise ValueError("the form cannot be read (its last boundary is missing)")
     return images
@@ -114,7 +115,7 @@ def _of_form(body: bytes, boundary: bytes, most: int) -> Images:
 
 def _of_json(body: bytes, most: int, allow_urls: bool) -> Images:
     try:
-        entries = [dict(each) for each in json.loads(body)["images"]]
+        entries = [dict(each) for each in islice(json.loads(body)["images"], most + 1)]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(_AS_JSON) from error
     images: Images = []
@@ -141,5 +142,5 @@ def _allowed(url: object, allow_urls: bool) -> str:
     if not allow_urls:
         raise ValueError("images by URL are not fetched here; ssd serve --allow-urls does")
     if not isinstance(url, str) or not is_web_url(url):
-        raise ValueError(f"{as_line(str(url), _TOLD)}: only http and https URLs are fetched")
+        raise ValueError(f"{as_line(str(url), TOLD)}: only http and https URLs are fetched")
     return url

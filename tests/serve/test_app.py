@@ -179,6 +179,7 @@ BAD = {
     "a surrogate": ({"content": b'{"images": [{"name": "\\ud800", "data": "eA=="}]}',
                      "headers": {"Content-Type": "application/json"}}, "", "\\ud800: "),
     "no threshold": ({"content": b"x"}, "score_threshold=2", "score_threshold: "),
+    "no number": ({"content": b"x"}, "score_threshold=high", "; or: Input should be 'calibrated'"),
     "not calibrated": ({"content": b"x"}, "score_threshold=calibrated", "these weights have none"),
     "no class": ({"content": b"x"}, "classes=cats", "did you mean cat?"),
     "no option": ({"content": b"x"}, "treshold=0.5", "treshold: there is no such option; there are score_"),
@@ -378,10 +379,17 @@ def test_what_nobody_expected_gives_no_traceback(detector, files, caplog):
 
     with serving(Broken(detector)) as address:
         answer = post(address, content=files["coffee.jpg"])
+        metrics = httpx.get(f"{address}/metrics").text
     assert (answer.status_code, answer.json()) == (
         500,
         {"error": "an error of the server's own; its log has more"},
     )
+    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == (
+        "no-store",
+        "nosniff",
+    )
+    assert 'ssd_requests_total{status="500"} 1' in metrics
+    assert "secret" in caplog.text
 
 
 # --- Who may ask ------------------------------------------------------------------------------------------

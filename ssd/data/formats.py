@@ -141,7 +141,8 @@ def _other_folder(root: Path) -> Path | None:
     """The folder that is a dataset, if it is one in this one, or that which this is a part of."""
     here = root.resolve()
     above = [here.parent, here.parent.parent] if _is_part(here) else []
-    above += [here.parent] if split_of(here.name) else []
+    # "test_photos" may lie beside a dataset and be none of its own.
+    above += [here.parent] if split_of(here.name) and here.name.isalnum() else []
     return next(filter(_is_dataset, above), None) or _within(root)
 
 

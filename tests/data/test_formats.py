@@ -161,6 +161,9 @@ def test_the_folder_of_a_split_is_told_as_a_part(tmp_path):
         AnnotationError, match=f"{re.escape(str(tmp_path.resolve()))} is one: give that folder"
     ):
         load(tmp_path / "train")
+    (tmp_path / "test_photos").mkdir()
+    with pytest.raises(AnnotationError, match="it is empty$"):
+        load(tmp_path / "test_photos")
 
 
 @pytest.mark.parametrize("folder", ["x.json", "x.yaml", "x.xml"])

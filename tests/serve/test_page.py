@@ -152,7 +152,7 @@ def test_results_as_files(page, detector, scenes, tmp_path):
     ):
         Select(by_id(page, "format")).select_by_value(kind)
         by_id(page, "download").click()
-        soon(page, (tmp_path / name).exists)
+        soon(page, lambda file=tmp_path / name: file.exists() and file.stat().st_size)  # it begins empty
         texts[kind] = (tmp_path / name).read_text()
     listed = json.loads(texts["json"])["results"]
     assert [each["source"] for each in listed] == [each.name for each in scenes]

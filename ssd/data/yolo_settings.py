@@ -113,7 +113,8 @@ def find_listings(settings: Settings, split: str, images: Path | None = None) ->
         AnnotationError: there is no such split, or one of them is not there.
     """
     if not settings.splits:
-        found = _by_layout(images or settings.root, split) or _by_layout(settings.root, split)
+        found = _by_layout(images, split) if images else []
+        found = found or _by_layout(settings.root, split)
         if not found:
             raise AnnotationError(f"{settings.root}: there is no {split} split; {_there(settings.root)}")
         return found

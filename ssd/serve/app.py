@@ -362,13 +362,12 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, has_begun = time.perf_counter(), False
-        status = 499  # of clients that left, as nginx has it
+        start, status = time.perf_counter(), 0  # until an answer has begun
 
         async def sent(message: Message) -> None:
-            nonlocal status, has_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, has_begun = message["status"], True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
@@ -387,13 +386,14 @@ class _Guard:
         except ClientDisconnect:
             pass
         except Exception:
-            if not has_begun:
+            if not status:
                 await _refusal(500, "an error of the server's own; its log has more")(scope, receive, sent)
             raise  # to the log
         finally:
             self.under_way -= is_detection
             if is_detection:
-                self.metrics.add(status, time.perf_counter() - start)
+                # 499 is of clients that left, as nginx has it.
+                self.metrics.add(status or 499, time.perf_counter() - start)
 
     def _problem(self, path: str, headers: Headers, is_detection: bool) -> Response | None:
         host = headers.get("host", "")
